@@ -1,0 +1,50 @@
+# Two commands do all the set-up: `make demo` and `make test`. Each builds .venv if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo serve test lint check bench protos train clean
+
+demo: $(VENV)/.installed
+	$(BIN)/mobula demo
+
+serve: $(VENV)/.installed
+	$(BIN)/mobula serve
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m tests.bench.layer_time $(ARGS)
+
+protos: $(VENV)/.installed-test
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
+
+train: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[train]"
+	$(BIN)/python -m cluster.bundled_model.train --out cluster/bundled_model
+
+# torch first and by version where a CPU wheel is at hand: without it, pip takes the newest build, with CUDA.
+$(VENV)/.torch:
+	@echo "building $(VENV): a minute or two, mostly torch and ray"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
