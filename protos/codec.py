@@ -1,0 +1,133 @@
+"""Frames of the data plane: a protobuf header and raw tensor bytes in one valid message, without copying the payload.
+
+A frame is `header = 1` (a message) followed by `payload = 2` (bytes); see expert.proto. Writing joins the parts once;
+reading gives views into the received bytes. Knows nothing of what the tensors mean.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from google.protobuf.message import DecodeError, Message
+from torch import Tensor
+
+from protos import tensor_pb2
+from protos.errors import InvalidRequest
+
+# Views of received bytes are read-only by contract (PayloadReader); torch has no such tensors and warns of it.
+warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+
+_HEADER_TAG = 0x0A  # field 1, length-delimited
+_PAYLOAD_TAG = 0x12  # field 2, length-delimited
+
+_TO_WIRE = {torch.float32: tensor_pb2.DTYPE_FLOAT32, torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16}
+_FROM_WIRE = {wire: dtype for dtype, wire in _TO_WIRE.items()}
+
+HeaderT = TypeVar("HeaderT", bound=Message)
+
+
+def dtype_to_wire(dtype: torch.dtype) -> tensor_pb2.DType:
+    """The wire's name of a torch dtype."""
+    return _TO_WIRE[dtype]
+
+
+def dtype_from_wire(wire: int) -> torch.dtype:
+    """The torch dtype of a wire name. Raises InvalidRequest for one that is unset or unknown."""
+    if wire not in _FROM_WIRE:
+        raise InvalidRequest(f"dtype {wire} is not one of {sorted(_FROM_WIRE)} (float32, bfloat16)", field="header.dtype")
+    return _FROM_WIRE[wire]
+
+
+def encode_frame(header: Message, tensors: Sequence[Tensor]) -> bytes:
+    """One message of header and payload; the tensors' bytes are copied once, in order."""
+    header_bytes = header.SerializeToString()
+    parts = [_raw(tensor) for tensor in tensors]
+    payload_bytes = sum(part.nbytes for part in parts)
+    prefix = b"".join((
+        bytes((_HEADER_TAG,)), _varint(len(header_bytes)), header_bytes, bytes((_PAYLOAD_TAG,)), _varint(payload_bytes),
+    ))
+    return b"".join((prefix, *parts))
+
+
+def decode_frame(header_class: type[HeaderT], frame: bytes) -> tuple[HeaderT, memoryview]:
+    """The header and a view of the payload (empty if there is none).
+
+    Raises InvalidRequest for a frame that is truncated, has other fields, or lengths that do not fit.
+    """
+    header_start, header_length = _field(frame, 0, _HEADER_TAG)
+    header_end = header_start + header_length
+    try:
+        header = header_class.FromString(frame[header_start:header_end])
+    except DecodeError as error:
+        raise InvalidRequest(f"frame header is not a valid {header_class.DESCRIPTOR.full_name}: {error}") from error
+    if header_end == len(frame):
+        return header, memoryview(b"")
+    payload_start, payload_length = _field(frame, header_end, _PAYLOAD_TAG)
+    if payload_start + payload_length != len(frame):
+        raise InvalidRequest(f"frame has {len(frame) - payload_start - payload_length} bytes after its payload")
+    return header, memoryview(frame)[payload_start:]
+
+
+class PayloadReader:
+    """Takes tensors off the front of a payload, as views. The bytes are read-only: do not write to the tensors."""
+
+    def __init__(self, payload: memoryview) -> None:
+        self._payload = payload
+        self._offset = 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next tensor. Raises InvalidRequest when the payload is too short for it."""
+        count = 1
+        for size in shape:
+            count *= size
+        num_bytes = count * dtype.itemsize
+        left = len(self._payload) - self._offset
+        if num_bytes > left:
+            raise InvalidRequest(f"payload has {left} bytes left, {list(shape)} of {dtype} needs {num_bytes}")
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        flat = torch.frombuffer(self._payload, dtype=dtype, count=count, offset=self._offset)
+        self._offset += num_bytes
+        return flat.view(shape)
+
+    def finish(self) -> None:
+        """Raises InvalidRequest when bytes are left."""
+        if self._offset != len(self._payload):
+            raise InvalidRequest(f"payload has {len(self._payload) - self._offset} bytes too many")
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.numel() == 0:
+        return memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy())  # numpy knows no bfloat16
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append((value & 0x7F) | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _field(frame: bytes, offset: int, tag: int) -> tuple[int, int]:
+    """Start and length of the length-delimited field at `offset`, checked against the frame's size."""
+    if offset >= len(frame) or frame[offset] != tag:
+        found = f"0x{frame[offset]:02x}" if offset < len(frame) else "its end"
+        raise InvalidRequest(f"frame has {found} at byte {offset}, expected tag 0x{tag:02x}")
+    length, shift, position = 0, 0, offset + 1
+    while True:
+        if position >= len(frame) or shift > 35:
+            raise InvalidRequest(f"frame has a malformed length at byte {offset + 1}")
+        byte = frame[position]
+        length |= (byte & 0x7F) << shift
+        position += 1
+        shift += 7
+        if byte < 0x80:
+            break
+    if position + length > len(frame):
+        raise InvalidRequest(f"frame is truncated: field at byte {offset} has {length} bytes, {len(frame) - position} are left")
+    return position, length

@@ -1,0 +1,102 @@
+from protos import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ForwardHeader(_message.Message):
+    __slots__ = ("sequence_number", "layer_id", "placement_version", "num_rows", "num_assignments", "num_partial_sums", "dtype")
+    SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTIAL_SUMS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    sequence_number: int
+    layer_id: int
+    placement_version: int
+    num_rows: int
+    num_assignments: int
+    num_partial_sums: int
+    dtype: _tensor_pb2.DType
+    def __init__(self, sequence_number: _Optional[int] = ..., layer_id: _Optional[int] = ..., placement_version: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_assignments: _Optional[int] = ..., num_partial_sums: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ...) -> None: ...
+
+class ForwardRequest(_message.Message):
+    __slots__ = ("header", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: ForwardHeader
+    payload: bytes
+    def __init__(self, header: _Optional[_Union[ForwardHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class ForwardTiming(_message.Message):
+    __slots__ = ("queue_ns", "compute_ns")
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    queue_ns: int
+    compute_ns: int
+    def __init__(self, queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ...) -> None: ...
+
+class ForwardError(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class ForwardResult(_message.Message):
+    __slots__ = ("sequence_number", "num_partial_sums", "dtype", "error", "timing")
+    SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTIAL_SUMS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    sequence_number: int
+    num_partial_sums: int
+    dtype: _tensor_pb2.DType
+    error: ForwardError
+    timing: ForwardTiming
+    def __init__(self, sequence_number: _Optional[int] = ..., num_partial_sums: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., error: _Optional[_Union[ForwardError, _Mapping]] = ..., timing: _Optional[_Union[ForwardTiming, _Mapping]] = ...) -> None: ...
+
+class ForwardResponse(_message.Message):
+    __slots__ = ("header", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: ForwardResult
+    payload: bytes
+    def __init__(self, header: _Optional[_Union[ForwardResult, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class GetShardLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ShardLayerLoad(_message.Message):
+    __slots__ = ("layer_id", "num_tokens")
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    layer_id: int
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer_id: _Optional[int] = ..., num_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GetShardLoadResponse(_message.Message):
+    __slots__ = ("ep_rank", "num_units", "num_forwards", "num_rows", "num_assignments", "weight_bytes", "layers")
+    EP_RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNITS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ep_rank: int
+    num_units: int
+    num_forwards: int
+    num_rows: int
+    num_assignments: int
+    weight_bytes: int
+    layers: _containers.RepeatedCompositeFieldContainer[ShardLayerLoad]
+    def __init__(self, ep_rank: _Optional[int] = ..., num_units: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_assignments: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[ShardLayerLoad, _Mapping]]] = ...) -> None: ...

@@ -1,0 +1,103 @@
+"""How gRPC is used here: server and channel settings, request parsing, and the interceptor that answers with statuses.
+
+Handlers take and return raw bytes where it matters and parse with `parse`, so that a malformed request is the
+client's INVALID_ARGUMENT and not our INTERNAL.
+"""
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from protos import errors
+
+logger = logging.getLogger(__name__)
+
+MAX_CLIENT_MESSAGE_BYTES = 4 * 1024 * 1024  # a client's request or one answer; 1M token ids
+MAX_FRAME_BYTES = 256 * 1024 * 1024  # rows of one micro-batch to one shard; checked against the config at start
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+def client_options() -> list[tuple[str, int]]:
+    """Settings of a client's channel and of the servers that clients reach."""
+    return [
+        ("grpc.max_receive_message_length", MAX_CLIENT_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", -1),
+    ]
+
+
+def frame_options() -> list[tuple[str, int]]:
+    """Settings of both ends of the data plane; a dead peer is noticed within the keepalive time."""
+    return [
+        ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+        ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+    ]
+
+
+def parse(message_class: type[MessageT], data: bytes) -> MessageT:
+    """The request in `data`.
+
+    Raises InvalidRequest when it is not a valid message of the class (truncated, or text that is not UTF-8).
+    """
+    try:
+        return message_class.FromString(data)
+    except DecodeError as error:
+        raise errors.InvalidRequest(
+            f"the request is not a valid {message_class.DESCRIPTOR.full_name} ({len(data)} bytes): {error}; "
+            "strings must be UTF-8"
+        ) from error
+
+
+UnaryMethod = Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]
+StreamMethod = Callable[[bytes, grpc.aio.ServicerContext], AsyncIterator[bytes]]
+
+
+def unary_handler(method: UnaryMethod) -> grpc.RpcMethodHandler:
+    """A unary method over raw bytes whose exceptions become statuses."""
+
+    async def handle(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            return await method(request, context)
+        except errors.MobulaError as error:
+            await context.abort_with_status(errors.to_status(error))
+        except (grpc.aio.AbortError, grpc.aio.BaseError):
+            raise
+        except Exception:  # the top of a handler's stack: whatever is left is our fault
+            await context.abort_with_status(errors.to_status(_internal(context)))
+        raise AssertionError("abort returns never")
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def stream_handler(method: StreamMethod) -> grpc.RpcMethodHandler:
+    """A server-streaming method over raw bytes whose exceptions become statuses."""
+
+    async def handle(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        try:
+            async for response in method(request, context):
+                yield response
+        except errors.MobulaError as error:
+            await context.abort_with_status(errors.to_status(error))
+        except (grpc.aio.AbortError, grpc.aio.BaseError):
+            raise
+        except Exception:  # as above
+            await context.abort_with_status(errors.to_status(_internal(context)))
+
+    return grpc.unary_stream_rpc_method_handler(handle)
+
+
+def _internal(context: grpc.aio.ServicerContext) -> errors.InternalError:
+    error_id = secrets.token_hex(6)
+    logger.exception("internal error %s from %s", error_id, context.peer())
+    return errors.InternalError(f"internal error; find {error_id} in the server's log")
