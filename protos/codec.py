@@ -22,7 +22,7 @@ _HEADER_TAG = 0x0A  # field 1, length-delimited
 _PAYLOAD_TAG = 0x12  # field 2, length-delimited
 
 _TO_WIRE = {torch.float32: tensor_pb2.DTYPE_FLOAT32, torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16}
-_FROM_WIRE = {wire: dtype for dtype, wire in _TO_WIRE.items()}
+_FROM_WIRE: dict[int, torch.dtype] = {wire: dtype for dtype, wire in _TO_WIRE.items()}
 
 HeaderT = TypeVar("HeaderT", bound=Message)
 
@@ -35,7 +35,9 @@ def dtype_to_wire(dtype: torch.dtype) -> tensor_pb2.DType:
 def dtype_from_wire(wire: int) -> torch.dtype:
     """The torch dtype of a wire name. Raises InvalidRequest for one that is unset or unknown."""
     if wire not in _FROM_WIRE:
-        raise InvalidRequest(f"dtype {wire} is not one of {sorted(_FROM_WIRE)} (float32, bfloat16)", field="header.dtype")
+        raise InvalidRequest(
+            f"dtype {wire} is not one of {sorted(_FROM_WIRE)} (float32, bfloat16)", field="header.dtype"
+        )
     return _FROM_WIRE[wire]
 
 
@@ -44,9 +46,15 @@ def encode_frame(header: Message, tensors: Sequence[Tensor]) -> bytes:
     header_bytes = header.SerializeToString()
     parts = [_raw(tensor) for tensor in tensors]
     payload_bytes = sum(part.nbytes for part in parts)
-    prefix = b"".join((
-        bytes((_HEADER_TAG,)), _varint(len(header_bytes)), header_bytes, bytes((_PAYLOAD_TAG,)), _varint(payload_bytes),
-    ))
+    prefix = b"".join(
+        (
+            bytes((_HEADER_TAG,)),
+            _varint(len(header_bytes)),
+            header_bytes,
+            bytes((_PAYLOAD_TAG,)),
+            _varint(payload_bytes),
+        )
+    )
     return b"".join((prefix, *parts))
 
 
@@ -101,7 +109,8 @@ def _raw(tensor: Tensor) -> memoryview:
     flat = tensor.detach().contiguous().view(-1)
     if flat.numel() == 0:
         return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy())  # numpy knows no bfloat16
+    view: memoryview = flat.view(torch.uint8).numpy().data  # numpy knows no bfloat16
+    return view
 
 
 def _varint(value: int) -> bytes:
@@ -129,5 +138,7 @@ def _field(frame: bytes, offset: int, tag: int) -> tuple[int, int]:
         if byte < 0x80:
             break
     if position + length > len(frame):
-        raise InvalidRequest(f"frame is truncated: field at byte {offset} has {length} bytes, {len(frame) - position} are left")
+        raise InvalidRequest(
+            f"frame is truncated: field at byte {offset} has {length} bytes, {len(frame) - position} are left"
+        )
     return position, length

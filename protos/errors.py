@@ -114,7 +114,9 @@ def to_status(error: MobulaError) -> rpc_status._Status:
     return rpc_status.to_status(status_pb2.Status(code=code_number(error), message=str(error), details=details))
 
 
-def _any(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> any_pb2.Any:
+def _any(
+    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed

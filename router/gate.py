@@ -43,7 +43,8 @@ class GateConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}, must be 1 to n_routed_experts ({self.n_routed_experts})"
+                f"num_experts_per_tok is {self.num_experts_per_tok}, must be 1 to n_routed_experts "
+                f"({self.n_routed_experts})"
             )
         if self.n_group < 1 or self.n_routed_experts % self.n_group:
             raise ValueError(f"n_group {self.n_group} does not divide n_routed_experts {self.n_routed_experts}")
@@ -86,9 +87,7 @@ def expert_scores(logits: Tensor, scoring_func: ScoringFunc) -> Tensor:
     return logits.float().softmax(dim=-1)
 
 
-def select_experts(
-    logits: Tensor, config: GateConfig, correction_bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def select_experts(logits: Tensor, config: GateConfig, correction_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The experts of each token.
 
     logits: [num_tokens, n_routed_experts]; correction_bias: [n_routed_experts] fp32 (V3), steers the selection only.
@@ -120,9 +119,10 @@ def _mask_groups(choice: Tensor, config: GateConfig) -> Tensor:
         group_scores = grouped.amax(dim=-1)  # [num_tokens, n_group]
     kept = torch.zeros_like(group_scores, dtype=torch.bool)
     kept.scatter_(-1, _top_indices(group_scores, config.topk_group), True)
-    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+    masked: Tensor = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf"))
+    return masked.flatten(-2)
 
 
 def _top_indices(values: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest values of each row; `topk` leaves the order of ties open, a stable sort does not."""
+    """Indices of the `count` largest values of each row; `topk` leaves the order of ties open, a stable sort not."""
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
