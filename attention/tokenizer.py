@@ -1,0 +1,208 @@
+"""Text and chats to token ids and back, from the tokenizer files of a published checkpoint.
+
+Reads tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json and config.json. Never adds the
+beginning-of-sequence token twice: a chat template writes it itself. Safe to use from several threads.
+"""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+from protos import errors
+
+ChatMessages = list[dict[str, str]]
+
+
+class BadTokenizer(ValueError):
+    """The checkpoint's tokenizer files are missing or make no sense."""
+
+
+class NoChatTemplate(errors.InvalidRequest):
+    """A chat was sent to a model that has no chat template."""
+
+    reason = "NO_CHAT_TEMPLATE"
+
+
+class ChatTemplateRefused(errors.InvalidRequest):
+    """The model's chat template does not accept these messages."""
+
+    reason = "CHAT_TEMPLATE_REFUSED"
+
+
+class Tokenizer:
+    """One checkpoint's tokenizer, chat template and end-of-sequence tokens."""
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        special_tokens: dict[str, str],
+        adds_bos: bool = False,
+        chat_template: str | None = None,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """special_tokens: texts by name, as chat templates know them: bos_token, eos_token and so on."""
+        self._tokenizer = tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._special_tokens = special_tokens
+        bos_token = special_tokens.get("bos_token")
+        self._bos_token_id = None if bos_token is None else tokenizer.token_to_id(bos_token)
+        self._adds_bos = adds_bos
+        self._chat_template = None if chat_template is None else _compile(chat_template)
+        self._eos_token_ids = eos_token_ids
+
+    @classmethod
+    def read(cls, folder: Path) -> "Tokenizer":
+        """Raises BadTokenizer when a file is missing or cannot be understood."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise BadTokenizer(f"{path} does not exist; a checkpoint needs it, with tokenizer_config.json beside it")
+        config = _read_json(folder / "tokenizer_config.json")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception, with what is wrong as its text
+            raise BadTokenizer(f"{path} is not a tokenizer: {error}") from error
+        special_tokens = _special_tokens(config)
+        return cls(
+            tokenizer,
+            special_tokens=special_tokens,
+            adds_bos=bool(config.get("add_bos_token", False)),
+            chat_template=_read_chat_template(folder, config),
+            eos_token_ids=_read_eos_token_ids(folder, tokenizer, special_tokens),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that have a text; a model's vocab_size may be larger."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self._eos_token_ids
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids, with the beginning-of-sequence token in front if the model wants it and the text lacks it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
+        if self._bos_token_id is None:
+            return ids
+        if ids[:2] == [self._bos_token_id] * 2:
+            return ids[1:]
+        return [self._bos_token_id, *ids] if self._adds_bos and ids[:1] != [self._bos_token_id] else ids
+
+    def encode_chat(self, messages: ChatMessages) -> list[int]:
+        """Token ids of the chat, ready for the assistant's answer. messages: each with "role" and "content".
+
+        Raises NoChatTemplate, ChatTemplateRefused.
+        """
+        ids: list[int] = self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids
+        return ids
+
+    def render_chat(self, messages: ChatMessages) -> str:
+        """The chat's text, as encode_chat encodes it."""
+        if self._chat_template is None:
+            raise NoChatTemplate("the model has no chat template; send text or token_ids", field="chat")
+        try:
+            return self._chat_template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+            )
+        except jinja2.TemplateError as error:
+            raise ChatTemplateRefused(
+                f"the model's chat template refuses the messages: {error}; change their roles or order", field="chat"
+            ) from error
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """Text of the tokens; bytes that are not UTF-8 become replacement characters, unknown ids nothing."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def token_texts(self, token_ids: list[int]) -> list[str]:
+        """The text of each token on its own."""
+        return [self.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
+
+
+def _compile(chat_template: str) -> jinja2.Template:
+    """The template under the same rules as in transformers, whose templates are written for them."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_template_error
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(chat_template)
+    except jinja2.TemplateError as error:
+        raise BadTokenizer(f"the chat template is not valid jinja: {error}") from error
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_template_error(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(time_format: str) -> str:
+    return datetime.now().strftime(time_format)  # the server's local time, as transformers gives it
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Texts of the special tokens; published files give a text or an object with the text as its content."""
+    texts: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            texts[name] = token
+    return texts
+
+
+def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The template of chat_template.jinja, else of the config: a text, or the one named default in a list."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise BadTokenizer(f"chat_template in {folder / 'tokenizer_config.json'} is neither a text nor a list")
+    return template
+
+
+def _read_eos_token_ids(
+    folder: Path, tokenizer: tokenizers.Tokenizer, special_tokens: dict[str, str]
+) -> frozenset[int]:
+    """Whatever generation_config.json, config.json or the tokenizer call end of sequence."""
+    eos_token_ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        eos_token_ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    if "eos_token" in special_tokens:
+        token_id = tokenizer.token_to_id(special_tokens["eos_token"])
+        eos_token_ids.update([] if token_id is None else [token_id])
+    return frozenset(eos_token_ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The file's object; an empty one when there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadTokenizer(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadTokenizer(f"{path} holds a {type(value).__name__}, not an object")
+    return value
