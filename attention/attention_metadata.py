@@ -1,0 +1,34 @@
+"""One step's rows as attention needs to see them. Built by the model runner from what the scheduler chose."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """Decode rows and prefill chunks alike: a sequence brings one or more rows, and there are no phases."""
+
+    positions: Tensor  # [num_tokens] int64, place of each row in its sequence
+    slot_mapping: Tensor  # [num_tokens] int64, block_id * block_size + offset, where each row's latent is written
+    query_start_loc: tuple[int, ...]  # num_seqs + 1; sequence i has rows query_start_loc[i] to query_start_loc[i + 1]
+    seq_lens: tuple[int, ...]  # num_seqs; tokens of context, this step's rows included
+    block_tables: Tensor  # [num_seqs, max_num_blocks] int32, padded with 0
+
+    def __post_init__(self) -> None:
+        assert len(self.query_start_loc) == len(self.seq_lens) + 1 == self.block_tables.shape[0] + 1
+        assert self.query_start_loc[0] == 0
+        assert self.query_start_loc[-1] == self.positions.shape[0] == self.slot_mapping.shape[0]
+        assert all(0 < self.query_len(i) <= seq_len for i, seq_len in enumerate(self.seq_lens))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query_start_loc[-1]
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.seq_lens)
+
+    def query_len(self, seq_index: int) -> int:
+        """Rows that sequence brings in this step."""
+        return self.query_start_loc[seq_index + 1] - self.query_start_loc[seq_index]

@@ -1,0 +1,383 @@
+"""The engine: takes sequences in, runs steps, gives tokens out. Knows nothing of protobuf, gRPC or the model.
+
+The life of a request here:
+1. `submit` (any thread) counts it against `max_num_waiting` and puts it into the inbox; `abort` goes the same way.
+2. The engine thread empties the inbox before each step. From here on it alone touches sequences, blocks and cache.
+3. `Scheduler.schedule` chooses how many tokens of which sequences the step computes, and allocates their blocks.
+4. `ModelRunner.run` computes them, and samples a token for each sequence whose last known token was reached.
+5. The sequence takes the token, makes text of it and looks for its end; an ended one gives its blocks back at once.
+6. `on_output` (on the engine thread, must not block) tells the listener. The last output of every sequence is final:
+   a finish reason or an error. A failed step ends exactly the sequences of its batch with that error.
+7. Without work the thread checks the block accounting and sleeps on the inbox.
+"""
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Protocol, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from attention.block_manager import BlockManager
+from attention.metrics import EngineMetrics, RequestTimeline
+from attention.sampler import SampledToken
+from attention.scheduler import ScheduledBatch, Scheduler
+from attention.sequence import FinishReason, Sequence, SequenceOutput
+from protos import errors
+
+logger = logging.getLogger(__name__)
+
+OnOutput = Callable[[SequenceOutput], None]
+
+
+class NonFiniteLogits(errors.InternalError):
+    """The model's answer for one sequence is not numbers."""
+
+    reason = "NON_FINITE_LOGITS"
+
+
+class CacheTooSmall(ValueError):
+    """The latent cache cannot hold what the configuration promises."""
+
+
+class EngineConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
+    """Limits of one attention worker."""
+
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64  # sequences in a step; more raise throughput and latency
+    max_num_batched_tokens: Annotated[int, Field(ge=1, le=65536)] = 1024  # tokens in a step; longer prompts are cut
+    max_model_len: Annotated[int, Field(ge=2)] | None = (
+        None  # prompt and output, tokens; unset: what model and cache can
+    )
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 64  # tokens; smaller wastes less, larger is read faster
+    num_blocks: Annotated[int, Field(ge=1)] | None = None  # blocks of the latent cache; unset: as cache_gib allows
+    cache_gib: Annotated[float, Field(gt=0)] = 2.0  # GiB of latent cache; less is taken if less is enough
+    max_num_waiting: Annotated[int, Field(ge=1)] = 1024  # requests no step has seen yet; more get RESOURCE_EXHAUSTED
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every sequence can advance in each step"
+            )
+        return self
+
+    def num_cache_blocks(self, bytes_per_block: int, max_position_embeddings: int) -> int:
+        """Blocks of the latent cache: `num_blocks`, or what `cache_gib` holds but never more than can be used.
+
+        Raises CacheTooSmall when not even one block fits.
+        """
+        if self.num_blocks is not None:
+            return self.num_blocks
+        affordable = int(self.cache_gib * 2**30) // bytes_per_block
+        if affordable < 1:
+            raise CacheTooSmall(
+                f"cache_gib is {self.cache_gib}, one block of {self.block_size} tokens needs "
+                f"{bytes_per_block / 2**30:.4f}; raise cache_gib or lower block_size"
+            )
+        longest = min(self.max_model_len or max_position_embeddings, max_position_embeddings)
+        return min(affordable, self.max_num_seqs * -(-longest // self.block_size))
+
+    def resolved_max_model_len(self, num_blocks: int, max_position_embeddings: int) -> int:
+        """Tokens that a request may have: as configured, else as many as both the model and the cache can hold.
+
+        Raises CacheTooSmall when the configured length fits neither.
+        """
+        capacity = num_blocks * self.block_size
+        limit = min(capacity, max_position_embeddings)
+        if self.max_model_len is not None and self.max_model_len > limit:
+            raise CacheTooSmall(
+                f"max_model_len is {self.max_model_len}, the model allows {max_position_embeddings} tokens and the "
+                f"cache holds {capacity}; lower max_model_len or raise cache_gib"
+            )
+        return self.max_model_len or limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What the engine was doing after its latest step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preemptions: int = 0  # since the start
+    num_blocks: int
+    num_free_blocks: int
+
+    @property
+    def cache_usage_ratio(self) -> float:
+        return 1.0 - self.num_free_blocks / self.num_blocks
+
+
+class BatchRunner(Protocol):
+    """Computes one step; attention.model_runner.ModelRunner is one."""
+
+    def run(self, batch: ScheduledBatch) -> list[SampledToken | None]:
+        """One entry a sequence, None for those that need no sample yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    sequence: Sequence
+    on_output: OnOutput
+    arrival_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    on_output: OnOutput
+    timeline: RequestTimeline
+
+
+class Engine:
+    """One thread, named engine, that owns all sequences. `submit`, `abort`, `stats` and `stop` are for any thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: BatchRunner,
+        *,
+        num_blocks: int,
+        metrics: EngineMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """num_blocks: of the runner's latent cache, as EngineConfig.num_cache_blocks says. clock: seconds."""
+        self._config = config
+        self._runner = runner
+        self._metrics = metrics
+        self._clock = clock
+        self._block_manager = BlockManager(num_blocks=num_blocks, block_size=config.block_size)
+        self._scheduler = Scheduler(
+            self._block_manager,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self._requests: dict[Sequence, _Request] = {}
+        self._stop_deadline_s: float | None = None
+        self._stats = EngineStats(num_blocks=num_blocks, num_free_blocks=num_blocks)
+        self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards the two below, which other threads read
+        self._num_not_started = 0
+        self._is_accepting = True
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs; once it has ended by itself, only a new process helps."""
+        return self._thread.is_alive()
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def submit(self, sequence: Sequence, on_output: OnOutput) -> None:
+        """Hands a new sequence over; `on_output` is called until an output is final.
+
+        Raises CapacityExceeded, QueueFull, Unavailable.
+        """
+        if not self._scheduler.can_ever_run(sequence):
+            raise errors.CapacityExceeded(
+                f"the request may need {sequence.max_num_tokens} tokens of latent cache, there are "
+                f"{self._block_manager.max_num_tokens}; shorten it, lower max_tokens or raise cache_gib"
+            )
+        with self._lock:
+            if not self._is_accepting:
+                raise errors.Unavailable("the worker is stopping; retry on another one", retry_after_s=1.0)
+            if self._num_not_started >= self._config.max_num_waiting:
+                raise errors.QueueFull(
+                    f"{self._num_not_started} requests wait, limit is {self._config.max_num_waiting}; retry later",
+                    retry_after_s=1.0,
+                )
+            self._num_not_started += 1
+            self._inbox.put(_Submit(sequence, on_output, self._clock()))
+
+    def abort(self, sequence: Sequence) -> None:
+        """Ends a submitted sequence before the next step; nothing happens when it has ended."""
+        self._inbox.put(_Abort(sequence))
+
+    def stop(self, drain_timeout_s: float = 0.0) -> None:
+        """Takes nothing new, lets what is there run for so long, ends the rest with Unavailable, and waits for that."""
+        with self._lock:
+            self._is_accepting = False
+        self._inbox.put(_Stop(self._clock() + drain_timeout_s))
+        if self._thread.ident is None:
+            self._close()
+        else:
+            self._thread.join()
+
+    def step(self) -> bool:
+        """Empties the inbox and computes one batch. False when there was nothing to compute. For the engine thread."""
+        self._empty_inbox()
+        if self._stop_deadline_s is not None and self._clock() >= self._stop_deadline_s:
+            self._fail(list(self._requests), _stopped())
+        batch = self._scheduler.schedule()
+        if batch is not None:
+            self._start_timelines(batch)
+            self._compute(batch)
+            self._metrics.iteration_tokens.observe(batch.num_tokens)
+        self._publish_stats()
+        return batch is not None
+
+    def _run(self) -> None:
+        try:
+            while True:
+                while self.step():
+                    pass
+                self._block_manager.check_integrity()
+                if self._stop_deadline_s is not None:
+                    break
+                self._handle(self._inbox.get())
+        except Exception:
+            logger.exception("the engine thread ends: its own accounting failed, the worker must be restarted")
+        finally:
+            self._close()
+
+    def _empty_inbox(self) -> None:
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._handle(message)
+
+    def _handle(self, message: _Submit | _Abort | _Stop) -> None:
+        match message:
+            case _Submit(sequence, on_output, arrival_s):
+                timeline = RequestTimeline(
+                    self._metrics, arrival_s=arrival_s, num_prompt_tokens=sequence.num_prompt_tokens
+                )
+                self._requests[sequence] = _Request(on_output, timeline)
+                self._scheduler.add(sequence)
+            case _Abort(sequence):
+                if sequence in self._requests:
+                    self._end(sequence, SequenceOutput(finish_reason=FinishReason.ABORT))
+            case _Stop(deadline_s):
+                self._stop_deadline_s = deadline_s
+
+    def _start_timelines(self, batch: ScheduledBatch) -> None:
+        now_s = self._clock()
+        for scheduled in batch.sequences:
+            timeline = self._requests[scheduled.sequence].timeline
+            if not timeline.has_started:
+                timeline.start(now_s)
+                self._forget_waiting()
+
+    def _compute(self, batch: ScheduledBatch) -> None:
+        sequences = [scheduled.sequence for scheduled in batch.sequences]
+        try:
+            tokens = self._runner.run(batch)
+        except errors.MobulaError as error:
+            logger.warning("a step of %d tokens failed: %s: %s", batch.num_tokens, type(error).__name__, error)
+            self._fail(sequences, error)
+        except Exception:
+            internal_error = _internal_error()
+            request_ids = ", ".join(sequence.request_id for sequence in sequences)
+            logger.exception("a step of requests %s: %s", request_ids, internal_error)
+            self._fail(sequences, internal_error)
+        else:
+            self._scheduler.commit(batch)
+            now_s = self._clock()
+            for sequence, token in zip(sequences, tokens, strict=True):
+                if token is not None:
+                    self._take(sequence, token, now_s)
+
+    def _take(self, sequence: Sequence, token: SampledToken, now_s: float) -> None:
+        """Adds a sampled token to its sequence and tells the listener."""
+        if not token.is_finite:
+            position = sequence.num_output_tokens
+            error = NonFiniteLogits(
+                f"the logits of output position {position} are not finite; the weights may be damaged"
+            )
+            logger.error("request %s: %s", sequence.request_id, error)
+            self._fail([sequence], error)
+            return
+        try:
+            output = sequence.advance(token.token_id, token.logprobs)
+        except Exception:
+            internal_error = _internal_error()
+            logger.exception("request %s: %s", sequence.request_id, internal_error)
+            self._fail([sequence], internal_error)
+            return
+        timeline = self._requests[sequence].timeline
+        timeline.token(now_s)
+        if output.finish_reason is None:
+            self._tell(sequence, self._requests[sequence].on_output, output)
+        else:
+            timeline.finish(now_s, output.finish_reason)
+            self._end(sequence, output)
+
+    def _fail(self, sequences: list[Sequence], error: errors.MobulaError) -> None:
+        for sequence in sequences:
+            self._end(sequence, SequenceOutput(error=error))
+
+    def _end(self, sequence: Sequence, output: SequenceOutput) -> None:
+        """Forgets a sequence, its blocks included, and gives its listener the final output."""
+        request = self._requests.pop(sequence)
+        self._scheduler.remove(sequence)
+        if not request.timeline.has_started:
+            self._forget_waiting()
+        self._tell(sequence, request.on_output, output)
+
+    def _tell(self, sequence: Sequence, on_output: OnOutput, output: SequenceOutput) -> None:
+        try:
+            on_output(output)
+        except Exception:
+            logger.exception("request %s: its listener failed, it is aborted", sequence.request_id)
+            self.abort(sequence)
+
+    def _forget_waiting(self) -> None:
+        with self._lock:
+            self._num_not_started -= 1
+
+    def _publish_stats(self) -> None:
+        num_preemptions = self._scheduler.num_preemptions
+        self._metrics.num_preemptions.inc(num_preemptions - self._stats.num_preemptions)
+        self._stats = EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_preemptions=num_preemptions,
+            num_blocks=self._block_manager.num_blocks,
+            num_free_blocks=self._block_manager.num_free,
+        )
+        self._metrics.num_requests_running.set(self._stats.num_running)
+        self._metrics.num_requests_waiting.set(self._stats.num_waiting)
+        self._metrics.cache_usage_ratio.set(self._stats.cache_usage_ratio)
+
+    def _close(self) -> None:
+        """Nothing is taken any more; whatever is still there ends, even if the accounting is broken."""
+        with self._lock:
+            self._is_accepting = False
+        self._empty_inbox()
+        requests, self._requests = self._requests, {}
+        for sequence, request in requests.items():
+            self._tell(sequence, request.on_output, SequenceOutput(error=_stopped()))
+        for sequence, request in requests.items():
+            self._scheduler.remove(sequence)
+            if not request.timeline.has_started:
+                self._forget_waiting()
+        self._publish_stats()
+
+
+def _stopped() -> errors.Unavailable:
+    return errors.Unavailable("the worker has stopped; retry on another one", retry_after_s=1.0)
+
+
+def _internal_error() -> errors.InternalError:
+    """Carries an id, which is to be logged with the traceback."""
+    return errors.InternalError(f"internal error; find {secrets.token_hex(6)} in the worker's log")

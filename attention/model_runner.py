@@ -1,0 +1,88 @@
+"""One step: a scheduled batch becomes tensors, hidden states, and a sampled token for each sequence that needs one.
+
+Knows nothing of requests, blocks' ownership or threads. The engine thread calls it.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from attention.attention_metadata import AttentionMetadata
+from attention.sampler import SampledToken, SampleRow, sample
+from attention.scheduler import ScheduledBatch, ScheduledSequence
+
+
+class Decoder(Protocol):
+    """The part of attention.decoder.Decoder that is needed here; tests have one whose answers are known."""
+
+    def forward(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """token_ids: [num_tokens] int64. Returns [num_tokens, hidden_size]; writes the latent cache."""
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: [n, hidden_size]. Returns [n, vocab_size] fp32."""
+
+
+class ModelRunner:
+    """Runs batches on one decoder."""
+
+    def __init__(self, decoder: Decoder, *, block_size: int, device: torch.device | str = "cpu") -> None:
+        """block_size: tokens, as the decoder's latent cache has it."""
+        self._decoder = decoder
+        self._block_size = block_size
+        self._device = torch.device(device)
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch) -> list[SampledToken | None]:
+        """One entry a sequence of the batch, None for those whose last known token was not reached.
+
+        Raises whatever the decoder raises; then nothing of the step counts.
+        """
+        metadata = attention_metadata(batch, self._block_size, self._device)
+        hidden_states = self._decoder.forward(_token_ids(batch).to(self._device), metadata)  # [num_tokens, hidden_size]
+        sampled: list[SampledToken | None] = [None] * len(batch.sequences)
+        indices = [i for i, scheduled in enumerate(batch.sequences) if scheduled.needs_sample]
+        if not indices:
+            return sampled
+        last_rows = torch.tensor([metadata.query_start_loc[i + 1] - 1 for i in indices], device=self._device)
+        logits = self._decoder.logits(hidden_states[last_rows])  # [len(indices), vocab_size]
+        for i, token in zip(indices, sample(logits, [_sample_row(batch.sequences[i]) for i in indices]), strict=True):
+            sampled[i] = token
+        return sampled
+
+
+def attention_metadata(batch: ScheduledBatch, block_size: int, device: torch.device) -> AttentionMetadata:
+    """The batch's rows, sequence by sequence in the batch's order."""
+    num_rows = torch.tensor([scheduled.num_scheduled_tokens for scheduled in batch.sequences])  # [num_seqs]
+    starts = torch.tensor([scheduled.sequence.num_computed_tokens for scheduled in batch.sequences])
+    ends = num_rows.cumsum(0)
+    seq_of_row = torch.repeat_interleave(torch.arange(len(batch.sequences)), num_rows)  # [num_tokens]
+    positions = torch.arange(int(ends[-1])) - (ends - num_rows)[seq_of_row] + starts[seq_of_row]
+    block_tables = _block_tables(batch, block_size)
+    block_ids = block_tables[seq_of_row, positions // block_size].long()  # [num_tokens]
+    return AttentionMetadata(
+        positions=positions.to(device),
+        slot_mapping=(block_ids * block_size + positions % block_size).to(device),
+        query_start_loc=(0, *ends.tolist()),
+        seq_lens=tuple(scheduled.seq_len for scheduled in batch.sequences),
+        block_tables=block_tables.to(device),
+    )
+
+
+def _block_tables(batch: ScheduledBatch, block_size: int) -> Tensor:
+    """[num_seqs, max_num_blocks] int32: the blocks that hold context in this step, padded with 0."""
+    used = [scheduled.block_table[: -(-scheduled.seq_len // block_size)] for scheduled in batch.sequences]
+    width = max(len(block_table) for block_table in used)
+    return torch.tensor([[*table, *([0] * (width - len(table)))] for table in used], dtype=torch.int32)
+
+
+def _token_ids(batch: ScheduledBatch) -> Tensor:
+    token_ids: list[int] = []
+    for scheduled in batch.sequences:
+        token_ids += scheduled.sequence.token_ids(scheduled.sequence.num_computed_tokens, scheduled.seq_len)
+    return torch.tensor(token_ids)
+
+
+def _sample_row(scheduled: ScheduledSequence) -> SampleRow:
+    sequence = scheduled.sequence
+    return SampleRow(sampling_params=sequence.sampling_params, output_position=sequence.num_output_tokens)
