@@ -1,0 +1,125 @@
+"""The Inference service of one attention worker: decode, validate, call, encode.
+
+The event loop owns streams and the engine thread owns sequences; outputs cross over through an asyncio queue for each
+request. When a call ends, however it ends, its sequence is aborted, so that its blocks are free within a step.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from attention.engine import Engine
+from attention.metrics import EngineMetrics
+from attention.request import RequestReader
+from attention.sequence import FinishReason, Sequence, SequenceOutput, TokenLogprobs
+from protos import generation_pb2, rpc
+
+SERVICE = generation_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class ClusterInfo(Protocol):
+    """What a worker knows beyond its own engine. Each may raise a MobulaError."""
+
+    async def model_info(self) -> generation_pb2.GetModelInfoResponse:
+        """What is served."""
+
+    async def expert_load(self) -> generation_pb2.GetExpertLoadResponse:
+        """Counted load of experts and shards, and this worker's dispatch counters."""
+
+    async def placement(self) -> generation_pb2.GetPlacementResponse:
+        """The expert map in use."""
+
+
+class InferenceServicer:
+    """Over raw bytes, so that a malformed request is the client's error."""
+
+    def __init__(
+        self, engine: Engine, request_reader: RequestReader, cluster_info: ClusterInfo, metrics: EngineMetrics
+    ) -> None:
+        self._engine = engine
+        self._request_reader = request_reader
+        self._cluster_info = cluster_info
+        self._metrics = metrics
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """For grpc.aio.Server.add_generic_rpc_handlers."""
+        methods = {
+            "Generate": rpc.stream_handler(self.generate),
+            "Tokenize": rpc.unary_handler(self.tokenize),
+            "GetModelInfo": rpc.unary_handler(self.get_model_info),
+            "GetExpertLoad": rpc.unary_handler(self.get_expert_load),
+            "GetPlacement": rpc.unary_handler(self.get_placement),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        with self._metrics.counted_errors():
+            message = rpc.parse(generation_pb2.GenerateRequest, request)
+            sequence = await asyncio.to_thread(self._request_reader.sequence, message)
+            context.add_done_callback(lambda _: self._engine.abort(sequence))
+            async for output in self._outputs(sequence):
+                yield _response(sequence, output).SerializeToString()
+
+    async def tokenize(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        message = rpc.parse(generation_pb2.TokenizeRequest, request)
+        response = await asyncio.to_thread(self._request_reader.tokenize, message)
+        return response.SerializeToString()
+
+    async def get_model_info(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        rpc.parse(generation_pb2.GetModelInfoRequest, request)
+        return (await self._cluster_info.model_info()).SerializeToString()
+
+    async def get_expert_load(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        rpc.parse(generation_pb2.GetExpertLoadRequest, request)
+        return (await self._cluster_info.expert_load()).SerializeToString()
+
+    async def get_placement(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        rpc.parse(generation_pb2.GetPlacementRequest, request)
+        return (await self._cluster_info.placement()).SerializeToString()
+
+    async def _outputs(self, sequence: Sequence) -> AsyncIterator[SequenceOutput]:
+        """Submits the sequence and yields what it gives, to the end. Raises the error that ends it."""
+        loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[SequenceOutput] = asyncio.Queue()
+
+        def on_output(output: SequenceOutput) -> None:
+            loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        self._engine.submit(sequence, on_output)
+        is_final = False
+        while not is_final:
+            output = await outputs.get()
+            if output.error is not None:
+                raise output.error
+            yield output
+            is_final = output.is_final
+
+
+def _response(sequence: Sequence, output: SequenceOutput) -> generation_pb2.GenerateResponse:
+    response = generation_pb2.GenerateResponse(
+        request_id=sequence.request_id,
+        text=output.text,
+        token_ids=output.token_ids,
+        logprobs=[_token_logprob(logprobs) for logprobs in output.logprobs],
+    )
+    if output.finish_reason is not None:
+        response.finish_reason = _FINISH_REASONS[output.finish_reason]
+        response.usage.num_prompt_tokens = sequence.num_prompt_tokens
+        response.usage.num_completion_tokens = sequence.num_output_tokens
+    if isinstance(output.matched_stop, str):
+        response.matched_stop_string = output.matched_stop
+    elif output.matched_stop is not None:
+        response.matched_stop_token_id = output.matched_stop
+    return response
+
+
+def _token_logprob(logprobs: TokenLogprobs) -> generation_pb2.TokenLogprob:
+    top = [generation_pb2.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in logprobs.top]
+    return generation_pb2.TokenLogprob(token_id=logprobs.token_id, logprob=logprobs.logprob, top_logprobs=top)

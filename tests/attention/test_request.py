@@ -1,0 +1,123 @@
+import math
+
+import pytest
+
+from attention.request import GenerationDefaults, RequestReader
+from attention.tokenizer import BadTokenizer
+from protos import errors
+from protos.generation_pb2 import Chat, ChatMessage, GenerateRequest, SamplingParams, TokenIds, TokenizeRequest
+from tests.attention.fake_decoder import make_byte_tokenizer
+
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def make_reader(max_model_len=16, template=TEMPLATE, **defaults):
+    return RequestReader(
+        make_byte_tokenizer(chat_template=template, adds_bos=True),
+        defaults=GenerationDefaults(**defaults),
+        vocab_size=300,
+        max_model_len=max_model_len,
+        draw_seed=lambda: 99,
+    )
+
+
+def read(reader=None, **fields):
+    return (reader or make_reader()).sequence(GenerateRequest(**fields))
+
+
+def test_text_chat_and_token_ids_become_prompts():
+    user = Chat(messages=[ChatMessage(role="user", content="a")])
+    assert read(text="ab").prompt_token_ids == [256, 97, 98]
+    assert read(chat=user).prompt_token_ids == [256, 97]
+    assert read(token_ids=TokenIds(ids=[299, 0])).prompt_token_ids == [299, 0]
+
+
+def test_unset_parameters_come_from_the_model_and_set_ones_stand_even_when_zero():
+    reader = make_reader(temperature=0.3, top_p=0.95, top_k=7)
+    params = read(reader, text="a").sampling_params
+    assert (params.temperature, params.top_p, params.top_k, params.seed, params.logprobs) == (0.3, 0.95, 7, 99, None)
+    given = SamplingParams(temperature=0, top_k=0, seed=0, logprobs=0, skip_special_tokens=False)
+    params = read(reader, text="a", sampling_params=given).sampling_params
+    assert (params.temperature, params.top_p, params.top_k, params.seed, params.logprobs) == (0.0, 0.95, 0, 0, 0)
+    assert not params.skip_special_tokens
+
+
+def test_unset_max_tokens_is_what_the_prompt_leaves_free():
+    sequence = read(text="ab")
+    assert (sequence.sampling_params.max_tokens, sequence.max_num_tokens) == (13, 16)
+
+
+def test_larger_max_tokens_end_with_the_context():
+    assert read(text="ab", sampling_params=SamplingParams(max_tokens=5)).max_num_tokens == 8
+    assert read(text="ab", sampling_params=SamplingParams(max_tokens=500)).max_num_tokens == 16
+
+
+def test_request_gets_an_id_unless_it_has_one():
+    assert read(text="a", request_id="mine").request_id == "mine"
+    assert read(text="a").request_id != read(text="a").request_id
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        ({}, "input", "set text, chat or token_ids"),
+        ({"text": ""}, "text", "empty"),
+        ({"token_ids": TokenIds()}, "token_ids", "prompt is empty"),
+        ({"token_ids": TokenIds(ids=[1, 300])}, "token_ids.ids", "token id 300 at index 1 .* vocab_size is 300"),
+        ({"chat": Chat()}, "chat.messages", "no messages"),
+        (
+            {"chat": Chat(messages=[ChatMessage(role="user"), ChatMessage(role="robot")])},
+            "chat.messages[1].role",
+            "role is 'robot', must be one of system, user, assistant",
+        ),
+        ({"text": "a", "request_id": "x" * 129}, "request_id", "at most 128"),
+        ({"text": "a", "request_id": "x\ny"}, "request_id", "printable"),
+        ({"text": "a", "sampling_params": SamplingParams(temperature=math.nan)}, "sampling_params.temperature", "nan"),
+        ({"text": "a", "sampling_params": SamplingParams(max_tokens=0)}, "sampling_params.max_tokens", "1 or more"),
+        ({"text": "a", "sampling_params": SamplingParams(stop=[""])}, "sampling_params.stop", "at least one"),
+        (
+            {"text": "a", "sampling_params": SamplingParams(stop_token_ids=[300])},
+            "sampling_params.stop_token_ids",
+            "token id 300",
+        ),
+    ],
+)
+def test_bad_request_is_refused_with_its_field(fields, field, message):
+    with pytest.raises(errors.InvalidRequest, match=message) as raised:
+        read(**fields)
+    assert raised.value.field == field
+
+
+def test_prompt_that_leaves_no_room_for_an_answer_is_refused_with_the_numbers():
+    assert read(text="x" * 14).max_num_tokens == 16
+    with pytest.raises(errors.PromptTooLong, match=r"has 16 tokens, limit is 15 .* shorten it or raise max_model_len"):
+        read(text="x" * 15)
+
+
+def test_chat_for_a_model_without_template_is_refused():
+    with pytest.raises(errors.InvalidRequest, match="no chat template"):
+        read(make_reader(template=None), chat=Chat(messages=[ChatMessage(role="user", content="a")]))
+
+
+def test_tokenize_gives_the_ids_that_generate_sees_and_their_texts():
+    response = make_reader().tokenize(TokenizeRequest(text="aé"))
+    assert list(response.token_ids) == [256, 97, 195, 169]
+    assert list(response.tokens) == ["<bos>", "a", "�", "�"]
+    with pytest.raises(errors.InvalidRequest, match="set text or chat"):
+        make_reader().tokenize(TokenizeRequest())
+
+
+def test_defaults_are_read_from_generation_config(tmp_path):
+    assert GenerationDefaults.read(tmp_path) == GenerationDefaults()
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"do_sample": true, "temperature": 0.3, "top_p": 0.95, "top_k": null, "eos_token_id": 1}')
+    assert GenerationDefaults.read(tmp_path) == GenerationDefaults(temperature=0.3, top_p=0.95)
+    path.write_text('{"do_sample": false, "top_k": 5}')
+    assert GenerationDefaults.read(tmp_path) == GenerationDefaults(temperature=0.0, top_k=5)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"top_p": 2.0}', '{"temperature": "hot"}'])
+def test_unusable_generation_config_is_named(tmp_path, content):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(BadTokenizer, match=r"generation_config\.json"):
+        GenerationDefaults.read(tmp_path)
