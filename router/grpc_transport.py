@@ -1,0 +1,178 @@
+"""One long-lived bidirectional gRPC stream to a shard, carrying raw frames.
+
+Everything but `forward`, `close` and the properties runs on the event loop that the caller provides, and that loop owns
+the state. Answers are paired with their calls by sequence number. Knows nothing of what the frames say beyond that.
+
+A forward's life:
+1. `forward` (any thread) makes the future and hands the frame to the loop.
+2. On the loop the call becomes pending and its frame is queued for the writer.
+3. The writer task writes one frame at a time to the stream.
+4. The reader finds the pending call of each answer and completes its future; answers without one are late and ignored.
+5. When the stream breaks, every pending call fails with ShardUnavailable at once, and the stream is reopened, waiting
+   longer from attempt to attempt. Meanwhile new calls fail at once.
+"""
+
+import asyncio
+import logging
+import random
+from concurrent.futures import Future
+
+import grpc
+import grpc.aio
+
+from protos import expert_pb2, rpc
+from protos.codec import decode_frame
+from protos.errors import InvalidRequest, MobulaError, QueueFull, ShardUnavailable
+
+logger = logging.getLogger(__name__)
+
+FORWARD_METHOD = "/mobula.v1.ExpertShard/Forward"
+
+CONNECT_TIMEOUT_S = 5.0  # until the shard has opened its side of the stream
+MIN_RECONNECT_WAIT_S = 0.05
+MAX_RECONNECT_WAIT_S = 1.0  # a shard that is back is used again within about this time
+MAX_OUTSTANDING_FORWARDS = 64  # a worker has one per layer and micro-batch in flight, so more means that nobody waits
+
+
+class GrpcTransport:
+    """The stream to the shard at `address` ("host:port"). Connects in the background from the start."""
+
+    def __init__(
+        self, address: str, loop: asyncio.AbstractEventLoop, max_outstanding: int = MAX_OUTSTANDING_FORWARDS
+    ) -> None:
+        self._address = address
+        self._loop = loop
+        self._max_outstanding = max_outstanding
+        self._pending: dict[int, Future[bytes]] = {}
+        self._outgoing: asyncio.Queue[bytes] | None = None  # while connected
+        self._last_failure = "not connected yet"
+        self._is_closed = False
+        self._runner = asyncio.run_coroutine_threadsafe(self._keep_connected(), loop)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    @property
+    def is_connected(self) -> bool:
+        return self._outgoing is not None
+
+    def forward(self, sequence_number: int, frame: bytes) -> Future[bytes]:
+        """See ShardTransport."""
+        future: Future[bytes] = Future()
+        try:
+            self._loop.call_soon_threadsafe(self._send, sequence_number, frame, future)
+        except RuntimeError:  # the loop is closed
+            future.set_exception(self._unavailable("the event loop has ended"))
+        return future
+
+    def close(self) -> None:
+        """See ShardTransport."""
+        self._is_closed = True
+        self._runner.cancel()
+
+    def _send(self, sequence_number: int, frame: bytes, future: Future[bytes]) -> None:
+        if self._outgoing is None or self._is_closed:
+            _fail(future, self._unavailable(self._last_failure))
+            return
+        if len(self._pending) >= self._max_outstanding:
+            self._drop_given_up()
+        if len(self._pending) >= self._max_outstanding:
+            _fail(future, QueueFull(
+                f"{len(self._pending)} forwards to shard {self._address} are outstanding, limit is "
+                f"{self._max_outstanding}; wait for answers"
+            ))
+            return
+        if len(frame) > rpc.MAX_FRAME_BYTES:
+            _fail(future, InvalidRequest(
+                f"the frame for shard {self._address} has {len(frame)} bytes, limit is {rpc.MAX_FRAME_BYTES}; "
+                "lower max_num_batched_tokens"
+            ))
+            return
+        self._pending[sequence_number] = future
+        self._outgoing.put_nowait(frame)
+
+    def _drop_given_up(self) -> None:
+        self._pending = {number: future for number, future in self._pending.items() if not future.cancelled()}
+
+    async def _keep_connected(self) -> None:
+        """The loop's top: one stream after the other until `close`."""
+        wait_s = MIN_RECONNECT_WAIT_S
+        try:
+            async with grpc.aio.insecure_channel(self._address, options=rpc.frame_options()) as channel:
+                while True:
+                    try:
+                        was_connected = await self._run_stream(channel)
+                    except Exception:
+                        logger.exception("the stream to shard %s failed in an unexpected way", self._address)
+                        was_connected = False
+                        self._fail_pending("internal error of the transport, see the log")
+                    wait_s = MIN_RECONNECT_WAIT_S if was_connected else min(2 * wait_s, MAX_RECONNECT_WAIT_S)
+                    await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+        finally:
+            self._is_closed = True
+            self._fail_pending("the transport was closed")
+
+    async def _run_stream(self, channel: grpc.aio.Channel) -> bool:
+        """Opens a stream and serves it until it breaks; whether it was open."""
+        call = channel.stream_stream(FORWARD_METHOD)()
+        was_connected = False
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await call.wait_for_connection()
+            was_connected = True
+            logger.info("connected to shard %s", self._address)
+            await self._serve(call)
+            failure = "the shard ended the stream"
+        except TimeoutError:
+            failure = f"no connection within {CONNECT_TIMEOUT_S} s"
+        except grpc.aio.AioRpcError as error:
+            failure = f"{error.code().name}: {error.details()}"
+        except InvalidRequest as error:
+            failure = f"the shard's answer is not a ForwardResponse: {error}"
+        finally:
+            call.cancel()
+        self._fail_pending(failure)
+        logger.log(
+            logging.WARNING if was_connected else logging.DEBUG, "no stream to shard %s: %s", self._address, failure
+        )
+        return was_connected
+
+    async def _serve(self, call: grpc.aio.StreamStreamCall) -> None:
+        """Writes and reads until the stream ends; a write that fails ends it for the reader too."""
+        outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        writer = asyncio.create_task(_write_frames(call, outgoing))
+        self._outgoing = outgoing
+        try:
+            await self._read_answers(call)
+        finally:
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    async def _read_answers(self, call: grpc.aio.StreamStreamCall) -> None:
+        async for frame in call:
+            header, _ = decode_frame(expert_pb2.ForwardResult, frame)
+            future = self._pending.pop(header.sequence_number, None)
+            if future is not None and future.set_running_or_notify_cancel():
+                future.set_result(frame)
+
+    def _fail_pending(self, failure: str) -> None:
+        self._outgoing = None
+        self._last_failure = failure
+        pending, self._pending = self._pending, {}
+        for future in pending.values():
+            _fail(future, self._unavailable(failure))
+
+    def _unavailable(self, failure: str) -> ShardUnavailable:
+        return ShardUnavailable(f"no stream to shard {self._address}: {failure}")
+
+
+async def _write_frames(call: grpc.aio.StreamStreamCall, outgoing: asyncio.Queue[bytes]) -> None:
+    while True:
+        await call.write(await outgoing.get())
+
+
+def _fail(future: Future[bytes], error: MobulaError) -> None:
+    """Given-up futures stay as they are."""
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

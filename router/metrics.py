@@ -1,0 +1,150 @@
+"""What the router counts, and its Prometheus series.
+
+Counting is adding plain integers, for a step makes dozens of dispatches; series are built when somebody scrapes.
+The engine thread counts; a scrape may see a dispatch half counted, never a wrong total afterwards.
+"""
+
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+_LATENCY_BUCKETS_S = (
+    0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchStats:
+    """How far tokens travelled since the worker started.
+
+    num_tokens_by_ranks[n]: how many (token, layer) pairs visited exactly n shards.
+    """
+
+    num_tokens_by_ranks: tuple[int, ...]
+    max_ranks_per_token: int
+    num_device_limit_violations: int
+    sent_bytes: int
+    received_bytes: int
+
+
+class RouterMetrics(Collector):
+    """Counts for one attention worker; registers itself."""
+
+    def __init__(self, registry: CollectorRegistry, dp_rank: int) -> None:
+        self._dp_rank = str(dp_rank)
+        self._num_tokens_by_ranks: list[int] = [0]
+        self._sent_bytes: Tally[int] = Tally()
+        self._received_bytes: Tally[int] = Tally()
+        self._rows: Tally[int] = Tally()
+        self._retries: Tally[str] = Tally()
+        self._num_violations = 0
+        self._placement_version = 0
+        self._max_ranks_per_token = 0
+        self._latency = Histogram(
+            "mobula_dispatch_latency_seconds",
+            "From the dispatch of a layer's rows until their sums were complete.",
+            ("dp_rank",),
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        ).labels(self._dp_rank)
+        registry.register(self)
+
+    def set_placement(self, placement_version: int, max_ranks_per_token: int) -> None:
+        """The placement that the next dispatch uses, and its device limit."""
+        self._placement_version = placement_version
+        self._max_ranks_per_token = max_ranks_per_token
+
+    def count_dispatch(self, num_tokens_by_ranks: list[int]) -> None:
+        """One layer's tokens by the number of shards that they visit; checks the device limit."""
+        missing = len(num_tokens_by_ranks) - len(self._num_tokens_by_ranks)
+        self._num_tokens_by_ranks.extend([0] * missing)
+        for num_ranks, num_tokens in enumerate(num_tokens_by_ranks):
+            self._num_tokens_by_ranks[num_ranks] += num_tokens
+        self._num_violations += sum(num_tokens_by_ranks[self._max_ranks_per_token + 1 :])
+
+    def count_sent(self, ep_rank: int, num_rows: int, num_bytes: int) -> None:
+        """A frame that was sent, retries included."""
+        self._rows[ep_rank] += num_rows
+        self._sent_bytes[ep_rank] += num_bytes
+
+    def count_received(self, ep_rank: int, num_bytes: int) -> None:
+        """An answer that was used."""
+        self._received_bytes[ep_rank] += num_bytes
+
+    def count_retry(self, reason: str) -> None:
+        """A message that was sent again; `reason` is an error's or "timeout"."""
+        self._retries[reason] += 1
+
+    def observe_latency(self, seconds: float) -> None:
+        """Of one layer."""
+        self._latency.observe(seconds)
+
+    def stats(self) -> DispatchStats:
+        """The counts so far."""
+        return DispatchStats(
+            num_tokens_by_ranks=tuple(self._num_tokens_by_ranks),
+            max_ranks_per_token=self._max_ranks_per_token,
+            num_device_limit_violations=self._num_violations,
+            sent_bytes=self._sent_bytes.total(),
+            received_bytes=self._received_bytes.total(),
+        )
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing in advance, so that registering does not collect."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """The series of the counts."""
+        dp_rank = self._dp_rank
+        sent = CounterMetricFamily(
+            "mobula_dispatch_bytes", "Bytes of frames to and from shards.", labels=("dp_rank", "ep_rank", "direction")
+        )
+        for direction, tally in (("sent", self._sent_bytes), ("received", self._received_bytes)):
+            for ep_rank, num_bytes in sorted(tally.copy().items()):
+                sent.add_metric((dp_rank, str(ep_rank), direction), num_bytes)
+        yield sent
+        rows = CounterMetricFamily(
+            "mobula_dispatch_rows", "Rows of hidden states sent to shards.", labels=("dp_rank", "ep_rank")
+        )
+        for ep_rank, num_rows in sorted(self._rows.copy().items()):
+            rows.add_metric((dp_rank, str(ep_rank)), num_rows)
+        yield rows
+        yield self._ranks_per_token()
+        violations = CounterMetricFamily(
+            "mobula_device_limit_violations",
+            "(token, layer) pairs that visited more shards than the device limit allows; always 0.",
+            labels=("dp_rank",),
+        )
+        violations.add_metric((dp_rank,), self._num_violations)
+        yield violations
+        retries = CounterMetricFamily(
+            "mobula_expert_retries", "Messages to shards that were sent again.", labels=("dp_rank", "reason")
+        )
+        for reason, count in sorted(self._retries.copy().items()):
+            retries.add_metric((dp_rank, reason), count)
+        yield retries
+        version = GaugeMetricFamily(
+            "mobula_placement_version", "Version of the expert map in use.", labels=("dp_rank",)
+        )
+        version.add_metric((dp_rank,), self._placement_version)
+        yield version
+
+    def _ranks_per_token(self) -> Metric:
+        """A histogram with a bucket for each number of shards."""
+        family = HistogramMetricFamily(
+            "mobula_ranks_per_token", "Shards that a token visited in a layer.", labels=("dp_rank",)
+        )
+        counts = list(self._num_tokens_by_ranks)
+        counts.extend([0] * (self._max_ranks_per_token + 1 - len(counts)))
+        buckets, total = [], 0
+        for num_ranks, num_tokens in enumerate(counts):
+            total += num_tokens
+            buckets.append((f"{num_ranks}.0", float(total)))
+        buckets.append(("+Inf", float(total)))
+        family.add_metric((self._dp_rank,), buckets, sum_value=sum(n * count for n, count in enumerate(counts)))
+        return family

@@ -1,0 +1,153 @@
+"""Sends each token's hidden state to the shards that hold its experts, and adds what comes back.
+
+A library inside the attention worker. Knows nothing of weights, of how shards are found, or of what a transport is made
+of. Implements attention.decoder.ExpertDispatcher.
+
+The life of a layer's rows:
+1. `dispatch` takes the newest Routing (expert map and transports) and chooses a replica of each unit.
+2. The plan: each row once a shard, assignments sorted, partial sums numbered.
+3. One frame to each shard; `dispatch` returns while they are on their way. Several handles may be in flight.
+4. `combine` waits for the answers, has failed ones sent again, and adds each row's partial sums in order of their unit.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from protos.errors import Unavailable
+from router.dispatch_handle import DispatchHandle, HandleContext, LayerInput, RouterConfig, Routing, sequence_numbers
+from router.expert_map import ExpertMap
+from router.gate import GateConfig
+from router.metrics import DispatchStats, RouterMetrics
+from router.transport import ShardTransport, TransportFactory
+
+__all__ = ["Router", "RouterConfig"]
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_POLL_S = 0.01
+
+
+class Router:
+    """`dispatch` and `combine` belong to the engine thread; every other method may be called from any thread."""
+
+    def __init__(
+        self,
+        *,
+        config: RouterConfig,
+        gate: GateConfig,
+        expert_map: ExpertMap,
+        addresses: Mapping[int, str],
+        connect: TransportFactory,
+        metrics: RouterMetrics,
+    ) -> None:
+        """`addresses` by ep_rank, without those that are down; `connect` opens the way to one."""
+        self._gate = gate
+        self._connect = connect
+        self._metrics = metrics
+        self._update_lock = threading.Lock()
+        self._routing = Routing(expert_map=expert_map, transports=(None,) * expert_map.ep_size)
+        self._is_closed = False
+        self._context = HandleContext(
+            config=config,
+            metrics=metrics,
+            routing=self._newest_routing,
+            sequence_numbers=sequence_numbers(),
+            turns=itertools.count(),
+        )
+        self.update_placement(expert_map, addresses)
+
+    @property
+    def expert_map(self) -> ExpertMap:
+        """The newest."""
+        return self._routing.expert_map
+
+    def dispatch(
+        self, layer_id: int, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor
+    ) -> DispatchHandle:
+        """Sends the rows to their experts and returns at once.
+
+        hidden_states: [num_tokens, hidden_size] fp32 or bf16, not to be changed until combined;
+        topk_weights: [num_tokens, top_k] fp32; topk_ids: [num_tokens, top_k] int64, no duplicates within a row.
+        """
+        layer = LayerInput(
+            layer_id=layer_id,
+            hidden_states=hidden_states.detach().cpu().contiguous(),
+            topk_weights=topk_weights.detach().float().cpu(),
+            topk_ids=topk_ids.cpu(),
+        )
+        handle = DispatchHandle(layer, self._context, hidden_states.device)
+        handle.start()
+        self._metrics.count_dispatch(handle.plan.num_tokens_by_ranks)
+        return handle
+
+    def combine(self, handle: DispatchHandle) -> Tensor:
+        """The weighted sum of each row's routed experts: [num_tokens, hidden_size] fp32.
+
+        The same to the bit wherever the experts are. Raises ShardUnavailable when a shard and its replicas did not
+        answer within forward_timeout_s, InternalError when one refused the message.
+        """
+        assert not handle.is_combined, "a handle is combined once"
+        handle.is_combined = True
+        combined = handle.wait()
+        self._metrics.observe_latency(time.monotonic() - handle.started_s)
+        return combined.to(handle.device)
+
+    def update_placement(self, expert_map: ExpertMap, addresses: Mapping[int, str]) -> None:
+        """From now on rows go where `expert_map` says; connections to unchanged addresses stay.
+
+        The same version with other addresses is how a shard that came back is made known; an older version has been
+        overtaken and changes nothing.
+        """
+        with self._update_lock:
+            old = self._routing
+            if expert_map.placement_version < old.expert_map.placement_version:
+                logger.info(
+                    "placement %d is ignored, %d is in use",
+                    expert_map.placement_version,
+                    old.expert_map.placement_version,
+                )
+                return
+            open_transports = {transport.address: transport for transport in old.transports if transport is not None}
+            transports: list[ShardTransport | None] = []
+            for ep_rank in range(expert_map.ep_size):
+                address = addresses.get(ep_rank)
+                if address is None:
+                    transports.append(None)
+                    continue
+                if address not in open_transports:
+                    open_transports[address] = self._connect(address)
+                transports.append(open_transports[address])
+            self._metrics.set_placement(expert_map.placement_version, expert_map.max_ranks_per_token(self._gate))
+            self._routing = Routing(expert_map=expert_map, transports=tuple(transports))
+            for transport in open_transports.values():
+                if transport not in transports:
+                    transport.close()
+
+    def wait_until_connected(self, timeout_s: float) -> list[int]:
+        """Waits until every shard can be reached, at most `timeout_s`; the shards that still cannot be."""
+        give_up_at_s = time.monotonic() + timeout_s
+        while (down := self._routing.down()) and time.monotonic() < give_up_at_s:
+            time.sleep(_CONNECT_POLL_S)
+        return down
+
+    def stats(self) -> DispatchStats:
+        """How far tokens travelled so far."""
+        return self._metrics.stats()
+
+    def close(self) -> None:
+        """Closes every transport; combining what is in flight raises Unavailable."""
+        with self._update_lock:
+            self._is_closed = True
+            for transport in self._routing.transports:
+                if transport is not None:
+                    transport.close()
+
+    def _newest_routing(self) -> Routing:
+        if self._is_closed:
+            raise Unavailable("the router is closed: the worker is shutting down")
+        return self._routing

@@ -1,0 +1,51 @@
+from prometheus_client import CollectorRegistry
+
+from router.metrics import RouterMetrics
+
+
+def counted() -> tuple[RouterMetrics, CollectorRegistry]:
+    registry = CollectorRegistry()
+    metrics = RouterMetrics(registry, dp_rank=3)
+    metrics.set_placement(placement_version=7, max_ranks_per_token=3)
+    return metrics, registry
+
+
+def test_ranks_per_token_has_a_bucket_for_each_number_of_shards():
+    metrics, registry = counted()
+    metrics.count_dispatch([0, 5])
+    metrics.count_dispatch([0, 1, 2])
+
+    def bucket(le: str) -> float | None:
+        return registry.get_sample_value("mobula_ranks_per_token_bucket", {"dp_rank": "3", "le": le})
+
+    assert [bucket(le) for le in ("0.0", "1.0", "2.0", "3.0", "+Inf")] == [0, 6, 8, 8, 8]
+    assert registry.get_sample_value("mobula_ranks_per_token_sum", {"dp_rank": "3"}) == 10
+    assert registry.get_sample_value("mobula_ranks_per_token_count", {"dp_rank": "3"}) == 8
+    assert metrics.stats().num_tokens_by_ranks == (0, 6, 2)
+
+
+def test_a_token_beyond_the_device_limit_is_counted_not_raised():
+    metrics, registry = counted()
+    violations = "mobula_device_limit_violations_total"
+    metrics.count_dispatch([0, 5, 0, 1])
+    assert registry.get_sample_value(violations, {"dp_rank": "3"}) == 0
+    metrics.count_dispatch([0, 5, 0, 1, 2, 4])
+    assert registry.get_sample_value(violations, {"dp_rank": "3"}) == 6
+
+
+def test_bytes_rows_retries_and_version_are_shown_by_label():
+    metrics, registry = counted()
+    metrics.count_sent(ep_rank=1, num_rows=4, num_bytes=100)
+    metrics.count_sent(ep_rank=1, num_rows=1, num_bytes=11)
+    metrics.count_received(ep_rank=0, num_bytes=50)
+    metrics.count_retry("timeout")
+    metrics.observe_latency(0.25)
+    sample = registry.get_sample_value
+    sent = {"dp_rank": "3", "ep_rank": "1", "direction": "sent"}
+    assert sample("mobula_dispatch_bytes_total", sent) == 111
+    assert sample("mobula_dispatch_bytes_total", {"dp_rank": "3", "ep_rank": "0", "direction": "received"}) == 50
+    assert sample("mobula_dispatch_rows_total", {"dp_rank": "3", "ep_rank": "1"}) == 5
+    assert sample("mobula_expert_retries_total", {"dp_rank": "3", "reason": "timeout"}) == 1
+    assert sample("mobula_placement_version", {"dp_rank": "3"}) == 7
+    assert sample("mobula_dispatch_latency_seconds_sum", {"dp_rank": "3"}) == 0.25
+    assert (metrics.stats().sent_bytes, metrics.stats().received_bytes) == (111, 50)
