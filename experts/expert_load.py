@@ -1,0 +1,55 @@
+"""Counted load: how many tokens each expert has computed. The compute thread counts, any thread takes snapshots."""
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from experts.grouped_ffn import ForwardInput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSnapshot:
+    """Counts since the shard started.
+
+    num_tokens: [num_moe_layers, n_routed_experts] uint64, (row, expert) pairs computed by each logical expert.
+    num_forwards, num_rows, num_assignments: of all forwards together.
+    """
+
+    num_tokens: npt.NDArray[np.uint64]
+    num_forwards: int
+    num_rows: int
+    num_assignments: int
+
+
+class ExpertLoad:
+    """Adds up what was computed."""
+
+    def __init__(self, moe_layer_ids: tuple[int, ...], n_routed_experts: int) -> None:
+        self._row_of_layer = {layer_id: row for row, layer_id in enumerate(moe_layer_ids)}
+        self._num_tokens = np.zeros((len(moe_layer_ids), n_routed_experts), dtype=np.uint64)
+        self._num_forwards = 0
+        self._num_rows = 0
+        self._num_assignments = 0
+        self._lock = threading.Lock()  # a snapshot is of one moment
+
+    def count(self, layer_id: int, num_forwards: int, forward: ForwardInput) -> None:
+        """Adds a computation that answered `num_forwards` forwards."""
+        counts = torch.bincount(forward.expert_ids, minlength=self._num_tokens.shape[1]).numpy().astype(np.uint64)
+        with self._lock:
+            self._num_tokens[self._row_of_layer[layer_id]] += counts
+            self._num_forwards += num_forwards
+            self._num_rows += forward.num_rows
+            self._num_assignments += forward.num_assignments
+
+    def snapshot(self) -> LoadSnapshot:
+        """The counts so far."""
+        with self._lock:
+            return LoadSnapshot(
+                num_tokens=self._num_tokens.copy(),
+                num_forwards=self._num_forwards,
+                num_rows=self._num_rows,
+                num_assignments=self._num_assignments,
+            )

@@ -1,0 +1,148 @@
+"""The shard's gRPC server: raw frames in and out of streams, counted load, health. Holds no logic of its own.
+
+Answers go out in the order in which they are ready. A stream that sends bytes that are no frame ends with
+INVALID_ARGUMENT; the other streams do not notice. When a stream ends, its forwards that still wait are dropped.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from experts.shard import ExpertShard
+from protos import expert_pb2, rpc
+from protos.errors import InternalError, InvalidRequest, to_status
+
+SERVICE = "mobula.v1.ExpertShard"
+
+
+class ExpertServicer:
+    """One shard's methods, over raw bytes."""
+
+    def __init__(self, shard: ExpertShard) -> None:
+        self._shard = shard
+
+    async def forward(self, request_iterator: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        """ExpertShard.Forward."""
+        await context.send_initial_metadata(())  # tells the worker that the stream is open
+        answers = _Answers(asyncio.get_running_loop())
+        writer = asyncio.create_task(answers.write_to(context))
+        try:
+            async for frame in request_iterator:
+                answers.expect(self._shard.forward(frame))
+            await answers.all_written()
+        except InvalidRequest as error:
+            await context.abort_with_status(to_status(error))
+        finally:
+            answers.give_up()
+            writer.cancel()
+
+    async def get_shard_load(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """ExpertShard.GetShardLoad."""
+        rpc.parse(expert_pb2.GetShardLoadRequest, request)
+        load = self._shard.load()
+        response = expert_pb2.GetShardLoadResponse(
+            ep_rank=self._shard.ep_rank,
+            num_units=self._shard.num_units,
+            num_forwards=load.num_forwards,
+            num_rows=load.num_rows,
+            num_assignments=load.num_assignments,
+            weight_bytes=self._shard.weight_bytes,
+            layers=[
+                expert_pb2.ShardLayerLoad(layer_id=layer_id, num_tokens=num_tokens.tolist())
+                for layer_id, num_tokens in zip(self._shard.moe_layer_ids, load.num_tokens, strict=True)
+            ],
+        )
+        return bytes(response.SerializeToString())
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """For grpc.aio.Server.add_generic_rpc_handlers; without (de)serializers, so that frames are not copied."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Forward": grpc.stream_stream_rpc_method_handler(self.forward),
+                "GetShardLoad": rpc.unary_handler(self.get_shard_load),
+            },
+        )
+
+
+class _Answers:
+    """The answers that a stream waits for. Everything but the futures' callbacks runs on the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: set[Future[bytes]] = set()
+        self._ready: asyncio.Queue[Future[bytes]] = asyncio.Queue()
+        self._written = asyncio.Event()
+
+    def expect(self, answer: Future[bytes]) -> None:
+        self._waiting.add(answer)
+        answer.add_done_callback(self._on_done)
+
+    def _on_done(self, answer: Future[bytes]) -> None:
+        if answer.cancelled() or self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._ready.put_nowait, answer)
+
+    async def write_to(self, context: grpc.aio.ServicerContext) -> None:
+        while True:
+            answer = await self._ready.get()
+            await context.write(answer.result())
+            self._waiting.discard(answer)
+            self._written.set()
+
+    async def all_written(self) -> None:
+        """When the worker has closed its side, what it still waits for is computed and sent."""
+        while self._waiting:
+            self._written.clear()
+            await self._written.wait()
+
+    def give_up(self) -> None:
+        for answer in self._waiting:
+            answer.cancel()
+
+
+class ExpertServer:
+    """A shard's listening server."""
+
+    def __init__(self, server: grpc.aio.Server, health: health_aio.HealthServicer, port: int) -> None:
+        self.port = port
+        self._server = server
+        self._health = health
+
+    @classmethod
+    async def start(cls, shard: ExpertShard, host: str, port: int) -> "ExpertServer":
+        """Listens; `port` 0 takes a free one. The shard must have been started.
+
+        Raises InternalError when the port is taken. Not serving to health checks until `set_serving`.
+        """
+        server = grpc.aio.server(options=[*rpc.frame_options(), ("grpc.so_reuseport", 0)])
+        server.add_generic_rpc_handlers((ExpertServicer(shard).handlers(),))
+        health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        try:
+            bound_port = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise InternalError(f"expert shard {shard.ep_rank} cannot listen on {host}:{port}: {error}") from error
+        await server.start()
+        started = cls(server, health, bound_port)
+        await started.set_serving(False)
+        return started
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """What grpc.health.v1 says: serving means that the weights of a placement are there."""
+        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Not serving; streams, which never end on their own, end after `grace_s` seconds.
+
+        Stop the shard first, so that what waits is answered.
+        """
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)

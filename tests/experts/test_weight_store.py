@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from experts.weight_store import Unit, WeightShapeError, WeightStore
+from protos.errors import StalePlacement
+from tests.fake_experts import RandomReader, small_model
+
+FIRST, SECOND = Unit(1, 0, (0, 1)), Unit(4, 3, (6, 7))
+
+
+def test_a_units_tensors_are_read_once_by_their_published_names():
+    model = small_model()
+    reader = RandomReader(model)
+    store = WeightStore(model, reader)
+    store.activate(1, [FIRST])
+    assert reader.names_read == [
+        f"model.layers.1.mlp.experts.{expert_id}.{name}_proj.weight"
+        for expert_id in (0, 1)
+        for name in ("gate", "up", "down")
+    ]
+    weights = store.layer(1, 1).experts[1]
+    gate, up, down = (
+        reader.read(f"model.layers.1.mlp.experts.1.{name}_proj.weight") for name in ("gate", "up", "down")
+    )
+    assert torch.equal(weights.w13, torch.cat((gate, up)))
+    assert torch.equal(weights.w2, down)
+
+
+def test_weights_are_kept_in_the_models_dtype_and_their_bytes_counted():
+    model = small_model(torch.bfloat16)
+    store = WeightStore(model, RandomReader(model))
+    store.activate(1, [FIRST, SECOND])
+    assert store.layer(1, 4).experts[6].w2.dtype == torch.bfloat16
+    assert store.weight_bytes == 4 * model.expert_bytes == 4 * 3 * 48 * 24 * 2
+    assert store.num_units == 2
+
+
+def test_a_layer_knows_the_unit_of_each_expert_it_holds_and_no_other():
+    model = small_model()
+    store = WeightStore(model, RandomReader(model))
+    store.activate(1, [SECOND])
+    assert store.layer(1, 4).expert_to_unit.tolist() == [-1] * 6 + [3, 3] + [-1] * 8
+    assert store.layer(1, 2).expert_to_unit.tolist() == [-1] * 16
+    assert store.layer(1, 3) is None
+
+
+def test_two_versions_are_served_at_once_and_share_what_both_hold():
+    model = small_model()
+    reader = RandomReader(model)
+    store = WeightStore(model, reader)
+    store.activate(1, [FIRST])
+    store.stage([SECOND])
+    num_read = len(reader.names_read)
+    store.activate(2, [FIRST, SECOND])
+    assert len(reader.names_read) == num_read
+    assert store.versions == (1, 2)
+    assert store.layer(1, 1).experts[0].w2.data_ptr() == store.layer(2, 1).experts[0].w2.data_ptr()
+    store.release(1)
+    assert store.num_units == 2
+    store.activate(3, [FIRST])
+    store.release(2)
+    assert (store.versions, store.num_units) == ((3,), 1)
+
+
+def test_a_version_that_is_not_served_is_refused_with_those_that_are():
+    model = small_model()
+    store = WeightStore(model, RandomReader(model))
+    store.activate(4, [FIRST])
+    with pytest.raises(StalePlacement, match=r"version 3 is not served here, only \[4\]"):
+        store.layer(3, 1)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes():
+    reader = RandomReader(small_model(hidden_size=32))
+    store = WeightStore(small_model(), reader)
+    with pytest.raises(WeightShapeError, match=r"experts.0.gate_proj.weight is \[24, 32\] .* says \[24, 48\]"):
+        store.stage([FIRST])
+    assert reader.names_read == []

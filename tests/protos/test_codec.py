@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protos import expert_pb2, tensor_pb2
+from protos.codec import PayloadReader, decode_frame, dtype_from_wire, dtype_to_wire, encode_frame
+from protos.errors import InvalidRequest
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int32, torch.int64]
+shapes = st.lists(st.integers(0, 5), min_size=1, max_size=3).map(tuple)
+tensors = st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), max_size=4)
+headers = st.builds(
+    expert_pb2.ForwardHeader,
+    sequence_number=st.integers(0, 2**64 - 1),
+    layer_id=st.integers(0, 2**32 - 1),
+    num_rows=st.integers(0, 2**32 - 1),
+)
+
+
+def random_tensors(specs) -> list[torch.Tensor]:
+    return [torch.randint(-100, 100, shape).to(dtype) for shape, dtype in specs]
+
+
+@given(header=headers, specs=tensors)
+def test_a_frame_is_read_as_it_was_written(header, specs):
+    written = random_tensors(specs)
+    read_header, payload = decode_frame(expert_pb2.ForwardHeader, encode_frame(header, written))
+    assert read_header == header
+    reader = PayloadReader(payload)
+    for tensor in written:
+        read = reader.take(tuple(tensor.shape), tensor.dtype)
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read, tensor)
+    reader.finish()
+
+
+@given(header=headers, specs=tensors)
+def test_a_frame_is_a_valid_protobuf_message(header, specs):
+    written = random_tensors(specs)
+    frame = encode_frame(header, written)
+    message = expert_pb2.ForwardRequest.FromString(frame)
+    assert message.header == header
+    assert message.payload == b"".join(bytes(tensor.view(torch.uint8).numpy().tobytes())
+                                       if tensor.numel() else b"" for tensor in written)  # fmt: skip
+
+
+@given(header=headers, specs=tensors)
+def test_a_frame_written_by_protobuf_is_read(header, specs):
+    payload = b"".join(bytes(tensor.view(torch.uint8).numpy().tobytes()) if tensor.numel() else b""
+                       for tensor in random_tensors(specs))  # fmt: skip
+    frame = expert_pb2.ForwardRequest(header=header, payload=payload).SerializeToString()
+    read_header, read_payload = decode_frame(expert_pb2.ForwardHeader, frame)
+    assert read_header == header
+    assert bytes(read_payload) == payload
+
+
+@given(st.binary(max_size=64))
+def test_hostile_bytes_raise_invalid_request_and_nothing_else(data):
+    try:
+        _, payload = decode_frame(expert_pb2.ForwardHeader, data)
+        PayloadReader(payload).take((3, 4), torch.float32)
+    except InvalidRequest:
+        pass
+
+
+@given(header=headers, specs=tensors, data=st.data())
+def test_a_truncated_frame_is_refused_unless_its_end_is_a_fields_end(header, specs, data):
+    frame = encode_frame(header, random_tensors(specs))
+    cut = data.draw(st.integers(0, len(frame) - 1))
+    try:
+        _, payload = decode_frame(expert_pb2.ForwardHeader, frame[:cut])
+    except InvalidRequest:
+        return
+    assert len(payload) == 0  # only the header was left, whole
+
+
+def test_bytes_after_the_payload_are_refused():
+    with pytest.raises(InvalidRequest, match="1 bytes after its payload"):
+        decode_frame(expert_pb2.ForwardHeader, encode_frame(expert_pb2.ForwardHeader(), []) + b"\x00")
+
+
+def test_a_length_that_never_ends_is_refused():
+    with pytest.raises(InvalidRequest, match="malformed length"):
+        decode_frame(expert_pb2.ForwardHeader, b"\x0a" + b"\xff" * 20)
+
+
+def test_a_tensor_larger_than_the_payload_is_refused_with_both_sizes():
+    reader = PayloadReader(memoryview(bytes(7)))
+    with pytest.raises(InvalidRequest, match=r"7 bytes left, .* needs 8"):
+        reader.take((2,), torch.float32)
+    reader.take((1,), torch.float32)
+    with pytest.raises(InvalidRequest, match="3 bytes too many"):
+        reader.finish()
+
+
+def test_a_huge_shape_is_refused_before_anything_is_allocated():
+    with pytest.raises(InvalidRequest):
+        PayloadReader(memoryview(b"")).take((2**32 - 1, 2**32 - 1), torch.float32)
+
+
+def test_dtypes_have_wire_names_and_unknown_ones_are_refused():
+    assert dtype_from_wire(dtype_to_wire(torch.bfloat16)) == torch.bfloat16
+    for wire in (tensor_pb2.DTYPE_UNSPECIFIED, 99):
+        with pytest.raises(InvalidRequest, match="is not one of"):
+            dtype_from_wire(wire)
+
+
+def test_a_slice_is_written_as_its_elements_not_as_its_storage():
+    tensor = torch.arange(12, dtype=torch.int32).view(3, 4)[:, 1:3]
+    _, payload = decode_frame(expert_pb2.ForwardHeader, encode_frame(expert_pb2.ForwardHeader(), [tensor]))
+    assert torch.equal(PayloadReader(payload).take((3, 2), torch.int32), tensor)
