@@ -1,0 +1,54 @@
+"""The sizes of multi-head latent attention, and which of its two forms costs less."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaConfig:
+    """Multi-head latent attention as the checkpoint defines it (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    hidden_size: int
+    num_attention_heads: int
+    q_lora_rank: int | None  # None: queries are projected in one step
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    latent_norm_eps: float = 1e-6  # of q_a_layernorm and kv_a_layernorm: the published code ignores rms_norm_eps here
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 or more")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank is {self.q_lora_rank}, must be null or 1 or more")
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def is_absorption_cheaper(self, query_len: int, seq_len: int) -> bool:
+        """Whether the absorbed form needs fewer multiplications a head than the naive one.
+
+        naive:    seq_len * kv_lora_rank * (nope + v)     expanding the context into keys and values
+                  + query_len * seq_len * (nope + rope + v)
+        absorbed: query_len * kv_lora_rank * (nope + v)   into the latent space and back
+                  + query_len * seq_len * (2 * kv_lora_rank + rope)
+        For DeepSeek-V2 and a long context the two meet at 170 rows. A single row is always absorbed: single rows of
+        many sequences make one batch.
+        """
+        expansion = self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
+        naive = seq_len * expansion + query_len * seq_len * (self.qk_head_dim + self.v_head_dim)
+        absorbed = query_len * expansion + query_len * seq_len * (self.kv_lora_rank + self.latent_dim)
+        return query_len == 1 or absorbed < naive

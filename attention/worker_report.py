@@ -1,0 +1,108 @@
+"""What a worker tells clients besides text: the model, the experts' load as the shards count it, and where they live.
+
+Lives on the worker's event loop. Knows nothing of how tokens are routed beyond the map and the router's counters.
+"""
+
+import asyncio
+from collections.abc import Mapping
+
+import grpc
+import grpc.aio
+
+from protos import errors, expert_pb2, expert_pb2_grpc, generation_pb2, rpc
+from router.expert_map import ExpertMap
+from router.gate import GateConfig
+from router.metrics import DispatchStats
+from router.router import Router
+
+SHARD_TIMEOUT_S = 5.0
+
+
+class WorkerReport:
+    """Implements attention.servicer.ClusterInfo."""
+
+    def __init__(self, router: Router, gate: GateConfig, model_info: generation_pb2.GetModelInfoResponse) -> None:
+        self._router = router
+        self._gate = gate
+        self._model_info = model_info
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._addresses: dict[int, str] = {}
+
+    async def update_shards(self, addresses: Mapping[int, str]) -> None:
+        """The shards to ask, by ep_rank."""
+        self._addresses = dict(addresses)
+        for address in set(self._channels) - set(addresses.values()):
+            await self._channels.pop(address).close(grace=0)
+        for address in set(addresses.values()) - set(self._channels):
+            self._channels[address] = grpc.aio.insecure_channel(address, options=rpc.frame_options())
+
+    async def model_info(self) -> generation_pb2.GetModelInfoResponse:
+        """What is served."""
+        return self._model_info
+
+    async def expert_load(self) -> generation_pb2.GetExpertLoadResponse:
+        """Counters of all shards and this worker's dispatch counters. Raises Unavailable if a shard does not answer."""
+        expert_map, addresses = self._router.expert_map, self._addresses
+        answers = await asyncio.gather(*(self._shard_load(rank, addresses[rank]) for rank in sorted(addresses)))
+        response = generation_pb2.GetExpertLoadResponse(placement_version=expert_map.placement_version)
+        totals = {layer_id: [0] * expert_map.n_routed_experts for layer_id in expert_map.moe_layer_ids}
+        for rank, load in zip(sorted(addresses), answers, strict=True):
+            for layer in load.layers:
+                total = totals[layer.layer_id]
+                for expert_id, count in enumerate(layer.num_tokens):
+                    total[expert_id] += count
+            response.shards.add(
+                ep_rank=rank,
+                address=addresses[rank],
+                num_units=load.num_units,
+                num_forwards=load.num_forwards,
+                num_rows=load.num_rows,
+                num_assignments=load.num_assignments,
+                weight_bytes=load.weight_bytes,
+            )
+        for layer_id, counts in totals.items():
+            response.layers.add(layer_id=layer_id, num_tokens=counts)
+        response.dispatch.CopyFrom(_dispatch(self._router.stats()))
+        return response
+
+    async def placement(self) -> generation_pb2.GetPlacementResponse:
+        """The newest expert map."""
+        return _placement(self._router.expert_map, self._gate)
+
+    async def close(self) -> None:
+        await self.update_shards({})
+
+    async def _shard_load(self, ep_rank: int, address: str) -> expert_pb2.GetShardLoadResponse:
+        stub = expert_pb2_grpc.ExpertShardStub(self._channels[address])
+        try:
+            load: expert_pb2.GetShardLoadResponse = await stub.GetShardLoad(
+                expert_pb2.GetShardLoadRequest(), timeout=SHARD_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise errors.ShardUnavailable(
+                f"shard {ep_rank} at {address} did not report its load: {error.code().name}; retry later",
+                retry_after_s=1.0,
+            ) from error
+        return load
+
+
+def _dispatch(stats: DispatchStats) -> generation_pb2.DispatchStats:
+    return generation_pb2.DispatchStats(
+        num_tokens_by_ranks=stats.num_tokens_by_ranks,
+        max_ranks_per_token=stats.max_ranks_per_token,
+        sent_bytes=stats.sent_bytes,
+        received_bytes=stats.received_bytes,
+    )
+
+
+def _placement(expert_map: ExpertMap, gate: GateConfig) -> generation_pb2.GetPlacementResponse:
+    response = generation_pb2.GetPlacementResponse(
+        placement_version=expert_map.placement_version,
+        ep_size=expert_map.ep_size,
+        max_ranks_per_token=expert_map.max_ranks_per_token(gate),
+    )
+    for row, layer_id in enumerate(expert_map.moe_layer_ids):
+        layer = response.layers.add(layer_id=layer_id, expert_to_unit=expert_map.expert_to_unit[row].tolist())
+        for ranks in expert_map.unit_to_ep_ranks[row].tolist():
+            layer.units.add(ep_ranks=[rank for rank in ranks if rank >= 0])
+    return response

@@ -1,0 +1,109 @@
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from attention.attention_plan import MlaForm
+from tests.attention.steps import StepRunner, random_token_ids, relative_error
+from tests.checkpoints import write_checkpoint
+from tests.reference import Reference
+from tests.test_reference import published_logits
+
+SHAPES = ("v2", "v2_lite", "v3")
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param, seed=1, num_shards=2)
+
+
+@pytest.mark.parametrize("form", MlaForm)
+def test_a_whole_prompt_and_then_single_tokens_give_the_logits_of_the_reference(folder: Path, form: MlaForm) -> None:
+    runner = StepRunner(folder, form=form)
+    sequence = runner.sequence(random_token_ids(90, seed=1))
+    runner.step([(sequence, 80)])
+    for _ in range(10):
+        runner.step([(sequence, 1)])
+    expected = Reference(folder).logits(sequence.token_ids)
+    assert relative_error(torch.cat(sequence.logits), expected) < 1e-4
+
+
+@pytest.mark.parametrize("form", MlaForm)
+def test_sequences_in_random_chunks_side_by_side_give_the_logits_of_the_reference(folder: Path, form: MlaForm) -> None:
+    runner, rng = StepRunner(folder, form=form), random.Random(7)
+    sequences = [runner.sequence(random_token_ids(n, seed=n)) for n in (1, 16, 77, 300, 610)]
+    while unfinished := [s for s in sequences if s.num_computed_tokens < len(s.token_ids)]:
+        chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
+        left = [len(s.token_ids) - s.num_computed_tokens for s in chosen]
+        runner.step([(s, min(n, rng.choice((1, 1, 5, 33, 64, 200)))) for s, n in zip(chosen, left, strict=True)])
+    reference = Reference(folder)
+    for sequence in sequences:
+        assert relative_error(torch.cat(sequence.logits), reference.logits(sequence.token_ids)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_other_sequences_of_a_batch_change_no_bit_of_a_sequence(folder: Path, dtype: torch.dtype) -> None:
+    def logits_of_first(num_others: int) -> torch.Tensor:
+        runner = StepRunner(folder, dtype=dtype)
+        first = runner.sequence(random_token_ids(60, seed=1))
+        others = [runner.sequence(random_token_ids(40 + 90 * i, seed=2 + i)) for i in range(num_others)]
+        runner.step([(other, len(other.token_ids) - 20) for other in others] + [(first, 40)])
+        for _ in range(20):
+            runner.step([(other, 1) for other in others] + [(first, 1)])
+        return torch.cat(first.logits)
+
+    alone = logits_of_first(0)
+    assert torch.equal(logits_of_first(1), alone)
+    assert torch.equal(logits_of_first(5), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_absorbed_throughout_the_cutting_into_chunks_changes_no_bit(folder: Path, dtype: torch.dtype) -> None:
+    def logits(chunks: list[int]) -> torch.Tensor:
+        runner = StepRunner(folder, dtype=dtype, form=MlaForm.ABSORBED)
+        sequence = runner.sequence(random_token_ids(330, seed=5))
+        for chunk in chunks:
+            runner.step([(sequence, chunk)])
+        return torch.cat(sequence.logits)
+
+    whole = logits([330])
+    assert torch.equal(logits([1, 2, 3, 64, 65, 129, 66]), whole)
+    assert torch.equal(logits([30] * 11), whole)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bf16_is_no_further_from_the_reference_than_that_of_transformers(tmp_path: Path, shape: str) -> None:
+    # With as many experts as a token visits no rounding can make it choose others.
+    folder = write_checkpoint(tmp_path, shape, n_routed_experts=6, n_group=1, topk_group=1)
+    runner = StepRunner(folder, dtype=torch.bfloat16)
+    sequence = runner.sequence(random_token_ids(200, seed=3))
+    runner.step([(sequence, 150)])
+    runner.step([(sequence, 49)])
+    runner.step([(sequence, 1)])
+    expected = Reference(folder).logits(sequence.token_ids)
+    theirs = published_logits(folder, sequence.token_ids, torch.bfloat16)
+
+    def mean_error(found: torch.Tensor) -> float:
+        return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean())
+
+    assert mean_error(torch.cat(sequence.logits)) < 1.1 * mean_error(theirs)
+
+
+def test_tied_embeddings_and_no_shared_experts_and_every_second_layer_a_mixture(tmp_path: Path) -> None:
+    changes = {"tie_word_embeddings": True, "n_shared_experts": None, "moe_layer_freq": 2, "num_hidden_layers": 5}
+    folder = write_checkpoint(tmp_path, "v2", **changes)
+    runner = StepRunner(folder)
+    assert runner.config.moe_layer_ids == (2, 4)
+    sequence = runner.sequence(random_token_ids(50, seed=1))
+    runner.step([(sequence, 50)])
+    assert relative_error(sequence.logits[0], Reference(folder).logits(sequence.token_ids)) < 1e-4
+
+
+def test_plain_rotary_embedding_without_scaling(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, "v2", rope_scaling=None)
+    runner = StepRunner(folder)
+    sequence = runner.sequence(random_token_ids(700, seed=1))
+    runner.step([(sequence, 699)])
+    runner.step([(sequence, 1)])
+    assert relative_error(torch.cat(sequence.logits), Reference(folder).logits(sequence.token_ids)) < 1e-4

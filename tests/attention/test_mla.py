@@ -1,0 +1,160 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention.attention_metadata import AttentionMetadata
+from attention.attention_plan import AttentionPlan, MlaForm
+from attention.latent_cache import LatentCache, LatentCacheConfig
+from attention.layers import WeightTarget
+from attention.mla import Mla, MlaWeights
+from attention.mla_config import MlaConfig
+from attention.rotary import RotaryConfig, RotaryEmbedding
+from attention.torch_backend import TorchBackend
+from tests.attention.test_layers import DictReader
+
+CONFIG = MlaConfig(
+    hidden_size=48,
+    num_attention_heads=3,
+    q_lora_rank=20,
+    kv_lora_rank=24,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+)
+DEEPSEEK_V2 = MlaConfig(
+    hidden_size=5120,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+)
+BLOCK_SIZE, NUM_BLOCKS = 16, 200
+
+
+def layer(config: MlaConfig, seed: int = 0) -> Mla:
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+
+    heads = config.num_attention_heads
+    tensors = {
+        "a.kv_a_proj_with_mqa.weight": matrix(config.latent_dim, config.hidden_size),
+        "a.kv_a_layernorm.weight": 1 + 0.1 * torch.randn(config.kv_lora_rank, generator=generator),
+        "a.kv_b_proj.weight": matrix(heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
+        "a.o_proj.weight": matrix(config.hidden_size, heads * config.v_head_dim),
+        "a.q_proj.weight": matrix(heads * config.qk_head_dim, config.hidden_size),
+    }
+    if config.q_lora_rank is not None:
+        tensors |= {
+            "a.q_a_proj.weight": matrix(config.q_lora_rank, config.hidden_size),
+            "a.q_a_layernorm.weight": 1 + 0.1 * torch.randn(config.q_lora_rank, generator=generator),
+            "a.q_b_proj.weight": matrix(heads * config.qk_head_dim, config.q_lora_rank),
+        }
+    target = WeightTarget(reader=DictReader(tensors), dtype=torch.float32, device=torch.device("cpu"))
+    return Mla(config, MlaWeights.read(target, "a", config), config.qk_head_dim**-0.5, TorchBackend(), 0)
+
+
+def empty_cache(config: MlaConfig) -> LatentCache:
+    return LatentCache(
+        LatentCacheConfig(
+            num_layers=1,
+            num_blocks=NUM_BLOCKS,
+            block_size=BLOCK_SIZE,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            dtype=torch.float32,
+        )
+    )
+
+
+def run(mla: Mla, config: MlaConfig, cache: LatentCache, x: Tensor, chunks: list[int], form: MlaForm) -> Tensor:
+    """Attention of one sequence in chunks; its blocks lie backwards in the cache."""
+    table = torch.arange(NUM_BLOCKS - 1, -1, -1, dtype=torch.int32)
+    outputs, start = [], 0
+    for chunk in chunks:
+        positions = torch.arange(start, start + chunk)
+        metadata = AttentionMetadata(
+            positions=positions,
+            slot_mapping=table[positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE,
+            query_start_loc=(0, chunk),
+            seq_lens=(start + chunk,),
+            block_tables=table.unsqueeze(0),
+        )
+        rotation = RotaryEmbedding(RotaryConfig(head_dim=config.qk_rope_head_dim)).at(positions)
+        plan = AttentionPlan.build(metadata, config, form)
+        outputs.append(mla.forward(x[start : start + chunk], rotation, metadata.slot_mapping, plan, cache))
+        start += chunk
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("q_lora_rank", [20, None])
+@pytest.mark.parametrize("chunks", [[1] * 40, [300], [1, 255, 2, 256, 64, 1], [2500, 13]])
+def test_absorbed_and_naive_agree(q_lora_rank: int | None, chunks: list[int]) -> None:
+    config = replace(CONFIG, q_lora_rank=q_lora_rank)
+    mla, x = layer(config), torch.randn(sum(chunks), config.hidden_size)
+    naive = run(mla, config, empty_cache(config), x, [sum(chunks)], MlaForm.NAIVE)
+    for form in MlaForm:
+        torch.testing.assert_close(run(mla, config, empty_cache(config), x, chunks, form), naive, rtol=1e-4, atol=1e-5)
+
+
+def test_what_another_sequence_left_in_a_block_does_not_leak_even_if_it_is_nan() -> None:
+    mla, x = layer(CONFIG), torch.randn(20, CONFIG.hidden_size)
+    for form in MlaForm:
+        clean, soiled = empty_cache(CONFIG), empty_cache(CONFIG)
+        soiled.tensor.fill_(float("nan"))
+        expected = run(mla, CONFIG, clean, x, [5, 1, 14], form)
+        assert torch.equal(run(mla, CONFIG, soiled, x, [5, 1, 14], form), expected)
+
+
+def test_one_row_is_absorbed_and_a_long_prompt_is_not() -> None:
+    assert DEEPSEEK_V2.is_absorption_cheaper(1, 1)
+    assert DEEPSEEK_V2.is_absorption_cheaper(1, 100_000)
+    assert not DEEPSEEK_V2.is_absorption_cheaper(2048, 2048)
+    assert not DEEPSEEK_V2.is_absorption_cheaper(2048, 100_000)
+
+
+def test_the_two_forms_cost_the_same_at_170_rows_of_a_long_context_of_deepseek_v2() -> None:
+    assert DEEPSEEK_V2.is_absorption_cheaper(170, 100_000)
+    assert not DEEPSEEK_V2.is_absorption_cheaper(172, 100_000)
+
+
+def test_every_row_is_planned_once() -> None:
+    metadata = AttentionMetadata(
+        positions=torch.arange(400),
+        slot_mapping=torch.arange(400),
+        query_start_loc=(0, 1, 3, 300, 301, 400),
+        seq_lens=(10, 2, 297, 1, 5000),
+        block_tables=torch.zeros(5, 400, dtype=torch.int32),
+    )
+    for form in MlaForm:
+        plan = AttentionPlan.build(metadata, DEEPSEEK_V2, form)
+        rows = [row for batch in plan.absorbed for row in batch.rows.tolist()]
+        rows += [row for sequence in plan.naive for row in range(sequence.start_row, sequence.end_row)]
+        assert sorted(rows) == list(range(400))
+        assert form is not MlaForm.ABSORBED or not plan.naive
+        assert form is not MlaForm.NAIVE or not plan.absorbed
+
+
+def test_naive_attention_is_that_of_torch() -> None:
+    query, key, value = torch.randn(150, 4, 24), torch.randn(700, 4, 24), torch.randn(700, 4, 16)
+    is_seen = torch.arange(700) <= torch.arange(550, 700).unsqueeze(-1)
+    heads_first = [tensor.transpose(0, 1) for tensor in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*heads_first, attn_mask=is_seen, scale=1.0).transpose(0, 1)
+    found, log_denominator = TorchBackend().attend_naive(query, key, value, is_causal=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    scores = torch.einsum("qhd,khd->qhk", query, key).masked_fill(~is_seen.unsqueeze(1), float("-inf"))
+    torch.testing.assert_close(log_denominator, scores.logsumexp(dim=-1))
+
+
+def test_impossible_sizes_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="v_head_dim is 0"):
+        replace(CONFIG, v_head_dim=0)
+    with pytest.raises(ValueError, match="q_lora_rank is 0"):
+        replace(CONFIG, q_lora_rank=0)
