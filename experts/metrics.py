@@ -46,6 +46,4 @@ class ShardMetrics:
         self.weight_bytes = Gauge(
             "mobula_expert_weight_bytes", "Bytes of expert weights held.", labels, registry=registry
         ).labels(*values)
-        self.units = Gauge(
-            "mobula_expert_units", "Placement units held.", labels, registry=registry
-        ).labels(*values)
+        self.units = Gauge("mobula_expert_units", "Placement units held.", labels, registry=registry).labels(*values)

@@ -74,7 +74,9 @@ def unary_handler(method: UnaryMethod) -> grpc.RpcMethodHandler:
         except (grpc.aio.AbortError, grpc.aio.BaseError):
             raise
         except Exception:  # the top of a handler's stack: whatever is left is our fault
-            await context.abort_with_status(errors.to_status(_internal(context)))
+            error_id = secrets.token_hex(6)
+            logger.exception("internal error %s from %s", error_id, context.peer())
+            await context.abort_with_status(errors.to_status(_internal(error_id)))
         raise AssertionError("abort returns never")
 
     return grpc.unary_unary_rpc_method_handler(handle)
@@ -92,12 +94,12 @@ def stream_handler(method: StreamMethod) -> grpc.RpcMethodHandler:
         except (grpc.aio.AbortError, grpc.aio.BaseError):
             raise
         except Exception:  # as above
-            await context.abort_with_status(errors.to_status(_internal(context)))
+            error_id = secrets.token_hex(6)
+            logger.exception("internal error %s from %s", error_id, context.peer())
+            await context.abort_with_status(errors.to_status(_internal(error_id)))
 
     return grpc.unary_stream_rpc_method_handler(handle)
 
 
-def _internal(context: grpc.aio.ServicerContext) -> errors.InternalError:
-    error_id = secrets.token_hex(6)
-    logger.exception("internal error %s from %s", error_id, context.peer())
+def _internal(error_id: str) -> errors.InternalError:
     return errors.InternalError(f"internal error; find {error_id} in the server's log")

@@ -78,16 +78,22 @@ class GrpcTransport:
         if len(self._pending) >= self._max_outstanding:
             self._drop_given_up()
         if len(self._pending) >= self._max_outstanding:
-            _fail(future, QueueFull(
-                f"{len(self._pending)} forwards to shard {self._address} are outstanding, limit is "
-                f"{self._max_outstanding}; wait for answers"
-            ))
+            _fail(
+                future,
+                QueueFull(
+                    f"{len(self._pending)} forwards to shard {self._address} are outstanding, limit is "
+                    f"{self._max_outstanding}; wait for answers"
+                ),
+            )
             return
         if len(frame) > rpc.MAX_FRAME_BYTES:
-            _fail(future, InvalidRequest(
-                f"the frame for shard {self._address} has {len(frame)} bytes, limit is {rpc.MAX_FRAME_BYTES}; "
-                "lower max_num_batched_tokens"
-            ))
+            _fail(
+                future,
+                InvalidRequest(
+                    f"the frame for shard {self._address} has {len(frame)} bytes, limit is {rpc.MAX_FRAME_BYTES}; "
+                    "lower max_num_batched_tokens"
+                ),
+            )
             return
         self._pending[sequence_number] = future
         self._outgoing.put_nowait(frame)

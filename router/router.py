@@ -66,9 +66,7 @@ class Router:
         """The newest."""
         return self._routing.expert_map
 
-    def dispatch(
-        self, layer_id: int, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor
-    ) -> DispatchHandle:
+    def dispatch(self, layer_id: int, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> DispatchHandle:
         """Sends the rows to their experts and returns at once.
 
         hidden_states: [num_tokens, hidden_size] fp32 or bf16, not to be changed until combined;

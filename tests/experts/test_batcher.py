@@ -21,8 +21,12 @@ LAYERS = {layer_id: layer(layer_id) for layer_id in range(4)}
 def forward_of(value: float, num_partial_sums: int = 1) -> ForwardInput:
     empty = torch.zeros(0)
     return ForwardInput(
-        hidden_states=torch.full((num_partial_sums, 1), value), weights=empty, rows=empty, expert_ids=empty,
-        partial_sums=empty, num_partial_sums=num_partial_sums,
+        hidden_states=torch.full((num_partial_sums, 1), value),
+        weights=empty,
+        rows=empty,
+        expert_ids=empty,
+        partial_sums=empty,
+        num_partial_sums=num_partial_sums,
     )
 
 

@@ -26,19 +26,29 @@ def shard():
 def forward_frame(**changes) -> bytes:
     """Two rows; row 0 to experts 0 and 1 (unit 0) and 4 (unit 2), row 1 to expert 4."""
     header = {
-        "sequence_number": 77, "layer_id": 1, "placement_version": 3, "num_rows": 2, "num_assignments": 4,
-        "num_partial_sums": 3, "dtype": tensor_pb2.DTYPE_FLOAT32,
+        "sequence_number": 77,
+        "layer_id": 1,
+        "placement_version": 3,
+        "num_rows": 2,
+        "num_assignments": 4,
+        "num_partial_sums": 3,
+        "dtype": tensor_pb2.DTYPE_FLOAT32,
     }
     tensors = {
-        "hidden_states": torch.ones(2, MODEL.hidden_size), "weights": torch.ones(4), "rows": [0, 0, 0, 1],
-        "expert_ids": [0, 1, 4, 4], "partial_sums": [0, 0, 1, 2],
+        "hidden_states": torch.ones(2, MODEL.hidden_size),
+        "weights": torch.ones(4),
+        "rows": [0, 0, 0, 1],
+        "expert_ids": [0, 1, 4, 4],
+        "partial_sums": [0, 0, 1, 2],
     }
     header |= {name: value for name, value in changes.items() if name in header}
     tensors |= {name: value for name, value in changes.items() if name in tensors}
     return encode_frame(
         expert_pb2.ForwardHeader(**header),
-        [value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int32)
-         for value in tensors.values()],
+        [
+            value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int32)
+            for value in tensors.values()
+        ],
     )
 
 
@@ -131,8 +141,6 @@ def test_a_forward_admitted_under_a_released_version_is_still_answered():
 def test_nan_goes_through_to_its_own_partial_sums(shard):
     hidden_states = torch.ones(2, MODEL.hidden_size)
     hidden_states[1] = float("nan")
-    answer = expert_pb2.ForwardResponse.FromString(
-        shard.forward(forward_frame(hidden_states=hidden_states)).result(30)
-    )
+    answer = expert_pb2.ForwardResponse.FromString(shard.forward(forward_frame(hidden_states=hidden_states)).result(30))
     sums = torch.frombuffer(bytearray(answer.payload), dtype=torch.float32).view(3, -1)
     assert sums.isnan().any(dim=-1).tolist() == [False, False, True]

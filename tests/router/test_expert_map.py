@@ -87,7 +87,10 @@ def test_without_groups_the_bound_is_what_the_units_allow():
 
 def test_units_of_one_expert_break_the_limit_and_the_bound_says_so():
     gate = GateConfig(
-        n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
         topk_method=TopkMethod.GROUP_LIMITED_GREEDY,
     )
     expert_map = example(

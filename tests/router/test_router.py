@@ -210,7 +210,9 @@ def test_when_the_units_themselves_change_the_layer_starts_again_with_the_new_on
     gate = greedy_gate()
     old = placed(gate, 1)
     new = ExpertMap(
-        placement_version=2, ep_size=2, moe_layer_ids=MOE_LAYER_IDS,
+        placement_version=2,
+        ep_size=2,
+        moe_layer_ids=MOE_LAYER_IDS,
         expert_to_unit=np.tile(np.arange(16) // 4, (3, 1)),
         unit_to_ep_ranks=np.tile(np.arange(4) % 2, (3, 1)).reshape(3, 4, 1),
     )
