@@ -1,0 +1,145 @@
+"""The only place where plain classes become Ray actors. Ray starts, places, restarts and calls processes; no token
+passes through it.
+"""
+
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ActorConfig, MobulaConfig
+from cluster.controller import Controller, StartError
+from cluster.gateway_role import GatewayRole
+from cluster.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
+from cluster.shard_role import ShardRole
+from cluster.worker_role import WorkerRole
+from router.expert_map import ExpertMap
+
+PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find the nodes; autoscaled clusters should have them first
+CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
+ACTOR_THREADS = 4  # so that health is answered while weights are read
+
+
+class RayProcess:
+    """A process that is a Ray actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        answer: Future[Any] = Future()
+        try:
+            reference = getattr(self._actor, method).remote(*args)
+        except RayActorError as error:
+            answer.set_exception(ProcessDied(str(error)))
+            return answer
+        reference.future().add_done_callback(lambda done: _settle(answer, done))
+        return answer
+
+    def kill(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+
+
+class ControllerActor:
+    """The controller with the actors it owns: when it ends, they end."""
+
+    def __init__(self, config: MobulaConfig, expert_map: ExpertMap, host: str | None) -> None:
+        self._config = config
+        self._expert_map = expert_map
+        self._host = host
+        self._controller: Controller | None = None
+
+    def start(self) -> None:
+        """Places and creates every actor. Raises StartError when the Ray cluster has no room."""
+        processes = _create_processes(self._config, self._host)
+        self._controller = Controller(processes, self._expert_map)
+        self._controller.start()
+
+    def status(self) -> ClusterStatus | None:
+        """None until the actors are created."""
+        return self._controller.status() if self._controller else None
+
+    def stop(self, drain_timeout_s: float) -> None:
+        """Ends every process, gateways first."""
+        if self._controller:
+            self._controller.stop(drain_timeout_s)
+
+
+def create_controller(config: MobulaConfig, expert_map: ExpertMap, host: str | None) -> Any:
+    """The controller actor. host: where servers listen; None for each node's own address."""
+    options = {"name": "mobula-controller", "num_cpus": CONTROL_CPUS, "max_concurrency": ACTOR_THREADS}
+    return ray.remote(ControllerActor).options(**options).remote(config, expert_map, host)
+
+
+def booked_cpus(config: MobulaConfig) -> float:
+    """CPUs that the system books with Ray."""
+    workers, shards = config.attention_workers, config.expert_shards
+    return workers.count * workers.num_cpus + shards.count * shards.num_cpus + 2 * CONTROL_CPUS
+
+
+def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedProcess]:
+    groups = {
+        RoleName.SHARD: (ShardRole, config.expert_shards, config.expert_shards.count),
+        RoleName.WORKER: (WorkerRole, config.attention_workers, config.attention_workers.count),
+    }
+    processes = []
+    for role, (role_class, actor_config, count) in groups.items():
+        group = _place(role, actor_config, count)
+        for rank in range(count):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            options = _options(actor_config) | {"scheduling_strategy": strategy}
+            actor = ray.remote(role_class).options(name=f"mobula-{role}-{rank}", **options).remote(config, rank, host)
+            processes.append(ManagedProcess(role=role, rank=rank, handle=RayProcess(actor)))
+    options = _options(ActorConfig(num_cpus=CONTROL_CPUS))
+    gateway = ray.remote(GatewayRole).options(name="mobula-gateway-0", **options).remote(config, host)
+    processes.append(ManagedProcess(role=RoleName.GATEWAY, rank=0, handle=RayProcess(gateway)))
+    return processes
+
+
+def _place(role: RoleName, config: ActorConfig, count: int) -> PlacementGroup:
+    """One bundle per actor. Raises StartError when Ray finds no room in time."""
+    bundle = {"CPU": config.num_cpus, "GPU": config.num_gpus}
+    bundles = [{name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001} for _ in range(count)]
+    selector = [config.labels] * count if config.labels else None
+    group: PlacementGroup = placement_group(bundles, strategy=config.strategy.value, bundle_label_selector=selector)
+    if not group.wait(PLACEMENT_TIMEOUT_S):
+        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+        raise StartError(
+            f"Ray found no place for {count} {role}s of {bundles[0]} each ({config.strategy}, labels {config.labels}) "
+            f"in {PLACEMENT_TIMEOUT_S:.0f} s; free: {free}; lower the count or num_cpus/num_gpus, or add nodes"
+        )
+    return group
+
+
+def _options(config: ActorConfig) -> dict[str, Any]:
+    threads = str(config.num_threads)
+    # Idle OpenMP threads must sleep: spinning ones take the cores of the other processes (a step takes 1.6 x as long).
+    env = {
+        "OMP_WAIT_POLICY": "passive",
+        "GRPC_VERBOSITY": "ERROR",
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+    }
+    return {
+        "num_cpus": config.num_cpus,
+        "num_gpus": config.num_gpus,
+        "max_restarts": -1,
+        "max_task_retries": 0,  # the controller repeats what must be repeated
+        "max_concurrency": ACTOR_THREADS,
+        "runtime_env": {"env_vars": env},
+    }
+
+
+def _settle(answer: Future[Any], done: Future[Any]) -> None:
+    error = done.exception()
+    if error is None:
+        answer.set_result(done.result())
+    elif isinstance(error, RayActorError):
+        answer.set_exception(ProcessDied(str(error)))
+    elif isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        answer.set_exception(error.cause)
+    else:
+        answer.set_exception(error)

@@ -1,0 +1,134 @@
+"""The one configuration file: composes the settings of every part and refuses what it does not know.
+
+A default is written once, here or above the class that reads it. Errors name the key's path, the value and the limit.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from attention.engine import EngineConfig
+from router.router import RouterConfig
+
+Count = Annotated[int, Field(ge=1, le=4096)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+BUNDLED_MODEL = "bundled"
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message lists every fault with its path."""
+
+
+class DTypeName(StrEnum):
+    """Element type of weights and activations."""
+
+    AUTO = "auto"  # as the checkpoint says
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class PlacementStrategy(StrEnum):
+    """How Ray lays a group of actors over nodes."""
+
+    PACK = "PACK"
+    SPREAD = "SPREAD"
+    STRICT_SPREAD = "STRICT_SPREAD"
+
+
+class StrictModel(BaseModel, frozen=True, strict=True, extra="forbid"):
+    """Unknown keys and wrong types are errors; nothing changes after reading."""
+
+
+class ActorConfig(StrictModel):
+    """What one kind of process asks of Ray and of the machine."""
+
+    num_cpus: Annotated[float, Field(ge=0, le=1024)] = 1.0  # Ray's booking, not a limit
+    num_gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
+    num_threads: Annotated[int, Field(ge=1, le=1024)] = 1  # torch's; threads x processes should not exceed the cores
+    strategy: PlacementStrategy = Field(default=PlacementStrategy.PACK, strict=False)
+    labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that the actors' nodes must carry
+
+
+class AttentionWorkersConfig(ActorConfig):
+    """The attention workers, `dp_rank` 0 to count - 1."""
+
+    count: Count = 2
+    device: str = "cpu"
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+
+
+class ExpertShardsConfig(ActorConfig):
+    """The expert shards, `ep_rank` 0 to count - 1."""
+
+    count: Count = 4
+    device: str = "cpu"
+    max_weight_gib: Annotated[float, Field(gt=0)] | None = None  # per shard; unset: what the machine has free
+    num_replicas: Count = 1  # shards that hold each placement unit
+    units_per_layer: Count | None = None  # for models without expert groups; unset: up to 8 contiguous sets
+    max_waiting_forwards: Annotated[int, Field(ge=1)] = 1024  # per shard; more are refused, not queued
+
+
+class GatewayConfig(StrictModel):
+    """The front door."""
+
+    host: str = "127.0.0.1"  # "0.0.0.0" to be reachable from other machines
+    port: Port = 50051  # 0 takes a free one
+    metrics_port: Port = 9400  # Prometheus endpoint with the metrics of every process; 0 takes a free one
+    max_concurrent_requests: Annotated[int, Field(ge=1)] = 1024  # over all workers; more get RESOURCE_EXHAUSTED
+
+
+class RayConfig(StrictModel):
+    """Which Ray cluster to run on."""
+
+    address: str | None = (
+        None  # "auto" for the cluster of this machine; unset: start a local one and stop it at the end
+    )
+    namespace: str = "mobula"
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # until every process is ready; large checkpoints need more
+
+
+class MobulaConfig(StrictModel):
+    """Everything `mobula serve` needs to know."""
+
+    model: Annotated[str, Field(min_length=1)] = BUNDLED_MODEL  # a folder, a Hugging Face id, or "bundled"
+    revision: str | None = None  # of a Hugging Face id
+    dtype: DTypeName = Field(default=DTypeName.AUTO, strict=False)
+    attention_workers: AttentionWorkersConfig = Field(default_factory=AttentionWorkersConfig)
+    expert_shards: ExpertShardsConfig = Field(default_factory=ExpertShardsConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    ray: RayConfig = Field(default_factory=RayConfig)
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0  # at shutdown, for requests in flight
+
+
+def parse_config(data: Any) -> MobulaConfig:
+    """The configuration in a mapping as YAML gives it. Raises ConfigError with the path of each fault."""
+    if data is None:
+        return MobulaConfig()
+    try:
+        return MobulaConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
+
+
+def read_config(path: Path) -> MobulaConfig:
+    """The configuration in a YAML file. Raises ConfigError naming the file."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    try:
+        return parse_config(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n{error}") from error
+
+
+def _describe(fault: Any) -> str:
+    path = ".".join(str(part) for part in fault["loc"]) or "the document"
+    if fault["type"] == "extra_forbidden":
+        return f"{path}: unknown key"
+    return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"

@@ -1,0 +1,158 @@
+"""Starts the processes and keeps the system together: observe, decide, act.
+
+One round of the loop, the same at start, after a process died and when nothing happens:
+  1. observe: ask every process for its health; one that does not answer is DOWN;
+  2. load: tell every NEW process to load (a process that Ray restarted is NEW again), and a FAILED one again later;
+  3. connect: tell every ready worker where the shards are, if that changed since it was told;
+  4. publish: tell the gateway which workers serve and which endpoints hold metrics.
+Tokens never pass here: while the controller is gone, everything that runs goes on. Knows nothing of Ray.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+
+from cluster.process import DOWN, ClusterStatus, ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
+from router.expert_map import ExpertMap
+
+logger = logging.getLogger(__name__)
+
+HEALTH_TIMEOUT_S = 5.0  # a process that takes longer is DOWN for this round; its answer is still awaited
+ROUND_S = 0.25  # between two rounds
+LOAD_RETRY_S = 10.0  # after a process could not load
+
+
+class StartError(Exception):
+    """The system did not come up; the message names the process and its reason."""
+
+
+class Controller:
+    """Owns the processes and the expert map. All its state is touched by one thread only: its own."""
+
+    def __init__(
+        self, processes: list[ManagedProcess], expert_map: ExpertMap, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._processes = processes
+        self._expert_map = expert_map
+        self._clock = clock
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._status = ClusterStatus(processes=(), is_serving=False, placement_version=expert_map.placement_version)
+
+    def start(self) -> None:
+        """Begins the rounds; `status` shows how far they got."""
+        self._thread.start()
+
+    def status(self) -> ClusterStatus:
+        """The system after the latest round."""
+        return self._status
+
+    def stop(self, drain_timeout_s: float) -> None:
+        """Ends the system in the order of the tokens' way: gateways drain, then workers, then shards."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for role in (RoleName.GATEWAY, RoleName.WORKER, RoleName.SHARD):
+            members = [process for process in self._processes if process.role is role]
+            stops = [process.handle.call("stop", drain_timeout_s) for process in members]
+            wait(stops, timeout=drain_timeout_s + HEALTH_TIMEOUT_S)
+            for process in members:
+                process.handle.kill()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(ROUND_S):
+            try:
+                self.reconcile()
+            except Exception:  # the loop's top: one failed round must not end supervision
+                logger.exception("round failed; trying again")
+
+    def reconcile(self) -> None:
+        """One round."""
+        self._observe()
+        self._load()
+        shards = self._addresses(RoleName.SHARD)
+        workers = self._addresses(RoleName.WORKER)
+        has_all_shards = len(shards) == self._count(RoleName.SHARD)
+        if has_all_shards:
+            placement = (self._expert_map.placement_version, shards)
+            self._tell(RoleName.WORKER, placement, "update_placement", self._expert_map, shards)
+        connected = {rank: address for rank, address in workers.items() if self._was_told(RoleName.WORKER, rank)}
+        members = (connected, self._metrics_addresses())
+        self._tell(RoleName.GATEWAY, members, "update_members", *members)
+        self._publish_status(has_all_shards)
+
+    def _observe(self) -> None:
+        for process in self._processes:
+            if process.pending_health is None:
+                process.pending_health = process.handle.call("health")
+        wait(
+            [process.pending_health for process in self._processes if process.pending_health], timeout=HEALTH_TIMEOUT_S
+        )
+        for process in self._processes:
+            before = process.health
+            process.health = _answer(process)
+            if before.state is not process.health.state:
+                logger.info("%s: %s -> %s %s", process.name, before.state, process.health.state, process.health.detail)
+
+    def _load(self) -> None:
+        for process in self._processes:
+            is_due = process.health.state is ProcessState.NEW or (
+                process.health.state is ProcessState.FAILED and self._clock() >= process.load_again_s
+            )
+            if is_due and (process.loading is None or process.loading.done()):
+                process.loading = process.handle.call("load", self._expert_map)
+                process.load_again_s = self._clock() + LOAD_RETRY_S
+
+    def _tell(self, role: RoleName, value: object, method: str, *args: object) -> None:
+        """Calls `method` on every ready process of a role that was not told `value` yet."""
+        pending: list[tuple[ManagedProcess, object, Future[object]]] = []
+        for process in self._processes:
+            news: object = (process.health.generation, value)
+            if process.role is role and process.is_ready and process.told != news:
+                pending.append((process, news, process.handle.call(method, *args)))
+        for process, news, future in pending:
+            try:
+                future.result(HEALTH_TIMEOUT_S)
+            except (ProcessDied, TimeoutError) as error:
+                logger.warning("%s was not told of %s: %s", process.name, method, error)
+            else:
+                process.told = news
+
+    def _was_told(self, role: RoleName, rank: int) -> bool:
+        return any(p.role is role and p.rank == rank and p.told is not None for p in self._processes)
+
+    def _addresses(self, role: RoleName) -> dict[int, str]:
+        return {p.rank: p.health.address for p in self._processes if p.role is role and p.is_ready}
+
+    def _metrics_addresses(self) -> dict[str, str]:
+        return {
+            p.name: p.health.metrics_address for p in self._processes if p.is_ready and p.role is not RoleName.GATEWAY
+        }
+
+    def _count(self, role: RoleName) -> int:
+        return sum(process.role is role for process in self._processes)
+
+    def _publish_status(self, has_all_shards: bool) -> None:
+        is_serving = has_all_shards and all(
+            process.is_ready and (process.role is RoleName.SHARD or process.told is not None)
+            for process in self._processes
+        )
+        self._status = ClusterStatus(
+            processes=tuple((process.name, process.health) for process in self._processes),
+            is_serving=is_serving,
+            placement_version=self._expert_map.placement_version,
+        )
+
+
+def _answer(process: ManagedProcess) -> ProcessHealth:
+    """The health that a process reported, or DOWN. A late answer stays awaited for the next round."""
+    future = process.pending_health
+    if future is None or not future.done():
+        return DOWN
+    process.pending_health = None
+    try:
+        return future.result()
+    except ProcessDied:
+        return DOWN

@@ -1,0 +1,132 @@
+"""A running Mobula: checks everything that can be checked, starts Ray and the controller, waits, and stops it all.
+
+with Deployment(config) as deployment:
+    deployment.wait_until_serving(show)
+    ...  # deployment.address answers gRPC calls
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+
+from cluster.actors import booked_cpus, create_controller
+from cluster.config import MobulaConfig
+from cluster.controller import StartError
+from cluster.preflight import ServingPlan, check
+from cluster.process import ClusterStatus, ProcessHealth, RoleName
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # of a local cluster; no tensor passes through Ray's object store
+
+
+class Deployment:
+    """One Mobula on one Ray cluster. Leaving the `with` block ends every process that it started."""
+
+    def __init__(self, config: MobulaConfig) -> None:
+        """Checks the configuration against the checkpoint and the machine.
+
+        Raises ConfigError, InvalidCheckpoint, UnsupportedModel or PlacementError before anything is started.
+        """
+        self.config = config
+        self.plan: ServingPlan = check(config)
+        self._controller: Any = None
+        self._is_local = config.ray.address is None
+
+    def __enter__(self) -> Self:
+        self._start_ray()
+        host = LOOPBACK if self._is_local else None
+        self._controller = create_controller(self.config, self.plan.expert_map, host)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def wait_until_serving(self, show: Callable[[ClusterStatus | None], None]) -> ClusterStatus:
+        """Shows the status again and again until every process serves.
+
+        Raises StartError naming each process that failed, or those that are late after ray.start_timeout_s.
+        """
+        started = self._controller.start.remote()
+        deadline = time.monotonic() + self.config.ray.start_timeout_s
+        while True:
+            if ray.wait([started], timeout=0)[0]:
+                ray.get(started)
+            status = self.status()
+            show(status)
+            if status and status.failures:
+                raise StartError("; ".join(status.failures))
+            if status and status.is_serving:
+                return status
+            if time.monotonic() > deadline:
+                late = (
+                    [name for name, health in status.processes if health.state != "ready"] if status else ["controller"]
+                )
+                raise StartError(
+                    f"not ready after {self.config.ray.start_timeout_s:.0f} s: {', '.join(late)}; "
+                    "raise ray.start_timeout_s if the checkpoint is large"
+                )
+            time.sleep(POLL_S)
+
+    @property
+    def address(self) -> str:
+        """host:port of the gateway's gRPC server, once serving."""
+        return self._gateway().address
+
+    @property
+    def metrics_address(self) -> str:
+        """host:port of the Prometheus endpoint with every process's series, once serving."""
+        return self._gateway().metrics_address
+
+    def status(self) -> ClusterStatus | None:
+        """The controller's latest view."""
+        status: ClusterStatus | None = ray.get(self._controller.status.remote())
+        return status
+
+    def stop(self) -> None:
+        """Drains and ends every process. Safe to call twice."""
+        if self._controller is not None:
+            timeout_s = self.config.drain_timeout_s
+            try:
+                ray.get(self._controller.stop.remote(timeout_s), timeout=3 * timeout_s + 30)
+            except ray.exceptions.RayError as error:
+                logger.warning("the controller did not stop in order: %s", error)
+            except KeyboardInterrupt:
+                logger.warning("interrupted: requests in flight are cut off")
+            ray.kill(self._controller)
+            self._controller = None
+        if ray.is_initialized():
+            ray.shutdown()
+
+    def _gateway(self) -> ProcessHealth:
+        status = self.status()
+        assert status, "only once serving"
+        return next(health for name, health in status.processes if name.startswith(RoleName.GATEWAY))
+
+    def _start_ray(self) -> None:
+        settings: dict[str, Any] = {
+            "namespace": self.config.ray.namespace,
+            "logging_level": "WARNING",
+            "log_to_driver": False,
+        }
+        if not self._is_local:
+            ray.init(address=self.config.ray.address, **settings)
+            return
+        num_cpus = max(os.cpu_count() or 1, int(booked_cpus(self.config)) + 1)
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            _node_ip_address=LOOPBACK,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **settings,
+        )

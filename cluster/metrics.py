@@ -1,0 +1,117 @@
+"""One Prometheus endpoint for the whole system: scrapes the processes' own endpoints when it is scraped.
+
+Every process exposes its series under its own labels (dp_rank, ep_rank), so merging is joining families by name.
+A process that does not answer in time is missing from the page and has mobula_process_up 0.
+"""
+
+import asyncio
+import logging
+import urllib.request
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from urllib.error import URLError
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from protos.errors import MobulaError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+SCRAPE_TIMEOUT_S = 2.0  # below Prometheus' default of 10 s, so that one dead process does not fail the whole scrape
+MAX_PAGE_BYTES = 64 * 1024 * 1024
+
+
+class ProcessCollector(Collector):
+    """Collects the series of every process of the system.
+
+    Attributes:
+        targets: process name ("worker-0") -> "host:port" of its endpoint; replaced as a whole.
+    """
+
+    def __init__(self) -> None:
+        self.targets: dict[str, str] = {}
+        self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="scrape")
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        targets = dict(self.targets)
+        pages = list(self._pool.map(_scrape, targets.values()))
+        is_up = GaugeMetricFamily(
+            "mobula_process_up", "Whether the process answered the last scrape.", labels=["process"]
+        )
+        families: dict[str, Metric] = {}
+        for process, page in zip(targets, pages, strict=True):
+            is_up.add_metric([process], 0.0 if page is None else 1.0)
+            for family in text_string_to_metric_families(page or ""):
+                families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                families[family.name].samples.extend(family.samples)
+        yield is_up
+        yield from families.values()
+
+
+class GatewayMetrics:
+    """The gateway's own series and the collector of everybody else's."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.processes = ProcessCollector()
+        self.registry.register(self.processes)
+        self._requests = Counter(
+            "mobula_gateway_requests", "Generate calls by final gRPC status.", ["code"], registry=self.registry
+        )
+        self._in_flight = Gauge(
+            "mobula_gateway_requests_in_flight", "Generate calls in flight.", registry=self.registry
+        )
+
+    @contextmanager
+    def request(self) -> Iterator["RequestOutcome"]:
+        """Around one Generate call: counts it, in flight and by the status it ends with."""
+        outcome = RequestOutcome()
+        self._in_flight.inc()
+        try:
+            yield outcome
+        except MobulaError as error:
+            outcome.code = error.code.name
+            raise
+        except (GeneratorExit, asyncio.CancelledError):
+            outcome.code = "CANCELLED"
+            raise
+        finally:
+            self._in_flight.dec()
+            self._requests.labels(outcome.code).inc()
+
+
+@dataclass(slots=True)
+class RequestOutcome:
+    """How a call ended, filled in by whoever ends it otherwise than well."""
+
+    code: str = "OK"
+
+
+def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> tuple[WSGIServer, int]:
+    """Starts the endpoint in a thread of its own. Returns the server and its port. Raises Unavailable if it is taken."""
+    try:
+        server, _ = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise Unavailable(
+            f"cannot serve metrics on {host}:{port}: {error.strerror}; set gateway.metrics_port"
+        ) from error
+    return server, int(server.server_port)
+
+
+def _scrape(address: str) -> str | None:
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=SCRAPE_TIMEOUT_S) as response:
+            page: bytes = response.read(MAX_PAGE_BYTES)
+            return page.decode("utf-8")
+    except (URLError, OSError, UnicodeDecodeError) as error:
+        logger.debug("no metrics from %s: %s", address, error)
+        return None

@@ -1,0 +1,219 @@
+"""Checks everything that can be checked before a process is started, and says what will be started.
+
+The same configuration gives the same plan in every process. Reads headers, never weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import RenderableType
+from rich.table import Table
+
+from attention.engine import CacheTooSmall
+from attention.latent_cache import LatentCacheConfig
+from attention.tokenizer import BadTokenizer, Tokenizer
+from cluster import bundled_model
+from cluster.checkpoint import Checkpoint
+from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
+from cluster.model_config import ModelConfig
+from experts.weight_store import ExpertModel
+from protos.rpc import MAX_FRAME_BYTES
+from router.expert_map import ExpertMap
+from router.placement import PlacementRequest, place_units
+
+TOKENIZER_FILE = "tokenizer.json"
+OPTIONAL_TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+DTYPES = {DTypeName.FLOAT32: torch.float32, DTypeName.BFLOAT16: torch.bfloat16}
+PROCESS_BYTES = 400 * 2**20  # of a process with torch and Ray before it has weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """The model as this configuration serves it."""
+
+    model_id: str
+    checkpoint: Checkpoint
+    config: ModelConfig
+    dtype: torch.dtype
+
+    @property
+    def expert_model(self) -> ExpertModel:
+        """What an expert shard needs to know."""
+        decoder = self.config.decoder
+        return ExpertModel(
+            moe_layer_ids=decoder.moe_layer_ids,
+            n_routed_experts=decoder.gate.n_routed_experts,
+            hidden_size=decoder.hidden_size,
+            moe_intermediate_size=decoder.moe_intermediate_size,
+            dtype=self.dtype,
+        )
+
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer's files, fetched if they are on a hub. Raises InvalidCheckpoint."""
+        for name in OPTIONAL_TOKENIZER_FILES:
+            self.checkpoint.optional_file(name)
+        return self.checkpoint.file(TOKENIZER_FILE).parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingPlan:
+    """What will be started. All sizes in bytes."""
+
+    model: ServedModel
+    expert_map: ExpertMap
+    worker_weight_bytes: int
+    shard_weight_bytes: tuple[int, ...]  # by ep_rank
+    cache_bytes: int  # of one worker
+    num_workers: int
+    max_model_len: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all processes on one machine, each with its own libraries."""
+        num_processes = self.num_workers + len(self.shard_weight_bytes) + 2
+        workers = self.num_workers * (self.worker_weight_bytes + self.cache_bytes)
+        return workers + sum(self.shard_weight_bytes) + num_processes * PROCESS_BYTES
+
+    def describe(self) -> RenderableType:
+        """A few lines for the terminal."""
+        decoder, gate = self.model.config.decoder, self.model.config.decoder.gate
+        limit = self.expert_map.max_ranks_per_token(gate)
+        table = Table(box=None, show_header=False, padding=(0, 2))
+        table.add_row(
+            "model", f"{self.model.model_id} ({self.model.config.model_type}, {_dtype_name(self.model.dtype)})"
+        )
+        table.add_row(
+            "layers",
+            f"{decoder.num_hidden_layers}, of which {len(decoder.moe_layer_ids)} with {gate.n_routed_experts} routed "
+            f"experts, {gate.num_experts_per_tok} per token",
+        )
+        table.add_row(
+            "workers",
+            f"{self.num_workers} x {_mib(self.worker_weight_bytes)} of weights + {_mib(self.cache_bytes)} latent "
+            f"cache, context {self.max_model_len} tokens",
+        )
+        table.add_row(
+            "shards",
+            f"{self.expert_map.ep_size} x {_mib(max(self.shard_weight_bytes))} of weights, "
+            f"{self.expert_map.num_units} placement units a layer; a token visits at most {limit} shards a layer",
+        )
+        return table
+
+
+def open_model(config: MobulaConfig) -> ServedModel:
+    """The checkpoint and what its config.json says. Raises InvalidCheckpoint, UnsupportedModel."""
+    is_bundled = config.model == BUNDLED_MODEL
+    checkpoint = Checkpoint.open(bundled_model.path() if is_bundled else config.model, config.revision)
+    model_config = checkpoint.model_config()
+    dtype = model_config.dtype if config.dtype is DTypeName.AUTO else DTYPES[config.dtype]
+    return ServedModel(model_id=config.model, checkpoint=checkpoint, config=model_config, dtype=dtype)
+
+
+def cache_config(config: MobulaConfig, model: ServedModel) -> LatentCacheConfig:
+    """The latent cache of one worker. Raises CacheTooSmall."""
+    decoder, engine = model.config.decoder, config.attention_workers.engine
+    shape = {
+        "num_layers": decoder.num_hidden_layers,
+        "block_size": engine.block_size,
+        "kv_lora_rank": decoder.mla.kv_lora_rank,
+        "qk_rope_head_dim": decoder.mla.qk_rope_head_dim,
+    }
+    device = config.attention_workers.device
+    one_block = LatentCacheConfig(num_blocks=1, dtype=model.dtype, device=device, **shape)
+    num_blocks = engine.num_cache_blocks(one_block.bytes_per_block, decoder.max_position_embeddings)
+    return LatentCacheConfig(num_blocks=num_blocks, dtype=model.dtype, device=device, **shape)
+
+
+def check(config: MobulaConfig) -> ServingPlan:
+    """The plan. Raises ConfigError, InvalidCheckpoint, UnsupportedModel or PlacementError, naming what is wrong."""
+    model = open_model(config)
+    decoder = model.config.decoder
+    expert_bytes = model.expert_model.expert_bytes
+    shards = config.expert_shards
+    request = PlacementRequest(
+        moe_layer_ids=decoder.moe_layer_ids,
+        gate=decoder.gate,
+        ep_size=shards.count,
+        units_per_layer=shards.units_per_layer,
+        num_replicas=shards.num_replicas,
+        expert_bytes=expert_bytes,
+        max_weight_bytes=int(shards.max_weight_gib * 2**30) if shards.max_weight_gib else None,
+    )
+    expert_map = place_units(request)
+    try:
+        cache = cache_config(config, model)
+        max_model_len = config.attention_workers.engine.resolved_max_model_len(
+            cache.num_blocks, decoder.max_position_embeddings
+        )
+        tokenizer = Tokenizer.read(model.tokenizer_folder())
+    except (CacheTooSmall, BadTokenizer) as error:
+        raise ConfigError(str(error)) from error
+    if tokenizer.vocab_size > decoder.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.vocab_size}: "
+            "they are not of one checkpoint"
+        )
+    if model.checkpoint.is_local:
+        _check_tensors(model)
+    plan = ServingPlan(
+        model=model,
+        expert_map=expert_map,
+        worker_weight_bytes=sum(_num_bytes(shape, model.dtype) for shape in decoder.weight_shapes().values()),
+        shard_weight_bytes=tuple(
+            expert_bytes * sum(len(unit.expert_ids) for unit in expert_map.units_of(rank))
+            for rank in range(shards.count)
+        ),
+        cache_bytes=cache.num_blocks * cache.bytes_per_block,
+        num_workers=config.attention_workers.count,
+        max_model_len=max_model_len,
+    )
+    _check_frames(config, plan)
+    if config.ray.address is None and config.attention_workers.device == "cpu":
+        _check_memory(plan)
+    return plan
+
+
+def _check_tensors(model: ServedModel) -> None:
+    decoder = model.config.decoder
+    model.checkpoint.check_role(decoder.weight_shapes())
+    for layer_id in decoder.moe_layer_ids:
+        for expert_id in range(decoder.gate.n_routed_experts):
+            model.checkpoint.check_role(decoder.expert_weight_shapes(layer_id, expert_id))
+
+
+def _check_frames(config: MobulaConfig, plan: ServingPlan) -> None:
+    """A step's rows must fit one message, there and back: at worst a shard holds every unit a token needs."""
+    gate, tokens = plan.model.config.decoder.gate, config.attention_workers.engine.max_num_batched_tokens
+    sums_per_row = min(plan.expert_map.num_units, gate.num_experts_per_tok, gate.max_groups_per_token)
+    row_bytes = plan.model.config.decoder.hidden_size * plan.model.dtype.itemsize
+    largest = tokens * (max(1, sums_per_row) * row_bytes + gate.num_experts_per_tok * 16) + 1024
+    if largest > MAX_FRAME_BYTES:
+        raise ConfigError(
+            f"attention_workers.engine.max_num_batched_tokens is {tokens}: a message to a shard may need {largest} "
+            f"bytes, limit is {MAX_FRAME_BYTES}; lower it to {tokens * MAX_FRAME_BYTES // largest}"
+        )
+
+
+def _check_memory(plan: ServingPlan) -> None:
+    available = psutil.virtual_memory().available
+    if plan.total_bytes > available:
+        raise ConfigError(
+            f"the system needs about {_mib(plan.total_bytes)} on this machine ({plan.num_workers} workers of "
+            f"{_mib(plan.worker_weight_bytes + plan.cache_bytes)}, {len(plan.shard_weight_bytes)} shards with "
+            f"{_mib(sum(plan.shard_weight_bytes))} together), {_mib(available)} are free; use fewer workers, a smaller "
+            "attention_workers.engine.cache_gib, bfloat16, or more machines"
+        )
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return dtype.itemsize * torch.Size(shape).numel()
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB" if count < 2**33 else f"{count / 2**30:,.1f} GiB"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

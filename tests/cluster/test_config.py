@@ -1,0 +1,64 @@
+"""The configuration: defaults, and what is refused with which words."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ConfigError, DTypeName, parse_config, read_config
+
+
+def test_an_empty_file_is_the_bundled_model_with_two_workers_and_four_shards(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    config = read_config(path)
+    assert config.model == "bundled"
+    assert (config.attention_workers.count, config.expert_shards.count) == (2, 4)
+    assert config.ray.address is None
+
+
+def test_values_reach_the_part_that_reads_them() -> None:
+    config = parse_config({"dtype": "bfloat16", "attention_workers": {"engine": {"max_num_seqs": 7}}})
+    assert config.dtype is DTypeName.BFLOAT16
+    assert config.attention_workers.engine.max_num_seqs == 7
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"modle": "x"}, "modle: unknown key"),
+        ({"attention_workers": {"engine": {"max_seqs": 1}}}, "attention_workers.engine.max_seqs: unknown key"),
+        ({"attention_workers": {"count": "2"}}, "attention_workers.count: input should be a valid integer, got '2'"),
+        ({"attention_workers": {"count": True}}, "attention_workers.count: input should be a valid integer, got True"),
+        ({"expert_shards": {"count": 0}}, "expert_shards.count: input should be greater than or equal to 1, got 0"),
+        ({"gateway": {"port": 70000}}, "gateway.port: input should be less than or equal to 65535, got 70000"),
+        ({"dtype": "float16"}, "dtype: input should be 'auto', 'float32' or 'bfloat16', got 'float16'"),
+        ({"drain_timeout_s": float("nan")}, "drain_timeout_s: input should be greater than or equal to 0, got nan"),
+        ({"attention_workers": {"router": {"forward_timeout_s": -1.0}}}, "attention_workers.router.forward_timeout_s"),
+        ({"attention_workers": {"strategy": "NEAR"}}, "attention_workers.strategy"),
+        ([1, 2], "the document"),
+        ("bundled", "the document"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_path_and_value(data: object, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(data)
+    assert message in str(error.value)
+
+
+def test_every_fault_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config({"modle": "x", "expert_shards": {"count": -1}})
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe", b"a: b: c"])
+def test_a_file_that_is_not_yaml_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        read_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+        read_config(tmp_path / "missing.yaml")

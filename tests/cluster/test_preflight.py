@@ -1,0 +1,94 @@
+"""What is refused before anything is started, by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import preflight
+from cluster.checkpoint import InvalidCheckpoint
+from cluster.config import ConfigError, parse_config
+from cluster.model_config import UnsupportedModel
+from cluster.preflight import check
+from router.placement import PlacementError
+from tests.checkpoints import write_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model", "v2", seed=1)
+
+
+def plan_of(folder: Path, **settings: Any) -> preflight.ServingPlan:
+    return check(parse_config({"model": str(folder)} | settings))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_plan_counts_weights_by_role(folder: Path) -> None:
+    plan = plan_of(folder, expert_shards={"count": 3})
+    file_bytes = (folder / "model.safetensors").stat().st_size
+    weights = plan.worker_weight_bytes + sum(plan.shard_weight_bytes)
+    assert 0.9 * file_bytes < weights <= file_bytes
+    assert plan.expert_map.ep_size == len(plan.shard_weight_bytes) == 3
+
+
+def test_a_placement_that_does_not_fit_names_the_shard_and_the_limit(folder: Path) -> None:
+    with pytest.raises(PlacementError, match=r"shard 0 needs .* limit is"):
+        plan_of(folder, expert_shards={"count": 1, "max_weight_gib": 0.0001})
+
+
+def test_more_shards_than_units_are_refused_with_the_numbers(folder: Path) -> None:
+    with pytest.raises(PlacementError, match="ep_size is 25, but there are only 24 units"):
+        plan_of(folder, expert_shards={"count": 25})
+
+
+def test_a_machine_with_too_little_memory_is_told_what_needs_how_much(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "PROCESS_BYTES", 2**50)
+    with pytest.raises(ConfigError, match=r"the system needs about .* are free; use fewer workers"):
+        plan_of(folder)
+
+
+def test_a_step_that_does_not_fit_a_message_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "MAX_FRAME_BYTES", 100_000)
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens is 1024: .* lower it to"):
+        plan_of(folder)
+
+
+def test_an_unknown_model_type_is_refused_by_name(folder: Path) -> None:
+    rewrite(folder / "config.json", model_type="llama")
+    with pytest.raises(UnsupportedModel, match="model_type is 'llama'"):
+        plan_of(folder)
+
+
+def test_a_context_longer_than_the_cache_is_refused(folder: Path) -> None:
+    engine = {"max_model_len": 1000, "num_blocks": 2}
+    with pytest.raises(ConfigError, match="max_model_len is 1000"):
+        plan_of(folder, attention_workers={"engine": engine})
+
+
+def test_a_truncated_weight_file_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors"):
+        plan_of(folder)
+
+
+def test_a_missing_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.json"):
+        plan_of(folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    size = 2 + max(tokenizer["model"]["vocab"].values(), default=0)
+    tokenizer["model"]["vocab"] |= {f"extra{number}": size + number for number in range(4096)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="not of one checkpoint"):
+        plan_of(folder)

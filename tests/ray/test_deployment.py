@@ -1,0 +1,155 @@
+"""The whole system on a real local Ray cluster: it starts, serves, loses processes, gets them back, and ends."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.client import InferenceClient
+from cluster.config import parse_config
+from cluster.launch import Deployment
+from cluster.process import ProcessHealth
+from protos import generation_pb2 as pb
+from tests.checkpoints import write_checkpoint
+
+pytestmark = pytest.mark.ray
+
+TIMEOUT_S = 120.0
+PROMPT = "the experts are called"
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), "v2", seed=3)
+    settings = {
+        "model": str(folder),
+        "attention_workers": {"count": 2, "num_cpus": 0.5},
+        "expert_shards": {"count": 2, "num_cpus": 0.5},
+        "gateway": {"port": 0, "metrics_port": 0},
+        "drain_timeout_s": 2.0,
+    }
+    with Deployment(parse_config(settings)) as deployment:
+        deployment.wait_until_serving(lambda status: None)
+        yield deployment
+
+
+def health_of(deployment: Deployment, name: str) -> ProcessHealth:
+    status = deployment.status()
+    assert status
+    return dict(status.processes)[name]
+
+
+def generate(deployment: Deployment, num_tokens: int = 24) -> str:
+    params = pb.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    with InferenceClient(deployment.address) as client:
+        for generation in client.generate(PROMPT, params, timeout_s=TIMEOUT_S):
+            text = generation.text
+    return text
+
+
+def wait_until_serving(deployment: Deployment) -> None:
+    give_up_s = time.monotonic() + TIMEOUT_S
+    while not (status := deployment.status()) or not status.is_serving:
+        assert time.monotonic() < give_up_s, status
+        time.sleep(0.1)
+
+
+def kill(deployment: Deployment, name: str) -> ProcessHealth:
+    """As a crash does."""
+    health = health_of(deployment, name)
+    os.kill(health.pid, signal.SIGKILL)
+    return health
+
+
+def wait_until_replaced(deployment: Deployment, name: str, generation: str) -> None:
+    give_up_s = time.monotonic() + TIMEOUT_S
+    while health_of(deployment, name).generation in ("", generation):
+        assert time.monotonic() < give_up_s
+        time.sleep(0.1)
+    wait_until_serving(deployment)
+
+
+def test_attention_and_experts_are_separate_processes(deployment: Deployment) -> None:
+    status = deployment.status()
+    assert status
+    pids = [health.pid for _, health in status.processes]
+    assert len(set(pids)) == len(pids) == 5
+    assert generate(deployment)
+
+
+def test_one_scrape_gives_the_series_of_every_process(deployment: Deployment) -> None:
+    import urllib.request
+
+    generate(deployment)
+    with urllib.request.urlopen(f"http://{deployment.metrics_address}/metrics") as response:
+        page = response.read().decode()
+    assert page.count("mobula_process_up{") == 4
+    assert 'mobula_generation_tokens_total{dp_rank="' in page
+    assert 'mobula_ep_rank_tokens_total{ep_rank="1"}' in page
+    for line in page.splitlines():
+        if line.startswith("mobula_device_limit_violations_total"):
+            assert line.endswith(" 0.0")
+
+
+def test_gateway_says_that_it_serves(deployment: Deployment) -> None:
+    with grpc.insecure_channel(deployment.address) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service="mobula.v1.Inference"), timeout=5.0
+        )
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_request_waits_for_a_killed_shard_and_gets_the_same_text(deployment: Deployment) -> None:
+    expected = generate(deployment, num_tokens=200)
+    params = pb.SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    with InferenceClient(deployment.address) as client:
+        answers = client.generate(PROMPT, params, timeout_s=TIMEOUT_S)
+        generation = next(answers)
+        killed = kill(deployment, "shard-1")
+        *_, generation = answers
+    assert generation.text == expected
+    wait_until_replaced(deployment, "shard-1", killed.generation)
+
+
+def test_a_killed_worker_comes_back_and_the_other_one_serves_meanwhile(deployment: Deployment) -> None:
+    expected = generate(deployment)
+    killed = kill(deployment, "worker-0")
+    for _ in range(4):
+        assert generate(deployment) == expected
+    wait_until_replaced(deployment, "worker-0", killed.generation)
+    assert generate(deployment) == expected
+
+
+def test_leaving_the_deployment_leaves_no_process_behind(tmp_path: Path) -> None:
+    """In a process of its own, for the module's deployment still runs here."""
+    folder = write_checkpoint(tmp_path / "model", "v2", seed=3)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {folder}\nattention_workers: {{count: 1, num_cpus: 0.5}}\nexpert_shards: {{count: 1, num_cpus: 0.5}}\n"
+        "gateway: {port: 0, metrics_port: 0}\ndrain_timeout_s: 1.0\n"
+    )
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "cluster.cli", "serve", "--config", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "Ctrl-C" in line:
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 4, lines
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, [*lines, rest]
+    assert "stopped" in rest
+    _, alive = psutil.wait_procs(children, timeout=20.0)
+    assert alive == []
