@@ -1,0 +1,65 @@
+"""`mobula serve`: starts the system, says how to call it, and ends it in order."""
+
+import logging
+import signal
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from cluster.checkpoint import InvalidCheckpoint
+from cluster.client import DEFAULT_ADDRESS
+from cluster.config import ConfigError, MobulaConfig, parse_config, read_config
+from cluster.controller import StartError
+from cluster.launch import Deployment
+from cluster.model_config import UnsupportedModel
+from cluster.progress import StartProgress
+from router.placement import PlacementError
+
+START_ERRORS = (ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError, StartError)
+
+
+def load_config(path: Path | None, model: str | None) -> MobulaConfig:
+    """The file's configuration, or the default one, with the model replaced if one is given. Raises ConfigError."""
+    config = read_config(path) if path else parse_config(None)
+    return config.model_copy(update={"model": model}) if model else config
+
+
+def serve_until_stopped(path: Path | None, model: str | None, console: Console) -> bool:
+    """Runs until Ctrl-C or SIGTERM. Returns whether the system came up."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        with Deployment(load_config(path, model)) as deployment:
+            console.print(deployment.plan.describe())
+            with StartProgress(console) as progress:
+                deployment.wait_until_serving(progress.show)
+            _print_banner(deployment, console)
+            _wait_for_signal()
+            console.print("stopping: no new requests, those in flight may end; Ctrl-C again stops at once ...")
+    except START_ERRORS as error:
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
+        return False
+    except KeyboardInterrupt:
+        console.print("interrupted before the system was up; stopped")
+        return False
+    console.print("stopped")
+    return True
+
+
+def _print_banner(deployment: Deployment, console: Console) -> None:
+    address, model = deployment.address, escape(deployment.config.model)
+    option = "" if address == DEFAULT_ADDRESS else f" --address {address}"
+    console.print(f"\n[bold green]serving[/bold green] {model} at [bold]{address}[/bold]", highlight=False)
+    console.print(f"  try:      mobula generate 'def main():'{option}", highlight=False)
+    console.print(f"  experts:  mobula experts{option}", highlight=False)
+    console.print(f"  metrics:  http://{deployment.metrics_address}/metrics", highlight=False)
+    console.print("  stop:     Ctrl-C\n")
+
+
+def _wait_for_signal() -> None:
+    try:
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        return
