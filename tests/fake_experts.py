@@ -32,7 +32,10 @@ MOE_LAYER_IDS = (1, 2, 4)
 def grouped_gate(n_group: int = 8, topk_group: int = 3) -> GateConfig:
     """DeepSeek-V2's shape, small: 16 experts in 8 groups, 4 of at most 3 groups a token."""
     return GateConfig(
-        n_routed_experts=16, num_experts_per_tok=4, n_group=n_group, topk_group=topk_group,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_group=n_group,
+        topk_group=topk_group,
         topk_method=TopkMethod.GROUP_LIMITED_GREEDY,
     )
 
@@ -57,8 +60,11 @@ def random_placement(gate: GateConfig, ep_size: int, seed: int, placement_versio
             count = rng.integers(1, ep_size + 1)
             ranks[:count] = rng.permutation(ep_size)[:count]
     return ExpertMap(
-        placement_version=placement_version, ep_size=ep_size, moe_layer_ids=MOE_LAYER_IDS,
-        expert_to_unit=static.expert_to_unit.copy(), unit_to_ep_ranks=unit_to_ep_ranks,
+        placement_version=placement_version,
+        ep_size=ep_size,
+        moe_layer_ids=MOE_LAYER_IDS,
+        expert_to_unit=static.expert_to_unit.copy(),
+        unit_to_ep_ranks=unit_to_ep_ranks,
     )
 
 
@@ -113,9 +119,7 @@ class MultiplyingShard:
         rows, expert_ids, partial_sums = (reader.take((header.num_assignments,), torch.int32) for _ in range(3))
         reader.finish()
         sums = torch.zeros(header.num_partial_sums, hidden_states.shape[1])
-        sums.index_add_(
-            0, partial_sums, hidden_states.float()[rows] * (weights * (expert_ids + 1)).unsqueeze(-1)
-        )
+        sums.index_add_(0, partial_sums, hidden_states.float()[rows] * (weights * (expert_ids + 1)).unsqueeze(-1))
         output = ForwardOutput(partial_sums=sums.to(hidden_states.dtype), queue_ns=0, compute_ns=0)
         answer.set_result(answer_frame(header.sequence_number, output))
         return answer
