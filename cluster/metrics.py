@@ -97,7 +97,7 @@ class RequestOutcome:
 
 
 def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> tuple[WSGIServer, int]:
-    """Starts the endpoint in a thread of its own. Returns the server and its port. Raises Unavailable if it is taken."""
+    """Starts the endpoint in a thread of its own. Returns server and port. Raises Unavailable if the port is taken."""
     try:
         server, _ = start_http_server(port, addr=host, registry=registry)
     except OSError as error:

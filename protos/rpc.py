@@ -12,6 +12,7 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from protos import errors
 
@@ -48,15 +49,31 @@ def frame_options() -> list[tuple[str, int]]:
 def parse(message_class: type[MessageT], data: bytes) -> MessageT:
     """The request in `data`.
 
-    Raises InvalidRequest when it is not a valid message of the class (truncated, or text that is not UTF-8).
+    Raises InvalidRequest when it is not a valid message of the class (truncated, or text that is not UTF-8), and when
+    it has fields that this version does not know: what a client asks for is not dropped in silence.
     """
     try:
-        return message_class.FromString(data)
+        message = message_class.FromString(data)
     except DecodeError as error:
         raise errors.InvalidRequest(
             f"the request is not a valid {message_class.DESCRIPTOR.full_name} ({len(data)} bytes): {error}; "
             "strings must be UTF-8"
         ) from error
+    _refuse_unknown_fields(message, message_class.DESCRIPTOR.name)
+    return message
+
+
+def _refuse_unknown_fields(message: Message, path: str) -> None:
+    unknown = [field.field_number for field in UnknownFieldSet(message)]
+    if unknown:
+        raise errors.InvalidRequest(
+            f"{path} has no field number {unknown[0]} in this version; see mobula.v1 in the server's reflection",
+            field=path,
+        )
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if field.is_repeated else (value,):
+                _refuse_unknown_fields(part, f"{path}.{field.name}")
 
 
 UnaryMethod = Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]
