@@ -33,8 +33,8 @@ def random_jobs(seed: int) -> list[Job]:
     rng = random.Random(seed)
     jobs = []
     for number in range(NUM_REQUESTS):
-        prompt = [rng.randrange(3, 320) for _ in range(rng.choice((1, 4, 16, 40, 120, 300)))]
-        num_tokens = rng.randint(1, 24)
+        prompt = [rng.randrange(3, 320) for _ in range(rng.choice((1, 4, 16, 40, 120, 200)))]
+        num_tokens = rng.randint(1, 16)
         jobs.append(Job(prompt, num_tokens, rng.randint(0, num_tokens - 1) if number % 10 == 0 else None))
     return jobs
 
@@ -57,7 +57,7 @@ def run(stub: generation_pb2_grpc.InferenceStub, job: Job) -> list[int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"), "v2", seed=11)
+    return write_checkpoint(tmp_path_factory.mktemp("model"), "v2", seed=11, num_hidden_layers=2)
 
 
 def test_two_hundred_requests_of_twenty_clients_are_answered_as_if_alone(folder: Path) -> None:
