@@ -64,10 +64,10 @@ def parse(message_class: type[MessageT], data: bytes) -> MessageT:
 
 
 def _refuse_unknown_fields(message: Message, path: str) -> None:
-    unknown = [field.field_number for field in UnknownFieldSet(message)]
-    if unknown:
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
         raise errors.InvalidRequest(
-            f"{path} has no field number {unknown[0]} in this version; see mobula.v1 in the server's reflection",
+            f"{path} has no field number {unknown[0].field_number} in this version; see mobula.v1 in the server's reflection",
             field=path,
         )
     for field, value in message.ListFields():

@@ -37,18 +37,16 @@ logger = logging.getLogger(__name__)
 class TrainingConfig:
     """How long and how fast to learn."""
 
-    num_steps: int = 3000
-    max_minutes: float = 50.0  # a slow machine takes fewer steps, and its learning rate still falls to zero
+    num_steps: int = 1900
+    max_minutes: float = 44.0  # a slow machine takes fewer steps, and its learning rate still falls to zero
     num_sequences: int = 12  # a step
     peak_learning_rate: float = 6e-3
     num_warmup_steps: int = 40
     weight_decay: float = 0.1  # matrices only
     max_gradient_norm: float = 1.0
     num_steps_between_exports: int = 200
-    # Weaker than V2's: sequences are of one kind, and balance within each of them keeps experts from specialising.
-    balance: BalanceFactors = field(
-        default_factory=lambda: BalanceFactors(expert=0.001, device=0.004, communication=0.002)
-    )
+    # Weaker than V2's between devices: sequences are short and of one kind, and experts should specialise by kind.
+    balance: BalanceFactors = field(default_factory=lambda: BalanceFactors(device=0.02, communication=0.01))
     seed: int = 0
 
     def progress(self, step: int, elapsed_s: float) -> float:
