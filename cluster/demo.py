@@ -28,6 +28,7 @@ PROMPTS_BY_KIND = {
 }
 PROMPTS = tuple(prompt for prompts in PROMPTS_BY_KIND.values() for prompt in prompts)
 NUM_TOKENS = 96
+NUM_TOKENS_OF_KIND = 40  # enough to see which experts a kind of text uses
 REFRESH_PER_SECOND = 8
 
 
@@ -49,9 +50,10 @@ def run_demo(path: Path | None, model: str | None, console: Console) -> bool:
 
 def _run(config: MobulaConfig, console: Console) -> None:
     start = time.monotonic()
-    with Deployment(config) as deployment:
-        console.rule("[bold]1. start")
-        console.print(deployment.plan.describe())
+    deployment = Deployment(config)
+    console.rule("[bold]1. start")
+    console.print(deployment.plan.describe())
+    with deployment:
         with StartProgress(console) as progress:
             status = deployment.wait_until_serving(progress.show)
         console.print(
@@ -81,13 +83,13 @@ def _run(config: MobulaConfig, console: Console) -> None:
     console.print(f"all stopped: {len(left)} processes left, {time.monotonic() - start:.0f} s in all")
 
 
-def _stream(client: InferenceClient, generations: list[Generation]) -> float:
+def _stream(client: InferenceClient, generations: list[Generation], num_tokens: int = NUM_TOKENS) -> float:
     """Continues every prompt at once, in place. Returns the seconds it took. Raises the first call's error."""
     failures: list[BaseException] = []
 
     def stream(index: int) -> None:
         params = generation_pb2.SamplingParams(
-            temperature=0.7, top_p=0.95, seed=index, max_tokens=NUM_TOKENS, ignore_eos=True
+            temperature=0.7, top_p=0.95, seed=index, max_tokens=num_tokens, ignore_eos=True
         )
         try:
             for generation in client.generate(generations[index].prompt, params):
@@ -111,7 +113,7 @@ def _stream(client: InferenceClient, generations: list[Generation]) -> float:
 def _load_of(client: InferenceClient, prompts: tuple[str, ...]) -> generation_pb2.GetExpertLoadResponse:
     """What these prompts alone add to the experts' load."""
     before = client.expert_load()
-    _stream(client, [Generation(prompt) for prompt in prompts])
+    _stream(client, [Generation(prompt) for prompt in prompts], NUM_TOKENS_OF_KIND)
     load = client.expert_load()
     for layer, old in zip(load.layers, before.layers, strict=True):
         layer.num_tokens[:] = [now - then for now, then in zip(layer.num_tokens, old.num_tokens, strict=True)]

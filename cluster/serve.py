@@ -28,10 +28,12 @@ def load_config(path: Path | None, model: str | None) -> MobulaConfig:
 def serve_until_stopped(path: Path | None, model: str | None, console: Console) -> bool:
     """Runs until Ctrl-C or SIGTERM. Returns whether the system came up."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    _treat_sigterm_as_ctrl_c()
     try:
-        with Deployment(load_config(path, model)) as deployment:
-            console.print(deployment.plan.describe())
+        deployment = Deployment(load_config(path, model))
+        console.print(deployment.plan.describe())
+        with deployment:
+            _treat_sigterm_as_ctrl_c()  # again: Ray, when it starts, puts its own handler in place
             with StartProgress(console) as progress:
                 deployment.wait_until_serving(progress.show)
             _print_banner(deployment, console)
@@ -55,6 +57,10 @@ def _print_banner(deployment: Deployment, console: Console) -> None:
     console.print(f"  experts:  mobula experts{option}", highlight=False)
     console.print(f"  metrics:  http://{deployment.metrics_address}/metrics", highlight=False)
     console.print("  stop:     Ctrl-C\n")
+
+
+def _treat_sigterm_as_ctrl_c() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _wait_for_signal() -> None:
