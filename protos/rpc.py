@@ -67,7 +67,7 @@ def _refuse_unknown_fields(message: Message, path: str) -> None:
     unknown = UnknownFieldSet(message)
     if len(unknown):
         raise errors.InvalidRequest(
-            f"{path} has no field number {unknown[0].field_number} in this version; see mobula.v1 in the server's reflection",
+            f"{path} has no field number {unknown[0].field_number} in this version; see the server's reflection",
             field=path,
         )
     for field, value in message.ListFields():
