@@ -13,7 +13,9 @@ class GatewayRole(Role):
     """The front door."""
 
     def __init__(self, config: MobulaConfig, host: str | None) -> None:
-        super().__init__(config, config.gateway.host if host else host)
+        listens_everywhere = config.gateway.host in ("0.0.0.0", "::")
+        super().__init__(config, host if listens_everywhere else config.gateway.host)
+        self._bind_host = config.gateway.host
         self._metrics = GatewayMetrics()
         self._registry = self._metrics.registry
         self._gateway: Gateway | None = None
@@ -23,7 +25,7 @@ class GatewayRole(Role):
 
         async def start() -> tuple[Gateway, int]:
             gateway = Gateway(settings.max_concurrent_requests, self._metrics)
-            return gateway, await gateway.start(settings.host, settings.port)
+            return gateway, await gateway.start(self._bind_host, settings.port)
 
         self._gateway, port = self._loop.run(start())
         return f"{self._host}:{port}", 0

@@ -23,6 +23,7 @@ from cluster.process import ClusterStatus, ProcessHealth, RoleName
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
+STATUS_TIMEOUT_S = 60.0  # the controller answers at once; a machine that starts ten processes may not
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # of a local cluster; no tensor passes through Ray's object store
 
@@ -88,8 +89,11 @@ class Deployment:
         return self._gateway().metrics_address
 
     def status(self) -> ClusterStatus | None:
-        """The controller's latest view."""
-        status: ClusterStatus | None = ray.get(self._controller.status.remote())
+        """The controller's latest view. Raises StartError when the controller is gone."""
+        try:
+            status: ClusterStatus | None = ray.get(self._controller.status.remote(), timeout=STATUS_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            raise StartError(f"the controller does not answer: {error}") from error
         return status
 
     def stop(self) -> None:

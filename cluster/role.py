@@ -30,7 +30,8 @@ class Role(ABC):
     def __init__(self, config: MobulaConfig, host: str | None) -> None:
         """host: where to listen; None for this node's address in the cluster."""
         self._config = config
-        self._host = host or _node_address()
+        self._host = host or _node_address()  # where others find this process
+        self._bind_host = self._host  # where it listens
         self._lock = threading.Lock()
         self._health = ProcessHealth(generation=new_generation(), state=ProcessState.NEW, pid=os.getpid())
         self._loop = LoopThread("loop")
@@ -49,7 +50,7 @@ class Role(ABC):
         before = psutil.Process().memory_info().rss
         try:
             address, weight_bytes = self._load(expert_map)
-            _, metrics_port = serve_metrics(self._host, self._metrics_port(), self._registry)
+            _, metrics_port = serve_metrics(self._bind_host, self._metrics_port(), self._registry)
         except Exception as error:  # the top of the process's start: the controller shows it
             logger.exception("could not load")
             self._health = replace(self._health, state=ProcessState.FAILED, detail=f"{type(error).__name__}: {error}")

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from cluster.model_config import UnsupportedModel
 from cluster.progress import StartProgress
 from router.placement import PlacementError
 
+WATCH_S = 2.0  # how often it looks whether the controller is there
 START_ERRORS = (ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError, StartError)
 
 
@@ -37,7 +39,7 @@ def serve_until_stopped(path: Path | None, model: str | None, console: Console) 
             with StartProgress(console) as progress:
                 deployment.wait_until_serving(progress.show)
             _print_banner(deployment, console)
-            _wait_for_signal()
+            _watch_until_signal(deployment)
             console.print("stopping: no new requests, those in flight may end; Ctrl-C again stops at once ...")
     except START_ERRORS as error:
         console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
@@ -63,9 +65,11 @@ def _treat_sigterm_as_ctrl_c() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _wait_for_signal() -> None:
+def _watch_until_signal(deployment: Deployment) -> None:
+    """Returns at Ctrl-C. Raises StartError when the controller is gone."""
     try:
         while True:
-            signal.pause()
+            time.sleep(WATCH_S)
+            deployment.status()
     except KeyboardInterrupt:
         return
