@@ -23,6 +23,8 @@ check: lint test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.bench.layer_time $(ARGS)
+	$(BIN)/python -m tests.bench.load_memory $(ARGS)
+	$(BIN)/python -m tests.bench.round_trip
 
 protos: $(VENV)/.installed-test
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto

@@ -26,7 +26,7 @@ class ConfigError(Exception):
 class DTypeName(StrEnum):
     """Element type of weights and activations."""
 
-    AUTO = "auto"  # as the checkpoint says
+    AUTO = "auto"  # as the checkpoint says; float32 for the bundled model
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 

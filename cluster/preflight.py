@@ -107,7 +107,10 @@ def open_model(config: MobulaConfig) -> ServedModel:
     is_bundled = config.model == BUNDLED_MODEL
     checkpoint = Checkpoint.open(bundled_model.path() if is_bundled else config.model, config.revision)
     model_config = checkpoint.model_config()
-    dtype = model_config.dtype if config.dtype is DTypeName.AUTO else DTYPES[config.dtype]
+    if config.dtype is not DTypeName.AUTO:
+        dtype = DTYPES[config.dtype]
+    else:  # the bundled model is small enough for float32, in which every CPU is fast
+        dtype = torch.float32 if is_bundled else model_config.dtype
     return ServedModel(model_id=config.model, checkpoint=checkpoint, config=model_config, dtype=dtype)
 
 

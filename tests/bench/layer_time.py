@@ -1,6 +1,6 @@
 """Where the time of one decode step and one prefill goes, by part, with shards as separate processes.
 
-    python -m tests.bench.layer_time [MODEL FOLDER] [--shards 2] [--batch 8] [--context 128] [--prefill 512]
+    python -m tests.bench.layer_time [MODEL FOLDER] [--dtype float32] [--shards 2] [--batch 8] [--context 128] [--prefill 512]
 
 Prints a table: milliseconds a step and share of the step. The parts of a mixture layer beyond the worker's own work
 come from the shards' clocks (queue, expert FFN); `wire` is what is left of the wait: encoding on the shard, gRPC,
@@ -40,8 +40,19 @@ from router.metrics import RouterMetrics
 from router.router import Router, RouterConfig
 from tests.attention.steps import StepRunner, cache_config
 
-NUM_WARMUP, NUM_STEPS = 5, 30
-PARTS = ("attention", "gate", "plan, pack and send", "shared experts", "wire", "queue", "expert FFN", "combine", "rest")
+NUM_WARMUP, NUM_STEPS = 3, 30
+MAX_SECONDS = 30.0  # of a measurement; a large model takes fewer steps
+PARTS = (
+    "attention",
+    "gate",
+    "plan, pack and send",
+    "dense and shared MLP",
+    "wire",
+    "queue",
+    "expert FFN",
+    "combine",
+    "rest",
+)
 
 
 class Stopwatch:
@@ -123,14 +134,17 @@ def measure(runner: StepRunner, batch: int, num_tokens: int, context: int, name:
     with ExitStack() as stack:
         stopwatch.install(stack)
         stack.enter_context(
-            mock.patch.object(decoder_module.SwiGlu, "forward", stopwatch.timed("shared experts", shared))
+            mock.patch.object(decoder_module.SwiGlu, "forward", stopwatch.timed("dense and shared MLP", shared))
         )
         total = NUM_WARMUP + NUM_STEPS
         prompts = [[3 + (i * 7 + seq) % 300 for i in range(context + num_tokens * total)] for seq in range(batch)]
         rows = [runner.sequence(prompt) for prompt in prompts]
         if context:
             runner.step([(row, context) for row in rows])
+        began = time.perf_counter()
         for number in track(range(total), description=name, transient=True):
+            if number > NUM_WARMUP and time.perf_counter() - began > MAX_SECONDS:
+                break
             if num_tokens > 1:  # a prefill starts from an empty cache each time
                 for row in rows:
                     row.num_computed_tokens = 0
@@ -164,13 +178,16 @@ def report(results: dict[str, dict[str, float]], num_layers: int, console: Conso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=bundled_model.path())
+    parser.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--prefill", type=int, default=512)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = parse_config({"model": str(arguments.model), "expert_shards": {"count": arguments.shards}})
+    config = parse_config(
+        {"model": str(arguments.model), "dtype": arguments.dtype, "expert_shards": {"count": arguments.shards}}
+    )
     plan = check(config)
     spawn = multiprocessing.get_context("spawn")
     pipes = []
