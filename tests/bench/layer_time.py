@@ -1,6 +1,6 @@
 """Where the time of one decode step and one prefill goes, by part, with shards as separate processes.
 
-    python -m tests.bench.layer_time [MODEL FOLDER] [--dtype float32] [--shards 2] [--batch 8] [--context 128] [--prefill 512]
+    python -m tests.bench.layer_time [MODEL FOLDER] [--dtype D] [--shards N] [--batch N] [--context N] [--prefill N]
 
 Prints a table: milliseconds a step and share of the step. The parts of a mixture layer beyond the worker's own work
 come from the shards' clocks (queue, expert FFN); `wire` is what is left of the wait: encoding on the shard, gRPC,
