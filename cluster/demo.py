@@ -69,6 +69,7 @@ def _run(config: MobulaConfig, console: Console) -> None:
                 get_renderable=lambda: streams_view(generations, console.width),
             ):
                 wall_s = _stream(client, generations)
+            console.print()
             console.print(summary_view(generations, wall_s))
 
             console.rule("[bold]3. where every token went")

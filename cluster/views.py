@@ -79,14 +79,14 @@ def streams_view(generations: list[Generation], width: int) -> RenderableType:
 def summary_view(generations: list[Generation], wall_s: float) -> RenderableType:
     """Latency and throughput of each stream and of all together."""
     table = Table(title="requests", title_justify="left")
-    table.add_column("prompt")
+    table.add_column("prompt", no_wrap=True)
     for heading in ("prompt tokens", "new tokens", "first token", "tokens/s", "end"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for generation in generations:
         rate = generation.num_tokens / generation.total_s if generation.total_s else 0.0
         first = f"{generation.first_token_s * 1000:.0f} ms" if generation.first_token_s else "-"
         table.add_row(
-            generation.prompt.strip().splitlines()[0][:48],
+            generation.prompt.strip().splitlines()[0][:24],
             str(generation.usage.num_prompt_tokens),
             str(generation.num_tokens),
             first,
