@@ -34,8 +34,14 @@ def expected(folder: Path) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, [reference.generate(prompt, NUM_TOKENS) for prompt in prompts]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("num_workers", "num_shards"), [(1, 1), (1, 2), (3, 3), (1, 5), (3, 12)])
+@pytest.mark.parametrize(
+    ("shape", "num_workers", "num_shards"),
+    [
+        *((shape, 1, num_shards) for shape in ("v2", "bundled") for num_shards in (1, 2, 5)),
+        *((shape, 3, 3) for shape in SHAPES),
+        *((shape, 1, 12) for shape in SHAPES),
+    ],
+)
 def test_sixteen_prompts_at_once_give_the_reference_tokens(
     folders: dict[str, Path], shape: str, num_workers: int, num_shards: int
 ) -> None:
@@ -45,8 +51,7 @@ def test_sixteen_prompts_at_once_give_the_reference_tokens(
         assert system.is_idle()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("num_shards", [1, 12])
+@pytest.mark.parametrize(("shape", "num_shards"), [("v2", 1), ("v2", 12), ("v2_lite", 2), ("v3", 3), ("bundled", 5)])
 def test_a_prompt_alone_gives_the_reference_tokens(folders: dict[str, Path], shape: str, num_shards: int) -> None:
     prompts, continuations = expected(folders[shape])
     with System(folders[shape], num_shards=num_shards, dtype="float32") as system:
