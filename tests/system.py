@@ -1,6 +1,5 @@
 """The whole system in one process: real roles and real gRPC between them, no Ray. Tests call it like any client."""
 
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,6 @@ class System:
         data: dict[str, Any] = {"model": str(model), "gateway": {"port": 0, "metrics_port": 0}} | settings
         data["attention_workers"] = {"count": num_workers} | settings.get("attention_workers", {})
         data["expert_shards"] = {"count": num_shards} | settings.get("expert_shards", {})
-        sys.setswitchinterval(0.0005)  # what are processes elsewhere are threads here, and wait for each other's turn
         self.config: MobulaConfig = parse_config(data)
         self.plan = check(self.config)
         self.shards = [ShardRole(self.config, rank, HOST) for rank in range(num_shards)]
