@@ -5,15 +5,19 @@ should not wait for torch and Ray.
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import grpc
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from cluster.client import DEFAULT_ADDRESS, InferenceClient
 from cluster.views import experts_view
 from protos import generation_pb2
+
+if TYPE_CHECKING:
+    from cluster.config import MobulaConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,19 +37,19 @@ Model = Annotated[str | None, typer.Option(help="Folder or Hugging Face id; over
 @app.command()
 def serve(config: ConfigFile = None, model: Model = None) -> None:
     """Start the system and serve until Ctrl-C or SIGTERM."""
-    _keep_local_ray_private()
+    settings = _settings(config, model)
     from cluster.serve import serve_until_stopped
 
-    _exit_on_failure(serve_until_stopped(config, model, console))
+    _exit_on_failure(serve_until_stopped(settings, console))
 
 
 @app.command()
 def demo(config: ConfigFile = None, model: Model = None) -> None:
     """Start everything on this machine, stream several prompts, show where every token went, stop."""
-    _keep_local_ray_private()
+    settings = _settings(config, model)
     from cluster.demo import run_demo
 
-    _exit_on_failure(run_demo(config, model, console))
+    _exit_on_failure(run_demo(settings, console))
 
 
 @app.command()
@@ -93,14 +97,22 @@ def experts(address: Address = DEFAULT_ADDRESS) -> None:
         _fail_call(error)
 
 
-def _keep_local_ray_private() -> None:
-    """A Ray cluster that we start gets a key of its own: no other user of the machine can run code in it.
+def _settings(path: Path | None, model: str | None) -> "MobulaConfig":
+    """The file's configuration, or the default one, with the model replaced if one is given.
 
-    Ray reads this when it is imported.
+    A Ray cluster that we start gets a key of its own: no other user of the machine can run code in it. Ray reads this
+    when it is imported, so it is settled here.
     """
-    if "RAY_AUTH_MODE" not in os.environ and "RAY_ADDRESS" not in os.environ:
+    from cluster.config import ConfigError, parse_config, read_config
+
+    try:
+        config = read_config(path) if path else parse_config(None)
+    except ConfigError as error:
+        _fail(str(error))
+    if config.ray.address is None and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return config.model_copy(update={"model": model}) if model else config
 
 
 def _exit_on_failure(has_succeeded: bool) -> None:
@@ -108,12 +120,12 @@ def _exit_on_failure(has_succeeded: bool) -> None:
         raise typer.Exit(1)
 
 
-def _fail(message: str) -> None:
-    console.print(f"[bold red]error:[/bold red] {message}", highlight=False, markup=True)
+def _fail(message: str) -> NoReturn:
+    console.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False)
     raise typer.Exit(1)
 
 
-def _fail_call(error: grpc.RpcError) -> None:
+def _fail_call(error: grpc.RpcError) -> NoReturn:
     code, details = error.code(), error.details()
     hint = " (is `mobula serve` running, and is this its address?)" if code is grpc.StatusCode.UNAVAILABLE else ""
     _fail(f"{code.name}: {details}{hint}")

@@ -5,7 +5,6 @@ went, and stops everything.
 import logging
 import threading
 import time
-from pathlib import Path
 
 import grpc
 import psutil
@@ -17,7 +16,7 @@ from cluster.client import Generation, InferenceClient
 from cluster.config import MobulaConfig
 from cluster.launch import Deployment
 from cluster.progress import StartProgress
-from cluster.serve import START_ERRORS, load_config
+from cluster.serve import START_ERRORS
 from cluster.views import experts_view, kinds_view, streams_view, summary_view
 from protos import generation_pb2
 
@@ -32,11 +31,11 @@ NUM_TOKENS_OF_KIND = 40  # enough to see which experts a kind of text uses
 REFRESH_PER_SECOND = 8
 
 
-def run_demo(path: Path | None, model: str | None, console: Console) -> bool:
+def run_demo(config: MobulaConfig, console: Console) -> bool:
     """The whole show. Returns whether all of it worked."""
     logging.basicConfig(level=logging.WARNING)
     try:
-        _run(load_config(path, model), console)
+        _run(config, console)
     except START_ERRORS as error:
         console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
         return False

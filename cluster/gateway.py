@@ -187,7 +187,10 @@ class Gateway:
         try:
             bound = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            raise errors.Unavailable(f"cannot listen on {host}:{port}: the port is taken; set gateway.port") from error
+            raise errors.Unavailable(
+                f"cannot listen on {host}:{port}: the port is taken or the address is not of this machine; "
+                "set gateway.port or gateway.host"
+            ) from error
         await self._server.start()
         return int(bound)
 

@@ -42,9 +42,21 @@ class Deployment:
         self._is_local = config.ray.address is None
 
     def __enter__(self) -> Self:
-        self._start_ray()
-        host = LOOPBACK if self._is_local else None
-        self._controller = create_controller(self.config, self.plan.expert_map, host)
+        """Starts Ray, or joins the cluster, and creates the controller. Raises StartError."""
+        try:
+            self._start_ray()
+            host = LOOPBACK if self._is_local else None
+            self._controller = create_controller(self.config, self.plan.expert_map, host)
+        except ConnectionError as error:
+            raise StartError(
+                f"cannot join the Ray cluster at ray.address {self.config.ray.address}: {error}"
+            ) from error
+        except ValueError as error:  # Ray's word for a name that is taken
+            self.stop()
+            raise StartError(
+                f"Ray refused the controller in namespace {self.config.ray.namespace}: {error}; is another Mobula serving "
+                "there? set ray.namespace"
+            ) from error
         return self
 
     def __exit__(
@@ -61,7 +73,7 @@ class Deployment:
         deadline = time.monotonic() + self.config.ray.start_timeout_s
         while True:
             if ray.wait([started], timeout=0)[0]:
-                ray.get(started)
+                _raise_if_failed(started)
             status = self.status()
             show(status)
             if status and status.failures:
@@ -134,3 +146,13 @@ class Deployment:
             object_store_memory=OBJECT_STORE_BYTES,
             **settings,
         )
+
+
+def _raise_if_failed(started: "ray.ObjectRef[Any]") -> None:
+    """Raises StartError with what the controller said, without Ray's account of where it said it."""
+    try:
+        ray.get(started)
+    except ray.exceptions.RayTaskError as error:
+        raise StartError(str(error.cause)) from error
+    except ray.exceptions.RayError as error:
+        raise StartError(f"the controller could not start: {error}") from error

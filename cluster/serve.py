@@ -3,14 +3,13 @@
 import logging
 import signal
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
 from cluster.checkpoint import InvalidCheckpoint
 from cluster.client import DEFAULT_ADDRESS
-from cluster.config import ConfigError, MobulaConfig, parse_config, read_config
+from cluster.config import ConfigError, MobulaConfig
 from cluster.controller import StartError
 from cluster.launch import Deployment
 from cluster.model_config import UnsupportedModel
@@ -21,18 +20,12 @@ WATCH_S = 2.0  # how often it looks whether the controller is there
 START_ERRORS = (ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError, StartError)
 
 
-def load_config(path: Path | None, model: str | None) -> MobulaConfig:
-    """The file's configuration, or the default one, with the model replaced if one is given. Raises ConfigError."""
-    config = read_config(path) if path else parse_config(None)
-    return config.model_copy(update={"model": model}) if model else config
-
-
-def serve_until_stopped(path: Path | None, model: str | None, console: Console) -> bool:
+def serve_until_stopped(config: MobulaConfig, console: Console) -> bool:
     """Runs until Ctrl-C or SIGTERM. Returns whether the system came up."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     _treat_sigterm_as_ctrl_c()
     try:
-        deployment = Deployment(load_config(path, model))
+        deployment = Deployment(config)
         console.print(deployment.plan.describe())
         with deployment:
             _treat_sigterm_as_ctrl_c()  # again: Ray, when it starts, puts its own handler in place
