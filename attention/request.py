@@ -126,7 +126,8 @@ class RequestReader:
 
     def _text(self, text: str) -> list[int]:
         if not text:
-            raise errors.InvalidRequest("the text is empty; send at least one character, or token_ids", field="text")
+            raise errors.InvalidRequest("the text is empty; send at least one character", field="text")
+        self._check_num_chars(len(text), "text")
         return self._tokenizer.encode_text(text)
 
     def _chat(self, chat: generation_pb2.Chat) -> list[int]:
@@ -140,7 +141,18 @@ class RequestReader:
                     field=f"chat.messages[{i}].role",
                 )
             messages.append({"role": message.role, "content": message.content})
+        self._check_num_chars(sum(len(message["content"]) for message in messages), "chat")
         return self._tokenizer.encode_chat(messages)
+
+    def _check_num_chars(self, num_chars: int, field: str) -> None:
+        """Refuses what cannot fit before it is tokenised, which takes seconds for megabytes."""
+        limit = self._max_model_len * self._tokenizer.max_token_chars
+        if num_chars > limit:
+            raise errors.PromptTooLong(
+                f"the prompt has {num_chars} characters, more than {self._max_model_len} tokens (max_model_len) "
+                f"can hold ({limit}); shorten it",
+                field=field,
+            )
 
     def _token_ids(self, token_ids: list[int], field: str) -> list[int]:
         for i, token_id in enumerate(token_ids):

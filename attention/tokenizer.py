@@ -57,6 +57,8 @@ class Tokenizer:
         self._adds_bos = adds_bos
         self._chat_template = None if chat_template is None else _compile(chat_template)
         self._eos_token_ids = eos_token_ids
+        # Byte-level tokens are written with one character a byte, so none stands for more characters of text than this.
+        self.max_token_chars = max((len(token) for token in tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     @classmethod
     def read(cls, folder: Path) -> "Tokenizer":

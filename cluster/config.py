@@ -19,6 +19,19 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 BUNDLED_MODEL = "bundled"
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice; plain YAML loaders keep the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"keys stand twice: {sorted(map(str, twice))}", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the message lists every fault with its path."""
 
@@ -118,7 +131,7 @@ def parse_config(data: Any) -> MobulaConfig:
 def read_config(path: Path) -> MobulaConfig:
     """The configuration in a YAML file. Raises ConfigError naming the file."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     try:

@@ -14,7 +14,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 
-from cluster.process import DOWN, ClusterStatus, ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
+from cluster.process import (
+    DOWN,
+    STARTING,
+    ClusterStatus,
+    ManagedProcess,
+    ProcessDied,
+    ProcessHealth,
+    ProcessState,
+    RoleName,
+)
 from router.expert_map import ExpertMap
 
 logger = logging.getLogger(__name__)
@@ -147,12 +156,13 @@ class Controller:
 
 
 def _answer(process: ManagedProcess) -> ProcessHealth:
-    """The health that a process reported, or DOWN. A late answer stays awaited for the next round."""
+    """The health that a process reported. A late answer stays awaited for the next round."""
+    silent = STARTING if process.health is STARTING else DOWN
     future = process.pending_health
     if future is None or not future.done():
-        return DOWN
+        return silent
     process.pending_health = None
     try:
         return future.result()
     except ProcessDied:
-        return DOWN
+        return silent

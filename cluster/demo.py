@@ -21,7 +21,10 @@ from cluster.views import experts_view, kinds_view, streams_view, summary_view
 from protos import generation_pb2
 
 PROMPTS_BY_KIND = {
-    "Python": ("def read_lines(path):\n    ", "import unittest\n\nclass TestParser(unittest.TestCase):\n    "),
+    "Python": (
+        "class Handler:\n    def __init__(self, name):\n        ",
+        "import unittest\n\nclass TestParser(unittest.TestCase):\n    ",
+    ),
     "English": ("The following example shows how to", "This module provides"),
     "C": ("#ifndef Py_", "typedef struct {\n    "),
 }
@@ -80,7 +83,7 @@ def _run(config: MobulaConfig, console: Console) -> None:
         children = psutil.Process().children(recursive=True)
         console.rule("[bold]4. stop")
     left = [child for child in psutil.wait_procs(children, timeout=10)[1] if child.status() != psutil.STATUS_ZOMBIE]
-    console.print(f"all stopped: {len(left)} processes left, {time.monotonic() - start:.0f} s in all")
+    console.print(f"all stopped: {len(left)} processes left, {time.monotonic() - start:.0f} s in all; next: make serve")
 
 
 def _stream(client: InferenceClient, generations: list[Generation], num_tokens: int = NUM_TOKENS) -> float:
@@ -89,7 +92,7 @@ def _stream(client: InferenceClient, generations: list[Generation], num_tokens: 
 
     def stream(index: int) -> None:
         params = generation_pb2.SamplingParams(
-            temperature=0.7, top_p=0.95, seed=index, max_tokens=num_tokens, ignore_eos=True
+            temperature=0.6, top_p=0.9, seed=index, max_tokens=num_tokens, ignore_eos=True
         )
         try:
             for generation in client.generate(generations[index].prompt, params):

@@ -119,7 +119,13 @@ class GatewayServicer:
                     num_answers += 1
                     yield response
             except grpc.aio.AioRpcError as error:
-                if num_answers or error.code() is not grpc.StatusCode.UNAVAILABLE or _was_answered(error):
+                is_lost = error.code() is grpc.StatusCode.UNAVAILABLE and not _was_answered(error)
+                if is_lost and num_answers:
+                    raise errors.Unavailable(
+                        f"attention worker {worker.dp_rank} was lost after {num_answers} answers; send it again",
+                        retry_after_s=1.0,
+                    ) from error
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or _was_answered(error):
                     outcome.code = error.code().name
                     await _abort_as(context, error)
                 logger.warning(

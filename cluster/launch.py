@@ -7,6 +7,7 @@ with Deployment(config) as deployment:
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import Any, Self
 import ray
 
 from cluster.actors import booked_cpus, create_controller
-from cluster.config import MobulaConfig
+from cluster.config import ConfigError, MobulaConfig
 from cluster.controller import StartError
 from cluster.preflight import ServingPlan, check
 from cluster.process import ClusterStatus, ProcessHealth, RoleName
@@ -38,6 +39,9 @@ class Deployment:
         """
         self.config = config
         self.plan: ServingPlan = check(config)
+        if config.ray.address is None:
+            _check_port(config.gateway.host, config.gateway.port, "gateway.port")
+            _check_port(config.gateway.host, config.gateway.metrics_port, "gateway.metrics_port")
         self._controller: Any = None
         self._is_local = config.ray.address is None
 
@@ -48,14 +52,12 @@ class Deployment:
             host = LOOPBACK if self._is_local else None
             self._controller = create_controller(self.config, self.plan.expert_map, host)
         except ConnectionError as error:
-            raise StartError(
-                f"cannot join the Ray cluster at ray.address {self.config.ray.address}: {error}"
-            ) from error
+            raise StartError(f"cannot join Ray at ray.address {self.config.ray.address}: {error}") from error
         except ValueError as error:  # Ray's word for a name that is taken
             self.stop()
             raise StartError(
-                f"Ray refused the controller in namespace {self.config.ray.namespace}: {error}; is another Mobula serving "
-                "there? set ray.namespace"
+                f"Ray refused the controller in namespace {self.config.ray.namespace}: {error}; is another Mobula "
+                "serving there? set ray.namespace"
             ) from error
         return self
 
@@ -146,6 +148,16 @@ class Deployment:
             object_store_memory=OBJECT_STORE_BYTES,
             **settings,
         )
+
+
+def _check_port(host: str, port: int, key: str) -> None:
+    """Raises ConfigError when nothing could listen there: better known before Ray starts."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"{key}: cannot listen on {host}:{port}: {error.strerror}; set another one") from error
 
 
 def _raise_if_failed(started: "ray.ObjectRef[Any]") -> None:

@@ -18,6 +18,7 @@ class RoleName(StrEnum):
 class ProcessState(StrEnum):
     """Where a process stands in its life."""
 
+    STARTING = "starting"  # has not answered yet
     NEW = "new"  # runs, has neither weights nor a port
     LOADING = "loading"
     READY = "ready"  # has its weights and answers calls
@@ -68,6 +69,7 @@ class ClusterStatus:
         return [f"{name}: {health.detail}" for name, health in self.processes if health.state is ProcessState.FAILED]
 
 
+STARTING = ProcessHealth(generation="", state=ProcessState.STARTING)
 DOWN = ProcessHealth(generation="", state=ProcessState.DOWN, detail="does not answer")
 
 
@@ -97,7 +99,7 @@ class ManagedProcess:
     role: RoleName
     rank: int
     handle: ProcessHandle
-    health: ProcessHealth = DOWN
+    health: ProcessHealth = STARTING
     loading: Future[Any] | None = None
     load_again_s: float = 0.0  # not before this moment of the controller's clock
     pending_health: Future[ProcessHealth] | None = None

@@ -35,6 +35,9 @@ class StartProgress:
             self._live.update(processes_view(status))
             return
         for name, health in status.processes if status else ():
-            if self._states.get(name) is not health.state and health.state is not ProcessState.DOWN:
+            if self._states.get(name) is not health.state and health.state not in (
+                ProcessState.STARTING,
+                ProcessState.DOWN,
+            ):
                 self._console.print(f"  {name}: {health.state} {health.address or health.detail}")
                 self._states[name] = health.state

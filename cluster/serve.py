@@ -1,7 +1,10 @@
 """`mobula serve`: starts the system, says how to call it, and ends it in order."""
 
 import logging
+import os
+import shutil
 import signal
+import sys
 import time
 
 from rich.console import Console
@@ -45,13 +48,19 @@ def serve_until_stopped(config: MobulaConfig, console: Console) -> bool:
 
 
 def _print_banner(deployment: Deployment, console: Console) -> None:
-    address, model = deployment.address, escape(deployment.config.model)
+    address, model, mobula = deployment.address, escape(deployment.config.model), _command()
     option = "" if address == DEFAULT_ADDRESS else f" --address {address}"
     console.print(f"\n[bold green]serving[/bold green] {model} at [bold]{address}[/bold]", highlight=False)
-    console.print(f"  try:      mobula generate 'def main():'{option}", highlight=False)
-    console.print(f"  experts:  mobula experts{option}", highlight=False)
+    console.print(f"  try:      {mobula} generate 'def main():'{option}", highlight=False)
+    console.print(f"  experts:  {mobula} experts{option}", highlight=False)
     console.print(f"  metrics:  http://{deployment.metrics_address}/metrics", highlight=False)
     console.print("  stop:     Ctrl-C\n")
+
+
+def _command() -> str:
+    """How this command was called, so that the printed ones can be called alike."""
+    called = sys.argv[0]
+    return "mobula" if shutil.which("mobula") == called else os.path.relpath(called)
 
 
 def _treat_sigterm_as_ctrl_c() -> None:

@@ -13,6 +13,7 @@ from cluster.process import ClusterStatus, ProcessState
 from protos import generation_pb2
 
 STATE_STYLES = {
+    ProcessState.STARTING: "dim",
     ProcessState.NEW: "dim",
     ProcessState.LOADING: "yellow",
     ProcessState.READY: "green",

@@ -51,7 +51,7 @@ def test_every_fault_is_reported_at_once() -> None:
     assert len(str(error.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe", b"a: b: c"])
+@pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe", b"a: b: c", b"model: a\nmodel: b"])
 def test_a_file_that_is_not_yaml_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)

@@ -47,6 +47,7 @@ BAD_REQUESTS = {
     "token id at the vocabulary's end": (ids(5, VOCAB_SIZE), "token_ids", "320"),
     "largest token id": (ids(2**32 - 1), "token_ids", "4294967295"),
     "prompt too long": (ids(*[5] * MAX_MODEL_LEN), "token_ids", "limit is 511"),
+    "text that cannot fit": (pb.GenerateRequest(text="x" * 3_000_000), "text", "3000000 characters"),
     "temperature nan": (text(temperature=float("nan")), "sampling_params.temperature", "nan"),
     "temperature infinite": (text(temperature=float("inf")), "sampling_params.temperature", "inf"),
     "temperature negative": (text(temperature=-0.5), "sampling_params.temperature", "-0.5"),
