@@ -67,7 +67,9 @@ class WorkerRole(Role):
         )
         cache = LatentCache(cache_config(self._config, model))
         runner = ModelRunner(
-            Decoder(decoder_config, weights, router, cache), block_size=workers.engine.block_size, device=workers.device
+            Decoder(decoder_config, weights, router, cache, mla_form=workers.mla_form),
+            block_size=workers.engine.block_size,
+            device=workers.device,
         )
         num_blocks = cache.config.num_blocks
         max_model_len = workers.engine.resolved_max_model_len(num_blocks, decoder_config.max_position_embeddings)
