@@ -39,6 +39,9 @@ class RayProcess:
         reference.future().add_done_callback(lambda done: _settle(answer, done))
         return answer
 
+    def restart(self) -> None:
+        ray.kill(self._actor, no_restart=False)
+
     def kill(self) -> None:
         ray.kill(self._actor, no_restart=True)
 

@@ -2,7 +2,7 @@
 
 One round of the loop, the same at start, after a process died and when nothing happens:
   1. observe: ask every process for its health; one that does not answer is DOWN;
-  2. load: tell every NEW process to load (a process that Ray restarted is NEW again), and a FAILED one again later;
+  2. load: tell every NEW process to load; a FAILED one is restarted after a while, and is NEW again like one that died;
   3. connect: tell every ready worker where the shards are, if that changed since it was told;
   4. publish: tell the gateway which workers serve and which endpoints hold metrics.
 Tokens never pass here: while the controller is gone, everything that runs goes on. Knows nothing of Ray.
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0  # a process that takes longer is DOWN for this round; its answer is still awaited
 ROUND_S = 0.25  # between two rounds
-LOAD_RETRY_S = 10.0  # after a process could not load
+RESTART_WAIT_S = 10.0  # after a process was told to load what it then could not
 
 
 class StartError(Exception):
@@ -81,14 +81,13 @@ class Controller:
         """One round."""
         self._observe()
         self._load()
-        shards = self._addresses(RoleName.SHARD)
-        workers = self._addresses(RoleName.WORKER)
-        has_all_shards = len(shards) == self._count(RoleName.SHARD)
+        shards = {p.rank: p.health.address for p in self._processes if p.role is RoleName.SHARD and p.is_ready}
+        has_all_shards = len(shards) == sum(process.role is RoleName.SHARD for process in self._processes)
         if has_all_shards:
             placement = (self._expert_map.placement_version, shards)
             self._tell(RoleName.WORKER, placement, "update_placement", self._expert_map, shards)
-        connected = {rank: address for rank, address in workers.items() if self._was_told(RoleName.WORKER, rank)}
-        members = (connected, self._metrics_addresses())
+        workers = {p.rank: p.health.address for p in self._processes if p.role is RoleName.WORKER and p.is_connected}
+        members = (workers, self._metrics_addresses())
         self._tell(RoleName.GATEWAY, members, "update_members", *members)
         self._publish_status(has_all_shards)
 
@@ -107,18 +106,19 @@ class Controller:
 
     def _load(self) -> None:
         for process in self._processes:
-            is_due = process.health.state is ProcessState.NEW or (
-                process.health.state is ProcessState.FAILED and self._clock() >= process.load_again_s
-            )
-            if is_due and (process.loading is None or process.loading.done()):
+            is_loading = process.loading is not None and not process.loading.done()
+            if process.health.state is ProcessState.NEW and not is_loading:
                 process.loading = process.handle.call("load", self._expert_map)
-                process.load_again_s = self._clock() + LOAD_RETRY_S
+                process.restart_at_s = self._clock() + RESTART_WAIT_S
+            elif process.health.state is ProcessState.FAILED and self._clock() >= process.restart_at_s:
+                process.restart_at_s = self._clock() + RESTART_WAIT_S
+                process.handle.restart()
 
     def _tell(self, role: RoleName, value: object, method: str, *args: object) -> None:
         """Calls `method` on every ready process of a role that was not told `value` yet."""
-        pending: list[tuple[ManagedProcess, object, Future[object]]] = []
+        pending: list[tuple[ManagedProcess, tuple[str, object], Future[object]]] = []
         for process in self._processes:
-            news: object = (process.health.generation, value)
+            news = (process.health.generation, value)
             if process.role is role and process.is_ready and process.told != news:
                 pending.append((process, news, process.handle.call(method, *args)))
         for process, news, future in pending:
@@ -129,24 +129,14 @@ class Controller:
             else:
                 process.told = news
 
-    def _was_told(self, role: RoleName, rank: int) -> bool:
-        return any(p.role is role and p.rank == rank and p.told is not None for p in self._processes)
-
-    def _addresses(self, role: RoleName) -> dict[int, str]:
-        return {p.rank: p.health.address for p in self._processes if p.role is role and p.is_ready}
-
     def _metrics_addresses(self) -> dict[str, str]:
         return {
             p.name: p.health.metrics_address for p in self._processes if p.is_ready and p.role is not RoleName.GATEWAY
         }
 
-    def _count(self, role: RoleName) -> int:
-        return sum(process.role is role for process in self._processes)
-
     def _publish_status(self, has_all_shards: bool) -> None:
         is_serving = has_all_shards and all(
-            process.is_ready and (process.role is RoleName.SHARD or process.told is not None)
-            for process in self._processes
+            process.is_connected for process in self._processes if process.role is not RoleName.SHARD
         )
         self._status = ClusterStatus(
             processes=tuple((process.name, process.health) for process in self._processes),

@@ -2,7 +2,7 @@
 
 import secrets
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -84,6 +84,9 @@ class ProcessHandle(Protocol):
     def call(self, method: str, *args: Any) -> Future[Any]:
         """Starts a method of the process's role. The future raises ProcessDied if the process is gone."""
 
+    def restart(self) -> None:
+        """Ends the process at once; another generation takes its place."""
+
     def kill(self) -> None:
         """Ends the process at once; it is not started again."""
 
@@ -101,9 +104,9 @@ class ManagedProcess:
     handle: ProcessHandle
     health: ProcessHealth = STARTING
     loading: Future[Any] | None = None
-    load_again_s: float = 0.0  # not before this moment of the controller's clock
+    restart_at_s: float = 0.0  # if it has failed; a moment of the controller's clock
     pending_health: Future[ProcessHealth] | None = None
-    told: object = field(default=None)  # the last membership it was told, as (generation, value)
+    told: tuple[str, object] | None = None  # its generation when it was last told something, and what
 
     @property
     def name(self) -> str:
@@ -112,3 +115,8 @@ class ManagedProcess:
     @property
     def is_ready(self) -> bool:
         return self.health.state is ProcessState.READY
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether this very process, and not one before it, knows the others."""
+        return self.is_ready and self.told is not None and self.told[0] == self.health.generation

@@ -42,9 +42,12 @@ class Role(ABC):
         return replace(self._health, peak_rss_bytes=_peak_rss_bytes())
 
     def load(self, expert_map: ExpertMap) -> None:
-        """From NEW (or FAILED) to READY. What goes wrong is not raised but shown by `health`, as FAILED."""
+        """From NEW to READY. What goes wrong is not raised but shown by `health`, as FAILED.
+
+        Then only a new process helps: what a half-loaded one holds (ports, threads, series) ends with it.
+        """
         with self._lock:
-            if self._health.state not in (ProcessState.NEW, ProcessState.FAILED):
+            if self._health.state is not ProcessState.NEW:
                 return
             self._health = replace(self._health, state=ProcessState.LOADING, detail="reading weights")
         before = psutil.Process().memory_info().rss

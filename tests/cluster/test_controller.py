@@ -115,15 +115,29 @@ def test_a_process_that_cannot_load_is_named_with_its_reason() -> None:
     assert controller.status().failures == ["shard-0: tensor x is truncated"]
 
 
-def test_a_process_that_could_not_load_is_told_again_after_a_while() -> None:
+def test_a_process_that_could_not_load_is_replaced_after_a_while() -> None:
     now_s = 0.0
     controller, fakes = system(clock=lambda: now_s)
     fakes["shard-0"].error = OSError("disk is gone")
     run(controller, 5)
     assert len(fakes["shard-0"].told("load")) == 1
-    fakes["shard-0"].error = None
+    failed = fakes["shard-0"].generation
     now_s = 60.0
     run(controller, 4)
+    assert fakes["shard-0"].generation != failed
+    assert controller.status().is_serving
+
+
+def test_a_restarted_worker_serves_only_when_it_knows_the_shards() -> None:
+    controller, fakes = system()
+    run(controller, 4)
+    fakes["shard-1"].die()
+    fakes["worker-0"].restart()
+    run(controller, 4)
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {1}
+    fakes["shard-1"].restart()
+    run(controller, 4)
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {0, 1}
     assert controller.status().is_serving
 
 
