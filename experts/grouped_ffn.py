@@ -13,10 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Below this many rows MKL's fp32 product adds in another order (measured: 1, 2-3 and 4 or more rows differ, from 4 on
-# all agree). The bf16 product does not depend on the number of rows, and padding it would cost time for nothing.
-MIN_FP32_ROWS = 4
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:
@@ -79,10 +75,19 @@ def grouped_ffn(forward: ForwardInput, experts: Mapping[int, ExpertWeights]) -> 
 def expert_ffn(hidden_states: Tensor, weights: ExpertWeights) -> Tensor:
     """SwiGLU: w2(silu(gate(x)) * up(x)). [num_rows, hidden_size] -> the same."""
     num_rows = len(hidden_states)
-    if hidden_states.dtype == torch.float32 and num_rows < MIN_FP32_ROWS:
-        hidden_states = F.pad(hidden_states, (0, 0, 0, MIN_FP32_ROWS - num_rows))
+    if hidden_states.dtype == torch.float32:
+        hidden_states = F.pad(hidden_states, (0, 0, 0, max(0, _min_fp32_rows() - num_rows)))
     gate, up = F.linear(hidden_states, weights.w13).chunk(2, dim=-1)  # [num_rows, moe_intermediate_size] each
     return F.linear(F.silu(gate) * up, weights.w2)[:num_rows]
+
+
+def _min_fp32_rows() -> int:
+    """Rows from which on MKL's fp32 product sums every row alike; attention/layers.py has the measurements.
+
+    The bf16 product does not depend on the number of rows, and padding it would cost time for nothing.
+    """
+    num_threads = torch.get_num_threads()
+    return 4 if num_threads == 1 else max(16, 2 * num_threads)
 
 
 def merge(forwards: list[ForwardInput]) -> ForwardInput:

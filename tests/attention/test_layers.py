@@ -35,7 +35,7 @@ def test_rms_norm_in_bf16_is_rounded_before_the_weight() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(64, 32), (2048, 96), (24, 320)])
 def test_a_row_of_a_matrix_product_does_not_depend_on_the_number_of_rows(
-    dtype: torch.dtype, sizes: tuple[int, int]
+    dtype: torch.dtype, sizes: tuple[int, int], num_threads: int
 ) -> None:
     weight, x = torch.randn(sizes[1], sizes[0]).to(dtype), torch.randn(70, sizes[0]).to(dtype)
     whole = linear(x, weight)
