@@ -1,0 +1,129 @@
+"""What the machine allows at best: bytes that a decode step must read, operations that a prefill must do.
+
+Plain arithmetic over config.json. A weight is read once a step however many rows use it; an expert is read if any token
+of the step chose it. Knows nothing of how anything is computed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+GROUP_SIZES = (128, 64, 32)  # of quantised weights: the largest that divides both sizes of an expert
+SCALE_BYTES = 4
+BYTES_PER_WEIGHT = {"bf16": 2.0, "float32": 4.0, "int8": 1.0, "int4": 0.5}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A DeepSeek-V2 or -V3 model, in numbers of weights.
+
+    attention, dense, mixture: of one layer; mixture without routed experts. expert: of one expert.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    num_dense_layers: int
+    num_experts: int
+    top_k: int
+    attention: int
+    dense: int
+    mixture: int
+    expert: int
+    latent_size: int  # numbers cached of a token in a layer
+    score_size: int  # heads x (qk_head_dim + v_head_dim)
+    group_size: int
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "ModelShape":
+        """From config.json as parsed."""
+        hidden, heads, inner = config["hidden_size"], config["num_attention_heads"], config["moe_intermediate_size"]
+        latent, rank = config["kv_lora_rank"], config.get("q_lora_rank")
+        rope, value = config["qk_rope_head_dim"], config["v_head_dim"]
+        query = config["qk_nope_head_dim"] + rope
+        query_weights = rank * (hidden + heads * query) if rank else hidden * heads * query
+        latent_weights = hidden * (latent + rope) + latent * heads * (config["qk_nope_head_dim"] + value)
+        expert = 3 * hidden * inner
+        num_layers, first = config["num_hidden_layers"], config.get("first_k_dense_replace", 0)
+        frequency = config.get("moe_layer_freq", 1)
+        num_dense = sum(layer < first or layer % frequency != 0 for layer in range(num_layers))
+        return cls(
+            hidden_size=hidden,
+            vocab_size=config["vocab_size"],
+            num_layers=num_layers,
+            num_dense_layers=num_dense,
+            num_experts=config["n_routed_experts"],
+            top_k=config["num_experts_per_tok"],
+            attention=query_weights + latent_weights + heads * value * hidden,
+            dense=3 * hidden * config["intermediate_size"],
+            mixture=config["n_routed_experts"] * hidden + expert * (config.get("n_shared_experts") or 0),
+            expert=expert,
+            latent_size=latent + rope,
+            score_size=heads * (query + value),
+            group_size=next((size for size in GROUP_SIZES if not hidden % size and not inner % size), GROUP_SIZES[-1]),
+        )
+
+    @property
+    def num_mixture_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def common_weights(self) -> int:
+        """Weights that every step reads: all but routed experts and embeddings."""
+        layers = self.num_layers * self.attention + self.num_dense_layers * self.dense
+        return layers + self.num_mixture_layers * self.mixture + self.vocab_size * self.hidden_size
+
+    def expert_bytes(self, kind: str) -> float:
+        """Of one routed expert as stored in the format `kind`."""
+        scales = SCALE_BYTES / self.group_size if kind in ("int8", "int4") else 0.0
+        return self.expert * (BYTES_PER_WEIGHT[kind] + scales)
+
+    def decode_bytes(self, batch: int, context: float, num_distinct: float, kind: str = "bf16") -> float:
+        """Read in one step of `batch` sequences of `context` tokens, `num_distinct` experts touched in a layer."""
+        dense = BYTES_PER_WEIGHT["float32" if kind == "float32" else "bf16"]
+        experts = self.num_mixture_layers * num_distinct * self.expert_bytes(kind)
+        rows = batch * self.hidden_size * dense  # of the embedding
+        return dense * self.common_weights + experts + rows + batch * context * self.cache_bytes_per_token(dense)
+
+    def cache_bytes_per_token(self, bytes_per_number: float = 2.0) -> float:
+        """Of the latent cache, all layers."""
+        return self.num_layers * self.latent_size * bytes_per_number
+
+    def prefill_operations(self, num_tokens: int) -> float:
+        """Multiplications and additions of a prompt from an empty cache; logits of the last token only.
+
+        Attention in its naive form: a token attends to itself and all before it.
+        """
+        layers = self.num_layers * self.attention + self.num_dense_layers * self.dense
+        mixtures = self.num_mixture_layers * (self.mixture + self.top_k * self.expert)
+        pairs = num_tokens * (num_tokens + 1) / 2
+        scores = self.num_layers * self.score_size * pairs
+        return 2.0 * (num_tokens * (layers + mixtures) + scores + self.vocab_size * self.hidden_size)
+
+    def decode_rate(self, batch: int, context: float, num_distinct: float, kind: str, bytes_per_s: float) -> float:
+        """Tokens/s of all sequences together when reading is all that takes time."""
+        return batch * bytes_per_s / self.decode_bytes(batch, context, num_distinct, kind)
+
+    def prefill_rate(self, num_tokens: int, kind: str, operations_per_s: float, bytes_per_s: float) -> float:
+        """Tokens/s: the operations, or one reading of the weights where that takes longer."""
+        experts = expected_distinct([1.0 / self.num_experts] * self.num_experts, self.top_k, num_tokens)
+        reading_s = self.decode_bytes(1, num_tokens, experts, kind) / bytes_per_s
+        return num_tokens / max(self.prefill_operations(num_tokens) / operations_per_s, reading_s)
+
+
+def expected_distinct(shares: Sequence[float], top_k: int, batch: int) -> float:
+    """Experts of a layer that at least one of `batch` tokens chooses.
+
+    shares: by expert, its share of all choices, summing to 1. Tokens are taken to choose independently.
+    """
+    return sum(1.0 - (1.0 - min(1.0, top_k * share)) ** batch for share in shares)
+
+
+def counted_distinct(choices: Sequence[Sequence[int]], num_experts: int, top_k: int, batch: int) -> float:
+    """The same from counted choices, averaged over layers; as if all were alike where nothing was counted.
+
+    choices: by mixture layer and expert, tokens that chose it while `batch` sequences decoded.
+    """
+    uniform = [1.0 / num_experts] * num_experts
+    layers = [[count / sum(counts) for count in counts] if sum(counts) else uniform for counts in choices] or [uniform]
+    return sum(expected_distinct(shares, top_k, batch) for shares in layers) / len(layers)
