@@ -1,0 +1,136 @@
+"""Products of rows with a packed matrix, and RMS norm. A row's result depends on that row alone, to the bit."""
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from experts.kernels.library import format_of, require
+from experts.kernels.packed_matrix import PackedMatrix
+
+
+class _LinearCall(ctypes.Structure):
+    _fields_ = (
+        ("matrix", c_void_p),
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("residual", c_void_p),
+        ("x_stride", c_int64),
+        ("out_stride", c_int64),
+        ("num_rows", c_int32),
+        ("x_format", c_int32),
+        ("out_format", c_int32),
+    )
+
+
+class _HeadsCall(ctypes.Structure):
+    _fields_ = (
+        ("matrices", c_void_p),
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("x_stride", c_int64),
+        ("x_head_stride", c_int64),
+        ("out_stride", c_int64),
+        ("out_head_stride", c_int64),
+        ("num_heads", c_int32),
+        ("num_rows", c_int32),
+        ("x_format", c_int32),
+        ("out_format", c_int32),
+    )
+
+
+class _NormCall(ctypes.Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("x_stride", c_int64),
+        ("out_stride", c_int64),
+        ("num_rows", c_int32),
+        ("num_columns", c_int32),
+        ("format", c_int32),
+        ("eps", c_float),
+    )
+
+
+class KernelLinear:
+    """x @ weight.T with a packed weight."""
+
+    def __init__(self, weight: PackedMatrix) -> None:
+        self.weight = weight
+        self._matrix = weight.c_matrix()
+        self._matrix_address = ctypes.addressof(self._matrix)
+        self._function = require().mobula_linear
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x: [num_rows, num_inputs], rows contiguous; residual: like the result, added in fp32 before rounding.
+
+        Returns [num_rows, num_outputs] in `out_dtype`, x's if unset.
+        """
+        num_rows = x.shape[0]
+        out = torch.empty(num_rows, self.weight.num_outputs, dtype=out_dtype or x.dtype)
+        call = _LinearCall(
+            self._matrix_address,
+            x.data_ptr(),
+            out.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            x.stride(0),
+            out.shape[1],
+            num_rows,
+            format_of(x.dtype),
+            format_of(out.dtype),
+        )
+        self._function(ctypes.addressof(call))
+        return out
+
+
+class KernelHeads:
+    """x[:, h] @ weights[h].T for each head h."""
+
+    def __init__(self, weights: list[PackedMatrix]) -> None:
+        """All of one shape, float32 or bfloat16."""
+        self.weights = weights
+        self._matrices = (type(weights[0].c_matrix()) * len(weights))(*(weight.c_matrix() for weight in weights))
+        self._address = ctypes.addressof(self._matrices)
+        self._function = require().mobula_heads
+
+    @property
+    def address(self) -> int:
+        """Of the array of struct Matrix, one a head."""
+        return self._address
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x: [num_rows, num_heads, num_inputs], numbers of a head contiguous. Returns [num_rows, num_heads, num_outputs].
+
+        out: written in place when given; a view of the same shape may be.
+        """
+        first = self.weights[0]
+        if out is None:
+            out = torch.empty(x.shape[0], len(self.weights), first.num_outputs, dtype=x.dtype)
+        call = _HeadsCall(
+            self._address,
+            x.data_ptr(),
+            out.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            out.stride(0),
+            out.stride(1),
+            len(self.weights),
+            x.shape[0],
+            format_of(x.dtype),
+            format_of(out.dtype),
+        )
+        self._function(ctypes.addressof(call))
+        return out
+
+
+def kernel_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As attention.layers.rms_norm. x: [num_rows, n], rows contiguous; weight: [n] in x's dtype."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    number_format = format_of(x.dtype)
+    call = _NormCall(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.stride(0), x.shape[1], x.shape[0], x.shape[1], number_format, eps
+    )  # fmt: skip
+    require().mobula_rms_norm(ctypes.addressof(call))
+    return out

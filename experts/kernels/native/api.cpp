@@ -1,0 +1,203 @@
+// What Python calls: chooses the instruction set once, takes the lock, passes the call on.
+#include <stdlib.h>
+#include <string.h>
+
+#include <chrono>
+#include <mutex>
+
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace {
+
+struct Choice {
+  const char* name;
+  const KernelTable* table;
+};
+
+bool is_supported(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_vnni = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+  if (!strcmp(name, "avx512bf16")) return has_vnni && __builtin_cpu_supports("avx512bf16");
+  if (!strcmp(name, "avx512vnni")) return has_vnni;
+  if (!strcmp(name, "avx2")) return has_avx2;
+#endif
+  return !strcmp(name, "portable");
+}
+
+const KernelTable* table_of(const char* name) {
+#if defined(__x86_64__)
+  if (!strcmp(name, "avx512bf16")) return avx512bf16_table();
+  if (!strcmp(name, "avx512vnni")) return avx512vnni_table();
+  if (!strcmp(name, "avx2")) return avx2_table();
+#endif
+  return portable_table();
+}
+
+const char* const kNames[] = {"avx512bf16", "avx512vnni", "avx2", "portable"};
+
+Choice best() {
+  for (const char* name : kNames)
+    if (is_supported(name)) return {name, table_of(name)};
+  abort();
+}
+
+Choice choice = best();
+std::mutex calls;  // scratch memory and threads serve one call at a time
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+struct ReadProbe {
+  const uint64_t* data;
+  size_t words_per_task;
+};
+
+void read_task(void* context, int task, int) {
+  const ReadProbe& probe = *(const ReadProbe*)context;
+  const uint64_t* from = probe.data + task * probe.words_per_task;
+  uint64_t sums[16] = {};
+  for (size_t i = 0; i < probe.words_per_task; i += 16)
+    for (int j = 0; j < 16; j++) sums[j] += from[i + j];
+  uint64_t total = 0;
+  for (uint64_t sum : sums) total += sum;
+  volatile uint64_t sink = total;
+  (void)sink;
+}
+
+struct PeakProbe {
+  int format;
+  long iterations;
+  double operations[256];
+};
+
+void peak_task(void* context, int task, int) {
+  PeakProbe& probe = *(PeakProbe*)context;
+  probe.operations[task] = choice.table->peak(probe.format, probe.iterations);
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+const char* mobula_instruction_set() { return choice.name; }
+
+// For tests: every set that this processor has gives the same answers within rounding. Returns 0, or -1 if it lacks it.
+int mobula_use_instruction_set(const char* name) {
+  std::lock_guard<std::mutex> lock(calls);
+  for (const char* known : kNames)
+    if (!strcmp(known, name) && is_supported(known)) {
+      choice = {known, table_of(known)};
+      return 0;
+    }
+  return -1;
+}
+
+void mobula_set_num_threads(int count) {
+  std::lock_guard<std::mutex> lock(calls);
+  set_num_threads(count);
+}
+
+int mobula_num_threads() { return num_threads(); }
+
+void mobula_linear(const LinearCall* call) {
+  std::lock_guard<std::mutex> lock(calls);
+  choice.table->linear(call);
+}
+
+void mobula_heads(const HeadsCall* call) {
+  std::lock_guard<std::mutex> lock(calls);
+  choice.table->heads(call);
+}
+
+void mobula_experts(const ExpertsCall* call) {
+  std::lock_guard<std::mutex> lock(calls);
+  choice.table->experts(call);
+}
+
+void mobula_rms_norm(const NormCall* call) {
+  std::lock_guard<std::mutex> lock(calls);
+  choice.table->rms_norm(call);
+}
+
+// Bytes a second that the pool's threads read from `data`, which should be larger than every cache.
+double mobula_probe_read(const void* data, size_t num_bytes) {
+  std::lock_guard<std::mutex> lock(calls);
+  const int tasks = 64 * num_threads();
+  ReadProbe probe = {(const uint64_t*)data, num_bytes / 8 / tasks / 16 * 16};
+  const auto start = std::chrono::steady_clock::now();
+  parallel_for(tasks, read_task, &probe);
+  return 8.0 * probe.words_per_task * tasks / seconds_since(start);
+}
+
+// Operations a second of all threads together.
+double mobula_probe_peak(int format, long iterations) {
+  std::lock_guard<std::mutex> lock(calls);
+  PeakProbe probe = {};
+  probe.format = format;
+  probe.iterations = iterations;
+  const auto start = std::chrono::steady_clock::now();
+  parallel_for(num_threads(), peak_task, &probe);
+  double total = 0.0;
+  for (int i = 0; i < num_threads(); i++) total += probe.operations[i];
+  return total / seconds_since(start);
+}
+
+// Packs rows [num_outputs][num_inputs] (outputs from `first_panel` on) of the matrix's format; int8 and int4 come as one
+// int8 a number. `scales`: [num_outputs][num_inputs / group_size]. Padding outputs are zero.
+void mobula_pack(const void* from, const float* scales, const Matrix* to, int first_panel, int num_outputs) {
+  std::lock_guard<std::mutex> lock(calls);
+  struct Pack {
+    const void* from;
+    const float* scales;
+    const Matrix* to;
+    int first_panel, num_outputs;
+  } pack = {from, scales, to, first_panel, num_outputs};
+  parallel_for((num_outputs + kPanelColumns - 1) / kPanelColumns, [](void* context, int task, int) {
+    const Pack& p = *(const Pack*)context;
+    const Matrix& m = *p.to;
+    const int k = m.num_inputs, first = task * kPanelColumns, panel = p.first_panel + task;
+    const int left = p.num_outputs - first, count = left < kPanelColumns ? left : kPanelColumns;
+    if (m.format == kFloat32) {
+      const float* source = (const float*)p.from + (size_t)first * k;
+      float* target = (float*)m.data + (size_t)panel * k * kPanelColumns;
+      for (int i = 0; i < k; i++)
+        for (int j = 0; j < kPanelColumns; j++) target[(size_t)i * kPanelColumns + j] = j < count ? source[(size_t)j * k + i] : 0.0f;
+    } else if (m.format == kBfloat16) {
+      const uint32_t* source = (const uint32_t*)p.from + (size_t)first * (k / 2);
+      uint32_t* target = (uint32_t*)m.data + (size_t)panel * (k / 2) * kPanelColumns;
+      for (int block = 0; block < k / 2; block += 16)  // whole cache lines of each row at a time
+        for (int j = 0; j < kPanelColumns; j++)
+          for (int i = block; i < k / 2 && i < block + 16; i++)
+            target[(size_t)i * kPanelColumns + j] = j < count ? source[(size_t)j * (k / 2) + i] : 0;
+    } else {
+      const int8_t* source = (const int8_t*)p.from + (size_t)first * k;
+      const bool is_int4 = m.format == kInt4;
+      uint8_t* target = (uint8_t*)m.data + (size_t)panel * k * kPanelColumns / (is_int4 ? 2 : 1);
+      for (int i = 0; i < k; i++)
+        for (int j = 0; j < kPanelColumns; j++) {
+          const int number = j < count ? source[(size_t)j * k + i] : 0;
+          if (!is_int4)
+            target[(size_t)(i / 4) * 128 + j * 4 + i % 4] = (uint8_t)(number + 128);
+          else if (j < 16)
+            target[(size_t)(i / 4) * 64 + j * 4 + i % 4] = (uint8_t)(number + 8);
+          else
+            target[(size_t)(i / 4) * 64 + (j - 16) * 4 + i % 4] |= (uint8_t)((number + 8) << 4);
+        }
+      const int groups = k / m.group_size;
+      float* target_scales = (float*)m.scales + (size_t)panel * groups * kPanelColumns;
+      for (int group = 0; group < groups; group++)
+        for (int j = 0; j < kPanelColumns; j++)
+          target_scales[group * kPanelColumns + j] = j < count ? p.scales[(size_t)(first + j) * groups + group] : 0.0f;
+    }
+  }, &pack);
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,210 @@
+// Feed-forward through a set of experts: gate and up products, SwiGLU, down product, weights, sums within placement units.
+//
+// Experts are taken in ascending order in groups whose intermediate rows stay in cache. For each group, first every
+// (expert, panel) of gate and up is a task; then every column block of the output is a task, which goes through the
+// group's experts in order. So each number of a partial sum is added up by one thread in the order of the experts.
+#pragma once
+
+#include "activations.h"
+#include "linear.h"
+
+namespace {
+
+constexpr size_t kGroupBytes = 2 << 20;  // of intermediate rows
+
+template <class T>
+struct ExpertsWork {
+  const ExpertsCall* call;
+  const typename T::Row* x;       // [num_rows]
+  const int32_t* order;           // [num_assignments], ascending by expert
+  const int32_t* starts;          // [num_experts + 1], into `order`
+  const int32_t* present;         // [num_present], experts with rows, ascending
+  int first, last;                // of `present`: the group
+  int group_start;                // first assignment of the group
+  int inner_panels;               // of gate, and of up
+  int hidden_stride;              // elements of a row of `hidden`
+  void* hidden;                   // [assignments of the group][hidden_stride], float32 or what a tile reads
+  int hidden_format;
+  const typename T::Row* hidden_rows;
+  float* sums;                    // [num_partial_sums][hidden_size]
+  bool is_first_group, is_last_group;
+};
+
+template <class T>
+void gate_up_task(void* context, int task, int) {
+  const ExpertsWork<T>& work = *(const ExpertsWork<T>*)context;
+  const int expert = work.present[work.first + task / work.inner_panels], panel = task % work.inner_panels;
+  const Matrix& matrix = work.call->experts[expert].w13;
+  const int start = work.starts[expert], num_rows = work.starts[expert + 1] - start;
+  const Panels panels = {&matrix, panel, work.inner_panels + panel};
+  for_tiles(num_rows, T::kRows, [&](int first, int height) {
+    alignas(64) float product[kMaxRows * 2 * kPanelColumns];
+    typename T::Row x[kMaxRows];
+    for (int m = 0; m < height; m++) {
+      const int assignment = work.order[start + first + m];
+      x[m] = work.x[work.call->rows ? work.call->rows[assignment] : assignment];
+    }
+    if (num_rows <= T::kRows)
+      multiply<T, true>(x, height, panels, 2, product);
+    else
+      multiply<T, false>(x, height, panels, 2, product);
+    for (int m = 0; m < height; m++) {
+      const float* row = product + m * 2 * kPanelColumns;
+      const size_t at = (size_t)(start - work.group_start + first + m) * work.hidden_stride + panel * kPanelColumns;
+      for (int i = 0; i < kPanelColumns; i += 16)
+        store_as(work.hidden, work.hidden_format, at + i,
+                 swiglu(Simd::load(row + i), Simd::load(row + kPanelColumns + i)));
+    }
+  });
+}
+
+inline void add_weighted(const float* product, float weight, float* sums, int columns) {
+  const Simd::Floats w = Simd::set1(weight);
+  int i = 0;
+  for (; i + 16 <= columns; i += 16)
+    Simd::store(sums + i, Simd::fma(w, Simd::load(product + i), Simd::load(sums + i)));
+  if (i < columns) {
+    const Simd::Floats sum = Simd::fma(w, Simd::load(product + i), load_tail(sums, kFloat32, i, columns - i));
+    store_tail(sums, kFloat32, i, sum, columns - i);
+  }
+}
+
+template <class T>
+void down_task(void* context, int task, int) {
+  const ExpertsWork<T>& work = *(const ExpertsWork<T>*)context;
+  const ExpertsCall& call = *work.call;
+  const int hidden_size = call.hidden_size, panel = 2 * task;
+  const int count = num_panels(hidden_size) - panel < 2 ? 1 : 2, width = count * kPanelColumns;
+  const int first_column = panel * kPanelColumns;
+  const int columns = hidden_size - first_column < width ? hidden_size - first_column : width;
+  if (work.is_first_group)
+    for (int i = 0; i < call.num_partial_sums; i++)
+      memset(work.sums + (size_t)i * hidden_size + first_column, 0, sizeof(float) * columns);
+  for (int i = work.first; i < work.last; i++) {
+    const int expert = work.present[i], start = work.starts[expert], num_rows = work.starts[expert + 1] - start;
+    const Panels panels = {&call.experts[expert].w2, panel, panel + 1};
+    for_tiles(num_rows, T::kRows, [&](int first, int height) {
+      alignas(64) float product[kMaxRows * 2 * kPanelColumns];
+      const typename T::Row* x = work.hidden_rows + (start - work.group_start + first);
+      if (num_rows <= T::kRows)
+        multiply<T, true>(x, height, panels, count, product);
+      else
+        multiply<T, false>(x, height, panels, count, product);
+      for (int m = 0; m < height; m++) {
+        const int assignment = work.order[start + first + m];
+        const int sum = call.partial_sums ? call.partial_sums[assignment] : assignment;
+        add_weighted(product + m * width, call.weights ? call.weights[assignment] : 1.0f,
+                     work.sums + (size_t)sum * hidden_size + first_column, columns);
+      }
+    });
+  }
+  if (work.is_last_group && call.out_format == kBfloat16)
+    for (int i = 0; i < call.num_partial_sums; i++) {
+      const size_t at = (size_t)i * hidden_size + first_column;
+      convert_row(work.sums, kFloat32, at, call.out, kBfloat16, at, columns);
+    }
+}
+
+// Assignments in ascending order of their expert, stable; starts [num_experts + 1]; present: the experts with any.
+inline int sort_by_expert(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_t* present) {
+  memset(starts, 0, sizeof(int32_t) * (call.num_experts + 1));
+  for (int i = 0; i < call.num_assignments; i++) starts[(call.expert_ids ? call.expert_ids[i] : 0) + 1]++;
+  int num_present = 0;
+  for (int e = 0; e < call.num_experts; e++) {
+    if (starts[e + 1]) present[num_present++] = e;
+    starts[e + 1] += starts[e];
+  }
+  for (int i = 0; i < call.num_assignments; i++) order[starts[call.expert_ids ? call.expert_ids[i] : 0]++] = i;
+  for (int e = call.num_experts; e > 0; e--) starts[e] = starts[e - 1];
+  starts[0] = 0;
+  return num_present;
+}
+
+template <class T>
+void experts_as(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_t* present, int num_present) {
+  const Matrix& w13 = call.experts[present[0]].w13;
+  const Matrix& w2 = call.experts[present[0]].w2;
+  constexpr bool kIsQuantized = sizeof(typename T::Row) != sizeof(void*);
+  ExpertsWork<T> work = {};
+  work.call = &call;
+  work.order = order;
+  work.starts = starts;
+  work.present = present;
+  work.x = RowReader<T>::prepare(call.x, call.x_format, call.num_rows, call.hidden_size, w13.num_inputs, w13.group_size,
+                                 kRowsSlot, kPointersSlot);
+  work.inner_panels = num_panels(call.intermediate_size);
+  work.hidden_stride = work.inner_panels * kPanelColumns;
+  // What the down product reads: bf16 where its tiles take bf16, else float32; int8 and int4 quantise it by row.
+  work.hidden_format = !kIsQuantized && w2.format == kBfloat16 && sizeof(Simd::Bf16Input) == 2 ? kBfloat16 : kFloat32;
+  work.sums = call.out_format == kFloat32
+                  ? (float*)call.out
+                  : (float*)scratch(kSumsSlot, sizeof(float) * (size_t)call.num_partial_sums * call.hidden_size);
+  const size_t row_bytes = work.hidden_stride * element_bytes(work.hidden_format);
+  for (int first = 0; first < num_present;) {
+    int last = first;
+    work.group_start = starts[present[first]];
+    do last++;
+    while (last < num_present && (starts[present[last] + 1] - work.group_start) * row_bytes <= kGroupBytes);
+    const int num_assignments = starts[present[last - 1] + 1] - work.group_start;
+    work.first = first;
+    work.last = last;
+    work.is_first_group = first == 0;
+    work.is_last_group = last == num_present;
+    work.hidden = scratch(kHiddenSlot, num_assignments * row_bytes);
+    parallel_for((last - first) * work.inner_panels, gate_up_task<T>, &work);
+    work.hidden_rows = RowReader<T>::prepare(work.hidden, work.hidden_format, num_assignments, work.hidden_stride,
+                                             w2.num_inputs, w2.group_size, kHiddenRowsSlot, kHiddenPointersSlot);
+    parallel_for((num_panels(call.hidden_size) + 1) / 2, down_task<T>, &work);
+    first = last;
+  }
+}
+
+void experts(const ExpertsCall* call) {
+  int32_t* order = (int32_t*)scratch(kOrderSlot, sizeof(int32_t) * (call->num_assignments + 2 * call->num_experts + 2));
+  int32_t* starts = order + call->num_assignments;
+  int32_t* present = starts + call->num_experts + 1;
+  const int num_present = sort_by_expert(*call, order, starts, present);
+  if (num_present == 0) return;
+  switch (call->experts[present[0]].w13.format) {
+    case kFloat32: return experts_as<Tiles<kFloat32>>(*call, order, starts, present, num_present);
+    case kBfloat16: return experts_as<Tiles<kBfloat16>>(*call, order, starts, present, num_present);
+    case kInt8: return experts_as<Tiles<kInt8>>(*call, order, starts, present, num_present);
+    case kInt4: return experts_as<Tiles<kInt4>>(*call, order, starts, present, num_present);
+  }
+}
+
+// Operations of one thread's largest tile over operands in its first-level cache.
+double peak(int format, long iterations) {
+  alignas(64) static thread_local uint8_t operands[32768];
+  alignas(64) float product[kMaxRows * 2 * kPanelColumns];
+  static const float one_scale[2 * kPanelColumns] = {};
+  constexpr int kInputs = 64;
+  Matrix matrix = {operands, one_scale, format, 2 * kPanelColumns, kInputs, kInputs};
+  const Panels panels = {&matrix, 0, 1};
+  const float zero = 0.0f;
+  const int32_t sum = 0;
+  int rows = 0;
+  volatile float sink = 0.0f;
+  for (long i = 0; i < iterations; i++) {
+    if (format == kInt8) {
+      QuantizedRow x[kMaxRows];
+      for (auto& row : x) row = {(const int8_t*)operands + 16384, &zero, &sum};
+      rows = Tiles<kInt8>::kRows;
+      for (int j = 0; j < 16; j++) multiply<Tiles<kInt8>, false>(x, rows, panels, 2, product);
+    } else if (format == kBfloat16) {
+      const Simd::Bf16Input* x[kMaxRows];
+      for (auto& row : x) row = (const Simd::Bf16Input*)(operands + 16384);
+      rows = Tiles<kBfloat16>::kRows;
+      for (int j = 0; j < 16; j++) multiply<Tiles<kBfloat16>, false>(x, rows, panels, 2, product);
+    } else {
+      const float* x[kMaxRows];
+      for (auto& row : x) row = (const float*)(operands + 24576);
+      rows = Tiles<kFloat32>::kRows;
+      for (int j = 0; j < 16; j++) multiply<Tiles<kFloat32>, false>(x, rows, panels, 2, product);
+    }
+    sink = sink + product[0];
+  }
+  return 2.0 * 16 * iterations * rows * 2 * kPanelColumns * kInputs;
+}
+
+}  // namespace

@@ -1,0 +1,89 @@
+// The library's C interface, and the table of functions that each instruction set implements.
+//
+// Matrices are packed once, at load, into panels of 32 outputs, so that every step of a product reads whole cache lines
+// in order (K = inputs):
+//   float32   [panels][K][32]
+//   bfloat16  [panels][K / 2][32][2]
+//   int8      [panels][K / 4][32][4], numbers + 128; scales [panels][K / group_size][32]
+//   int4      [panels][K / 4][16][4], outputs 0-15 in the low nibbles, 16-31 in the high ones, numbers + 8; scales alike
+//
+// Row-invariance: one output of one row is summed by one lane over the inputs in ascending order (int8 and int4: exactly
+// within a group, groups in ascending order), however many rows, threads or neighbours there are.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { kPanelColumns = 32 };
+enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
+
+struct Matrix {  // packed; mirrors PackedMatrix in Python
+  const void* data;
+  const float* scales;  // int8 and int4
+  int32_t format;
+  int32_t num_outputs;  // N, before padding to whole panels
+  int32_t num_inputs;   // K
+  int32_t group_size;   // inputs that share a scale; int8 and int4
+};
+
+struct LinearCall {
+  const Matrix* matrix;
+  const void* x;  // [num_rows, num_inputs], float32 or bfloat16
+  void* out;      // [num_rows, num_outputs]
+  const void* residual;  // like out, added before rounding; may be null
+  int64_t x_stride, out_stride;  // elements between rows
+  int32_t num_rows;
+  int32_t x_format, out_format;
+};
+
+// One matrix for each of several heads; head h of x and out lies h * head_stride elements after head 0.
+struct HeadsCall {
+  const Matrix* matrices;
+  const void* x;
+  void* out;
+  int64_t x_stride, x_head_stride, out_stride, out_head_stride;
+  int32_t num_heads, num_rows;
+  int32_t x_format, out_format;
+};
+
+struct Expert {  // data is null for an expert that is not here
+  Matrix w13;    // gate outputs, padded to whole panels, then up outputs, padded
+  Matrix w2;
+};
+
+struct ExpertsCall {
+  const Expert* experts;  // by logical expert id
+  const void* x;          // [num_rows, hidden_size]
+  const float* weights;   // the next four by assignment
+  const int32_t* rows;
+  const int32_t* expert_ids;
+  const int32_t* partial_sums;
+  void* out;  // [num_partial_sums, hidden_size]
+  int32_t num_experts, num_rows, num_assignments, num_partial_sums;
+  int32_t hidden_size, intermediate_size;
+  int32_t x_format, out_format;
+};
+
+struct NormCall {
+  const void* x;
+  const void* weight;  // in x's format
+  void* out;
+  int64_t x_stride, out_stride;
+  int32_t num_rows, num_columns;
+  int32_t format;
+  float eps;
+};
+
+// What an instruction set implements.
+struct KernelTable {
+  void (*linear)(const LinearCall*);
+  void (*heads)(const HeadsCall*);
+  void (*experts)(const ExpertsCall*);
+  void (*rms_norm)(const NormCall*);
+  double (*peak)(int format, long iterations);  // operations of one thread
+};
+
+const KernelTable* avx512bf16_table();
+const KernelTable* avx512vnni_table();
+const KernelTable* avx2_table();
+const KernelTable* portable_table();

@@ -1,0 +1,133 @@
+// Products of rows with packed matrices: one matrix, or one for each head.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+constexpr int kRowsPerTask = 96;  // a multiple of every tile's height that divides it well
+
+// out[row][first_column...] = product (+ residual), for the `columns` first numbers of each row of the product.
+inline void store_product(const float* product, int stride, int count, void* out, int format, size_t out_at,
+                          size_t out_stride, int columns, const void* residual) {
+  for (int m = 0; m < count; m++) {
+    const size_t at = out_at + m * out_stride;
+    int i = 0;
+    for (; i + 16 <= columns; i += 16) {
+      Simd::Floats value = Simd::load(product + m * stride + i);
+      if (residual) value = Simd::add(value, load_as_floats(residual, format, at + i));
+      store_as(out, format, at + i, value);
+    }
+    if (i < columns) {
+      Simd::Floats value = Simd::load(product + m * stride + i);
+      if (residual) value = Simd::add(value, load_tail(residual, format, at + i, columns - i));
+      store_tail(out, format, at + i, value, columns - i);
+    }
+  }
+}
+
+template <class T>
+struct LinearWork {
+  const LinearCall* call;
+  const typename T::Row* rows;
+  int panels_per_task, num_panel_tasks, rows_per_task;
+};
+
+template <class T>
+void linear_task(void* context, int task, int) {
+  const LinearWork<T>& work = *(const LinearWork<T>*)context;
+  const LinearCall& call = *work.call;
+  const Matrix& matrix = *call.matrix;
+  const int panel = task % work.num_panel_tasks * work.panels_per_task;
+  const int first_row = task / work.num_panel_tasks * work.rows_per_task;
+  const int num_rows = first_row + work.rows_per_task < call.num_rows ? work.rows_per_task : call.num_rows - first_row;
+  const int left = num_panels(matrix.num_outputs) - panel;
+  const int count = left < work.panels_per_task ? left : work.panels_per_task;
+  const int first_column = panel * kPanelColumns, width = count * kPanelColumns;
+  const int columns = matrix.num_outputs - first_column < width ? matrix.num_outputs - first_column : width;
+  const Panels panels = {&matrix, panel, panel + 1};
+  for_tiles(num_rows, T::kRows, [&](int first, int height) {
+    alignas(64) float product[kMaxRows * 2 * kPanelColumns];
+    const typename T::Row* x = work.rows + first_row + first;
+    if (call.num_rows <= T::kRows)
+      multiply<T, true>(x, height, panels, count, product);
+    else
+      multiply<T, false>(x, height, panels, count, product);
+    store_product(product, width, height, call.out, call.out_format,
+                  (size_t)(first_row + first) * call.out_stride + first_column, call.out_stride, columns, call.residual);
+  });
+}
+
+template <class T>
+void linear_as(const LinearCall& call) {
+  const Matrix& matrix = *call.matrix;
+  LinearWork<T> work = {&call, RowReader<T>::prepare(call.x, call.x_format, call.num_rows, call.x_stride,
+                                                     matrix.num_inputs, matrix.group_size, kRowsSlot, kPointersSlot),
+                        2, 0, kRowsPerTask};
+  const int panels = num_panels(matrix.num_outputs);
+  if (panels < 16 * num_threads()) work.panels_per_task = 1;  // better shared out
+  work.num_panel_tasks = (panels + work.panels_per_task - 1) / work.panels_per_task;
+  if (call.num_rows <= 2 * kRowsPerTask || work.num_panel_tasks >= 32 * num_threads()) work.rows_per_task = call.num_rows;
+  const int row_tasks = (call.num_rows + work.rows_per_task - 1) / work.rows_per_task;
+  parallel_for(work.num_panel_tasks * row_tasks, linear_task<T>, &work);
+}
+
+void linear(const LinearCall* call) {
+  if (call->num_rows == 0) return;
+  switch (call->matrix->format) {
+    case kFloat32: return linear_as<Tiles<kFloat32>>(*call);
+    case kBfloat16: return linear_as<Tiles<kBfloat16>>(*call);
+    case kInt8: return linear_as<Tiles<kInt8>>(*call);
+    case kInt4: return linear_as<Tiles<kInt4>>(*call);
+  }
+}
+
+struct HeadsWork {
+  const HeadsCall* call;
+  int row_tasks, rows_per_task;
+};
+
+// Rows of heads are converted by the task that uses them: they are few and short.
+template <class T, class Input, int kInputFormat>
+void heads_task(void* context, int task, int thread) {
+  const HeadsWork& work = *(const HeadsWork*)context;
+  const HeadsCall& call = *work.call;
+  const int head = task / work.row_tasks, first_row = task % work.row_tasks * work.rows_per_task;
+  const int num_rows = first_row + work.rows_per_task < call.num_rows ? work.rows_per_task : call.num_rows - first_row;
+  const Matrix& matrix = call.matrices[head];
+  const int k = matrix.num_inputs, panels = num_panels(matrix.num_outputs);
+  Input* converted = (Input*)thread_scratch(thread, (size_t)num_rows * k * sizeof(Input));
+  const Input* rows[kRowsPerTask];
+  for (int row = 0; row < num_rows; row++) {
+    const size_t at = (size_t)(first_row + row) * call.x_stride + head * call.x_head_stride;
+    rows[row] = (const Input*)call.x + at;
+    if (call.x_format == kInputFormat) continue;
+    convert_row(call.x, call.x_format, at, converted, kInputFormat, (size_t)row * k, k);
+    rows[row] = converted + (size_t)row * k;
+  }
+  for (int panel = 0; panel < panels; panel += 2) {
+    const int count = panels - panel < 2 ? 1 : 2, first_column = panel * kPanelColumns;
+    const int width = count * kPanelColumns;
+    const int columns = matrix.num_outputs - first_column < width ? matrix.num_outputs - first_column : width;
+    for_tiles(num_rows, T::kRows, [&](int first, int height) {
+      alignas(64) float product[kMaxRows * 2 * kPanelColumns];
+      multiply<T, false>(rows + first, height, {&matrix, panel, panel + 1}, count, product);
+      store_product(product, width, height, call.out, call.out_format,
+                    (size_t)(first_row + first) * call.out_stride + head * call.out_head_stride + first_column,
+                    call.out_stride, columns, nullptr);
+    });
+  }
+}
+
+void heads(const HeadsCall* call) {
+  if (call->num_rows == 0) return;
+  HeadsWork work = {call, (call->num_rows + kRowsPerTask - 1) / kRowsPerTask, kRowsPerTask};
+  constexpr int kBf16Input = sizeof(Simd::Bf16Input) == 2 ? kBfloat16 : kFloat32;
+  const int tasks = call->num_heads * work.row_tasks;
+  if (call->matrices->format == kBfloat16)
+    parallel_for(tasks, heads_task<Tiles<kBfloat16>, Simd::Bf16Input, kBf16Input>, &work);
+  else
+    parallel_for(tasks, heads_task<Tiles<kFloat32>, float, kFloat32>, &work);
+}
+
+}  // namespace

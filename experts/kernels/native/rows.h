@@ -1,0 +1,164 @@
+// Rows of activations in the form in which a tile reads them: in place where that is their form already, else converted
+// or quantised into scratch memory. Each row on its own.
+#pragma once
+
+#include "thread_pool.h"
+#include "tile.h"
+
+namespace {
+
+enum ScratchSlot { kRowsSlot, kPointersSlot, kHiddenSlot, kHiddenRowsSlot, kHiddenPointersSlot, kSumsSlot, kOrderSlot, kMlaSlot };
+
+inline size_t element_bytes(int format) { return format == kBfloat16 ? 2 : 4; }
+
+inline Simd::Floats load_as_floats(const void* x, int format, size_t at) {
+  return format == kBfloat16 ? Simd::load_bf16((const uint16_t*)x + at) : Simd::load((const float*)x + at);
+}
+
+inline void store_as(void* out, int format, size_t at, Simd::Floats value) {
+  if (format == kBfloat16)
+    Simd::store_bf16((uint16_t*)out + at, value);
+  else
+    Simd::store((float*)out + at, value);
+}
+
+// The same for the last few numbers of a row, fewer than 16.
+inline Simd::Floats load_tail(const void* x, int format, size_t at, int count) {
+  alignas(64) float lanes[16] = {};
+  for (int i = 0; i < count; i++) {
+    if (format == kBfloat16) {
+      const uint32_t bits = (uint32_t)((const uint16_t*)x)[at + i] << 16;
+      memcpy(lanes + i, &bits, 4);
+    } else {
+      lanes[i] = ((const float*)x)[at + i];
+    }
+  }
+  return Simd::load(lanes);
+}
+
+inline void store_tail(void* out, int format, size_t at, Simd::Floats value, int count) {
+  alignas(64) float lanes[16];
+  alignas(64) uint16_t halves[16];
+  Simd::store(lanes, value);
+  Simd::store_bf16(halves, value);
+  if (format == kBfloat16)
+    memcpy((uint16_t*)out + at, halves, 2 * count);
+  else
+    memcpy((float*)out + at, lanes, 4 * count);
+}
+
+inline void convert_row(const void* from, int from_format, size_t from_at, void* to, int to_format, size_t to_at, int n) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) store_as(to, to_format, to_at + i, load_as_floats(from, from_format, from_at + i));
+  if (i < n) store_tail(to, to_format, to_at + i, load_tail(from, from_format, from_at + i, n - i), n - i);
+}
+
+// numbers [k], scales and sums [k / group_size]. A group's scale is its largest magnitude / 127.
+inline void quantize_row(const void* x, int format, size_t at, int k, int group_size, int8_t* numbers, float* scales,
+                         int32_t* sums) {
+  for (int group = 0; group * group_size < k; group++) {
+    const size_t start = at + (size_t)group * group_size;
+    Simd::Floats largest = Simd::zero();
+    for (int i = 0; i < group_size; i += 16)
+      largest = Simd::max(largest, Simd::absolute(load_as_floats(x, format, start + i)));
+    const float magnitude = Simd::largest(largest);
+    scales[group] = magnitude / 127.0f;
+    const Simd::Floats factor = Simd::set1(magnitude > 0.0f ? 127.0f / magnitude : 0.0f);
+    Simd::Ints sum = Simd::set1_int(0);
+    for (int i = 0; i < group_size; i += 16)
+      sum = Simd::add_ints(sum, Simd::store_rounded_bytes(numbers + (size_t)group * group_size + i,
+                                                          Simd::mul(load_as_floats(x, format, start + i), factor)));
+    sums[group] = Simd::sum_ints(sum);
+  }
+}
+
+struct RowsCall {
+  const void* x;
+  int format, num_rows, k, group_size;
+  size_t stride;
+  void* converted;
+  int converted_format;
+  int8_t* numbers;
+  float* scales;
+  int32_t* sums;
+};
+
+inline void convert_task(void* context, int row, int) {
+  const RowsCall& c = *(const RowsCall*)context;
+  convert_row(c.x, c.format, row * c.stride, c.converted, c.converted_format, (size_t)row * c.k, c.k);
+}
+
+inline void quantize_task(void* context, int row, int) {
+  const RowsCall& c = *(const RowsCall*)context;
+  const size_t groups = c.k / c.group_size;
+  quantize_row(c.x, c.format, row * c.stride, c.k, c.group_size, c.numbers + (size_t)row * c.k, c.scales + row * groups,
+               c.sums + row * groups);
+}
+
+// Few numbers are converted faster than a second thread wakes.
+inline void over_rows(int num_rows, int k, Task task, void* context) {
+  if ((size_t)num_rows * k < 32768)
+    for (int row = 0; row < num_rows; row++) task(context, row, 0);
+  else
+    parallel_for(num_rows, task, context);
+}
+
+template <class T>
+struct RowReader;  // prepare(): [num_rows] of T::Row in scratch memory; valid until the next use of the two slots
+
+template <class Input, int kInputFormat>
+struct PlainRows {
+  static const Input** prepare(const void* x, int format, int num_rows, size_t stride, int k, int, int data_slot,
+                               int row_slot) {
+    const Input** rows = (const Input**)scratch(row_slot, sizeof(Input*) * (num_rows + 1));
+    const Input* base = (const Input*)x;
+    if (format != kInputFormat) {
+      RowsCall call = {x, format, num_rows, k, 0, stride, scratch(data_slot, (size_t)num_rows * k * sizeof(Input)),
+                       kInputFormat, nullptr, nullptr, nullptr};
+      over_rows(num_rows, k, convert_task, &call);
+      base = (const Input*)call.converted;
+      stride = k;
+    }
+    for (int row = 0; row < num_rows; row++) rows[row] = base + row * stride;
+    return rows;
+  }
+};
+
+template <>
+struct RowReader<Tiles<kBfloat16>> : PlainRows<Simd::Bf16Input, sizeof(Simd::Bf16Input) == 2 ? kBfloat16 : kFloat32> {};
+template <>
+struct RowReader<Tiles<kFloat32>> : PlainRows<float, kFloat32> {};
+
+struct QuantizedRows {
+  static QuantizedRow* prepare(const void* x, int format, int num_rows, size_t stride, int k, int group_size,
+                               int data_slot, int row_slot) {
+    const size_t groups = k / group_size, per_row = k + groups * 8;
+    char* data = (char*)scratch(data_slot, num_rows * per_row + 64);
+    RowsCall call = {x, format, num_rows, k, group_size, stride, nullptr, 0, nullptr, nullptr, nullptr};
+    call.scales = (float*)data;
+    call.sums = (int32_t*)(data + num_rows * groups * 4);
+    call.numbers = (int8_t*)(data + num_rows * groups * 8);
+    over_rows(num_rows, k, quantize_task, &call);
+    QuantizedRow* rows = (QuantizedRow*)scratch(row_slot, sizeof(QuantizedRow) * (num_rows + 1));
+    for (int row = 0; row < num_rows; row++)
+      rows[row] = {call.numbers + (size_t)row * k, call.scales + row * groups, call.sums + row * groups};
+    return rows;
+  }
+};
+template <>
+struct RowReader<Tiles<kInt8>> : QuantizedRows {};
+template <>
+struct RowReader<Tiles<kInt4>> : QuantizedRows {};
+
+// Calls `body(first, count)` for tiles of nearly equal height that cover num_rows.
+template <class Body>
+inline void for_tiles(int num_rows, int max_rows, Body body) {
+  const int tiles = (num_rows + max_rows - 1) / max_rows;
+  for (int i = 0, first = 0; i < tiles; i++) {
+    const int count = (num_rows - first + tiles - i - 1) / (tiles - i);
+    body(first, count);
+    first += count;
+  }
+}
+
+}  // namespace

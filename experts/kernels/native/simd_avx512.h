@@ -1,0 +1,122 @@
+// Sixteen fp32 lanes in one AVX-512 register. Included by the avx512*.cpp files under their target pragma, which
+// define MOBULA_AVX512_BF16 where the instruction set has it. VNNI is taken for granted.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+struct Simd {
+  using Floats = __m512;
+  using Ints = __m512i;
+  static constexpr int kVectorsPerTile = 4;  // 64 columns
+
+  static Floats zero() { return _mm512_setzero_ps(); }
+  static Floats set1(float value) { return _mm512_set1_ps(value); }
+  static Floats load(const float* from) { return _mm512_loadu_ps(from); }
+  static void store(float* to, Floats value) { _mm512_storeu_ps(to, value); }
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // a * 2^n for integral n
+  static Floats scale_by_power(Floats a, Floats n) { return _mm512_scalef_ps(a, n); }
+  static float sum(Floats a) {  // in an order of its own, the same for every call
+    alignas(64) float lanes[16];
+    _mm512_store_ps(lanes, a);
+    for (int width = 8; width; width /= 2)
+      for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    return lanes[0];
+  }
+  static float largest(Floats a) { return _mm512_reduce_max_ps(a); }
+  static Floats absolute(Floats a) { return _mm512_abs_ps(a); }
+
+  static Floats load_bf16(const uint16_t* from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
+  }
+  static __m256i to_bf16(Floats value) {  // to nearest even; a NaN stays one
+#ifdef MOBULA_AVX512_BF16
+    return (__m256i)_mm512_cvtneps_pbh(value);
+#else
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    const __m512i safe = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x00400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(safe, 16));
+#endif
+  }
+  static void store_bf16(uint16_t* to, Floats value) { _mm256_storeu_si256((__m256i*)to, to_bf16(value)); }
+
+  // --- products of bf16 pairs: the panel has 16 columns x 2 numbers a vector -----------------------------------
+#ifdef MOBULA_AVX512_BF16
+  static constexpr int kBf16Rows = 6;  // 24 accumulators, 4 weights, 1 activation
+  using Bf16Input = uint16_t;          // how activations are fed to a tile
+  using Bf16Weights = __m512bh;
+  using Bf16Pair = __m512bh;
+  static Bf16Weights load_pairs(const uint16_t* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static Bf16Pair broadcast_pair(const uint16_t* from) {
+    int32_t pair;
+    memcpy(&pair, from, 4);
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+  static Floats dot(Floats sum, Bf16Weights w, Bf16Pair x) { return _mm512_dpbf16_ps(sum, w, x); }
+#else
+  static constexpr int kBf16Rows = 5;  // 20 accumulators, 8 weights, 2 activations
+  using Bf16Input = float;
+  struct Bf16Weights {
+    Floats even, odd;
+  };
+  struct Bf16Pair {
+    Floats even, odd;
+  };
+  static Bf16Weights load_pairs(const uint16_t* from) {
+    const __m512i pairs = _mm512_loadu_si512(from);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)))};
+  }
+  static Bf16Pair broadcast_pair(const float* from) { return {set1(from[0]), set1(from[1])}; }
+  static Floats dot(Floats sum, Bf16Weights w, Bf16Pair x) {
+    return _mm512_fmadd_ps(w.odd, x.odd, _mm512_fmadd_ps(w.even, x.even, sum));
+  }
+#endif
+  static constexpr int kFloatRows = 6;
+
+  // --- products of bytes: unsigned weights, signed activations, four numbers a lane -----------------------------
+  static constexpr int kByteRows = 6;
+  static Ints load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+  static Ints broadcast_bytes(const int8_t* from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static Ints low_nibbles(Ints bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+  static Ints high_nibbles(Ints bytes) { return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15)); }
+  static Ints set1_int(int32_t value) { return _mm512_set1_epi32(value); }
+  static Ints dot_bytes(Ints sum, Ints w, Ints x) {
+    // As assembly: gcc 12 spills the accumulators of the intrinsic, which halves the speed.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+  }
+  static Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+  // Rounds to nearest even, saturates at -127 and 127, writes 16 bytes; returns the integers as they were written.
+  static Ints store_rounded_bytes(int8_t* to, Floats value) {
+    const __m512i limit = _mm512_set1_epi32(127);
+    __m512i rounded = _mm512_cvtps_epi32(value);
+    rounded = _mm512_max_epi32(_mm512_min_epi32(rounded, limit), _mm512_sub_epi32(_mm512_setzero_si512(), limit));
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(rounded));
+    return rounded;
+  }
+  static int32_t sum_ints(Ints a) { return _mm512_reduce_add_epi32(a); }
+  static Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+
+  static void prefetch(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T0); }
+};
+
+}  // namespace

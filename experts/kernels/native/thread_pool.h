@@ -1,0 +1,18 @@
+// Threads that share out the tasks of one call at a time. Tasks are taken one by one, so a thread that wakes late or is
+// preempted delays nobody; which thread computes a task never changes its result. One caller at a time: api.cpp has the lock.
+#pragma once
+
+#include <stddef.h>
+
+typedef void (*Task)(void* context, int task, int thread);
+
+void set_num_threads(int num_threads);
+int num_threads();
+
+// Calls task(context, i, thread) for every i < num_tasks, in the caller's thread and the pool's; returns when all have
+// returned. `thread` is below num_threads() and tells concurrent tasks apart.
+void parallel_for(int num_tasks, Task task, void* context);
+
+// Memory that a call may use until it returns; `slot` tells the buffers of one call apart. Kept for the next call.
+void* scratch(int slot, size_t num_bytes);
+void* thread_scratch(int thread, size_t num_bytes);

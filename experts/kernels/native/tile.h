@@ -1,0 +1,227 @@
+// Products of a few rows with a few panels, held in registers from the first input to the last. Everything above is
+// made of these. Included once by each instruction set, after its Simd.
+#pragma once
+
+#include "kernels.h"
+
+namespace {
+
+constexpr int kMaxRows = 6;  // of a tile, in any format
+
+// Rows as int8 with one scale a group, as an int8 or int4 product reads them.
+struct QuantizedRow {
+  const int8_t* numbers;   // [K]
+  const float* scales;     // [K / group_size]
+  const int32_t* sums;     // [K / group_size], of the group's numbers
+};
+
+// Where a tile's panels lie: the first, and how many elements further the second, which need not be its neighbour.
+struct Panels {
+  const Matrix* matrix;
+  int first, second;  // panel numbers; `second` is read only in tiles of two panels
+};
+
+inline size_t panel_bytes(const Matrix& m) {
+  const size_t k = (size_t)m.num_inputs;
+  switch (m.format) {
+    case kFloat32: return k * kPanelColumns * 4;
+    case kBfloat16: return k * kPanelColumns * 2;
+    case kInt8: return k * kPanelColumns;
+    default: return k * kPanelColumns / 2;
+  }
+}
+
+inline int num_panels(int num_outputs) { return (num_outputs + kPanelColumns - 1) / kPanelColumns; }
+
+// In the functions below V is the number of vectors of 16 columns, j / 2 their panel; `half` is the first vector's place
+// in its panel when V is 1. out: [M][16 * V].
+
+template <int M, int V, bool kPrefetch>
+inline void tile_bf16(const Simd::Bf16Input* const* x, const uint16_t* a, const uint16_t* b, int half, int k,
+                      float* out) {
+  typename Simd::Floats sums[M][V];
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < V; j++) sums[m][j] = Simd::zero();
+  const Simd::Bf16Input* rows[M];
+  for (int m = 0; m < M; m++) rows[m] = x[m];
+  a += half * 32;
+  for (int pair = 0; pair < k / 2; pair++, a += 64, b += 64) {
+    typename Simd::Bf16Weights w[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) w[j] = Simd::load_pairs((j < 2 ? a : b) + (j & 1) * 32);
+    if (kPrefetch)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) Simd::prefetch((j < 2 ? a : b) + (j & 1) * 32 + 1024);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++) {
+      const Simd::Bf16Pair input = Simd::broadcast_pair(rows[m] + 2 * pair);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) sums[m][j] = Simd::dot(sums[m][j], w[j], input);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < V; j++) Simd::store(out + (m * V + j) * 16, sums[m][j]);
+}
+
+template <int M, int V, bool kPrefetch>
+inline void tile_float(const float* const* x, const float* a, const float* b, int half, int k, float* out) {
+  typename Simd::Floats sums[M][V];
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < V; j++) sums[m][j] = Simd::zero();
+  const float* rows[M];
+  for (int m = 0; m < M; m++) rows[m] = x[m];
+  a += half * 16;
+  for (int i = 0; i < k; i++, a += 32, b += 32) {
+    typename Simd::Floats w[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) w[j] = Simd::load((j < 2 ? a : b) + (j & 1) * 16);
+    if (kPrefetch)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) Simd::prefetch((j < 2 ? a : b) + (j & 1) * 16 + 512);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++) {
+      const typename Simd::Floats input = Simd::set1(rows[m][i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) sums[m][j] = Simd::fma(w[j], input, sums[m][j]);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < V; j++) Simd::store(out + (m * V + j) * 16, sums[m][j]);
+}
+
+// Integers within a group, fp32 over groups. The fp32 sums live in `out`: there are no registers for both.
+template <int M, int V, bool kPrefetch, bool kIsInt4>
+inline void tile_bytes(const QuantizedRow* x, const uint8_t* a, const uint8_t* b, const float* scales_a,
+                       const float* scales_b, int half, int k, int group_size, float* out) {
+  constexpr int kStep = kIsInt4 ? 64 : 128, kZeroPoint = kIsInt4 ? 8 : 128;
+  for (int i = 0; i < M * V; i++) Simd::store(out + i * 16, Simd::zero());
+  for (int group = 0; group * group_size < k; group++) {
+    typename Simd::Ints sums[M][V];
+    const int8_t* rows[M];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++) {
+      rows[m] = x[m].numbers + group * group_size;
+      const typename Simd::Ints start = Simd::set1_int(-kZeroPoint * x[m].sums[group]);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) sums[m][j] = start;
+    }
+    for (int four = 0; four < group_size / 4; four++, a += kStep, b += kStep) {
+      typename Simd::Ints w[V];
+      if (kIsInt4) {
+#pragma GCC unroll 4
+        for (int j = 0; j < V; j++) {
+          const typename Simd::Ints both = Simd::load_bytes(j < 2 ? a : b);
+          w[j] = ((j & 1) || half) ? Simd::high_nibbles(both) : Simd::low_nibbles(both);
+        }
+        if (kPrefetch) {
+          Simd::prefetch(a + 1024);
+          if (V > 2) Simd::prefetch(b + 1024);
+        }
+      } else {
+#pragma GCC unroll 4
+        for (int j = 0; j < V; j++) w[j] = Simd::load_bytes((j < 2 ? a : b) + ((j & 1) + half) * 64);
+        if (kPrefetch)
+#pragma GCC unroll 4
+          for (int j = 0; j < V; j++) Simd::prefetch((j < 2 ? a : b) + ((j & 1) + half) * 64 + 2048);
+      }
+#pragma GCC unroll 6
+      for (int m = 0; m < M; m++) {
+        const typename Simd::Ints input = Simd::broadcast_bytes(rows[m] + 4 * four);
+#pragma GCC unroll 4
+        for (int j = 0; j < V; j++) sums[m][j] = Simd::dot_bytes(sums[m][j], w[j], input);
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) {
+      const float* scales = (j < 2 ? scales_a : scales_b) + group * kPanelColumns + ((j & 1) + half) * 16;
+      const typename Simd::Floats weight_scale = Simd::load(scales);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; m++) {
+        float* sum = out + (m * V + j) * 16;
+        const typename Simd::Floats scale = Simd::mul(weight_scale, Simd::set1(x[m].scales[group]));
+        Simd::store(sum, Simd::fma(Simd::to_floats(sums[m][j]), scale, Simd::load(sum)));
+      }
+    }
+  }
+}
+
+// One format's tile with its operands taken from a Matrix. X: how it reads a row.
+template <int kFormat>
+struct Tiles;
+
+template <>
+struct Tiles<kBfloat16> {
+  using Row = const Simd::Bf16Input*;
+  static constexpr int kRows = Simd::kBf16Rows;
+  template <int M, int V, bool kPrefetch>
+  static void run(const Row* x, const Panels& p, int half, float* out) {
+    const uint16_t* data = (const uint16_t*)p.matrix->data;
+    const size_t panel = (size_t)p.matrix->num_inputs * kPanelColumns;
+    tile_bf16<M, V, kPrefetch>(x, data + p.first * panel, data + p.second * panel, half, p.matrix->num_inputs, out);
+  }
+};
+
+template <>
+struct Tiles<kFloat32> {
+  using Row = const float*;
+  static constexpr int kRows = Simd::kFloatRows;
+  template <int M, int V, bool kPrefetch>
+  static void run(const Row* x, const Panels& p, int half, float* out) {
+    const float* data = (const float*)p.matrix->data;
+    const size_t panel = (size_t)p.matrix->num_inputs * kPanelColumns;
+    tile_float<M, V, kPrefetch>(x, data + p.first * panel, data + p.second * panel, half, p.matrix->num_inputs, out);
+  }
+};
+
+template <bool kIsInt4>
+struct ByteTiles {
+  using Row = QuantizedRow;
+  static constexpr int kRows = Simd::kByteRows;
+  template <int M, int V, bool kPrefetch>
+  static void run(const Row* x, const Panels& p, int half, float* out) {
+    const uint8_t* data = (const uint8_t*)p.matrix->data;
+    const size_t panel = panel_bytes(*p.matrix);
+    const size_t scales = (size_t)(p.matrix->num_inputs / p.matrix->group_size) * kPanelColumns;
+    tile_bytes<M, V, kPrefetch, kIsInt4>(x, data + p.first * panel, data + p.second * panel,
+                                         p.matrix->scales + p.first * scales, p.matrix->scales + p.second * scales,
+                                         half, p.matrix->num_inputs, p.matrix->group_size, out);
+  }
+};
+template <>
+struct Tiles<kInt8> : ByteTiles<false> {};
+template <>
+struct Tiles<kInt4> : ByteTiles<true> {};
+
+template <class T, int V, bool kPrefetch>
+inline void run_rows(const typename T::Row* x, int num_rows, const Panels& p, int half, float* out) {
+  switch (num_rows) {
+    case 1: return T::template run<1, V, kPrefetch>(x, p, half, out);
+    case 2: return T::template run<2, V, kPrefetch>(x, p, half, out);
+    case 3: if constexpr (T::kRows >= 3) return T::template run<3, V, kPrefetch>(x, p, half, out);
+    case 4: if constexpr (T::kRows >= 4) return T::template run<4, V, kPrefetch>(x, p, half, out);
+    case 5: if constexpr (T::kRows >= 5) return T::template run<5, V, kPrefetch>(x, p, half, out);
+    default: if constexpr (T::kRows >= 6) return T::template run<6, V, kPrefetch>(x, p, half, out);
+  }
+}
+
+// Rows times one or two panels. num_rows <= T::kRows; out: [num_rows][32 * num_panels], in `out_stride` columns.
+template <class T, bool kPrefetch>
+inline void multiply(const typename T::Row* x, int num_rows, const Panels& p, int count, float* out) {
+  constexpr int kVectors = Simd::kVectorsPerTile;
+  const int columns = count * kPanelColumns;
+  if (kVectors == 4 && count == 2) return run_rows<T, 4, kPrefetch>(x, num_rows, p, 0, out);
+  alignas(64) float piece[kMaxRows * 32];
+  for (int i = 0; i < count; i++) {
+    const Panels single = {p.matrix, i ? p.second : p.first, 0};
+    for (int half = 0; half < 2; half++) {
+      constexpr int kWide = kVectors >= 2 ? 2 : 1;
+      if (kWide == 2 && half) break;
+      run_rows<T, kWide, kPrefetch>(x, num_rows, single, half, piece);
+      for (int m = 0; m < num_rows; m++)
+        for (int v = 0; v < kWide; v++)
+          Simd::store(out + m * columns + i * kPanelColumns + (half + v) * 16, Simd::load(piece + (m * kWide + v) * 16));
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,99 @@
+"""A weight matrix in the kernels' layout (native/kernels.h). Packed once, when it is loaded; float32, bfloat16, int8, int4."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.kernels.library import CMatrix, Format, format_of, require
+from experts.quantized_matrix import QuantizedMatrix
+
+PANEL_OUTPUTS = 32  # outputs of a panel; the last panel is padded
+ALIGNMENT = 64  # bytes of a cache line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedMatrix:
+    """One matrix, or several one above the other, each padded to whole panels.
+
+    data: uint8; scales: fp32, for int8 and int4; group_size: inputs that share a scale.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    number_format: Format
+    num_outputs: int  # of all parts, padding between them included
+    num_inputs: int
+    group_size: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def c_matrix(self) -> CMatrix:
+        """The struct the kernels take; valid as long as this lives."""
+        return CMatrix(
+            self.data.data_ptr(),
+            None if self.scales is None else self.scales.data_ptr(),
+            self.number_format,
+            self.num_outputs,
+            self.num_inputs,
+            self.group_size,
+        )
+
+
+def can_pack(weight: Tensor | QuantizedMatrix) -> bool:
+    """Whether the kernels take a matrix of this kind and size."""
+    if isinstance(weight, QuantizedMatrix):
+        return weight.group_size % 32 == 0
+    return weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0)
+
+
+def pack(parts: Sequence[Tensor | QuantizedMatrix]) -> PackedMatrix:
+    """The matrices [outputs, inputs] one above the other, all of one kind and with the same inputs."""
+    first = parts[0]
+    number_format, group_size = _format(first)
+    num_inputs = first.shape[1]
+    panels = [-(-part.shape[0] // PANEL_OUTPUTS) for part in parts]
+    bits = {Format.FLOAT32: 32, Format.BFLOAT16: 16, Format.INT8: 8, Format.INT4: 4}[number_format]
+    packed = PackedMatrix(
+        data=_aligned(sum(panels) * PANEL_OUTPUTS * num_inputs * bits // 8),
+        scales=torch.empty(sum(panels) * PANEL_OUTPUTS * (num_inputs // group_size)) if group_size else None,
+        number_format=number_format,
+        num_outputs=(sum(panels[:-1])) * PANEL_OUTPUTS + parts[-1].shape[0],
+        num_inputs=num_inputs,
+        group_size=group_size,
+    )
+    first_panel = 0
+    for part, num_panels in zip(parts, panels, strict=True):
+        assert _format(part) == (number_format, group_size), "parts are of one kind"
+        assert part.shape[1] == num_inputs, "parts have the same inputs"
+        _pack_part(part, packed, first_panel)
+        first_panel += num_panels
+    return packed
+
+
+def _format(weight: Tensor | QuantizedMatrix) -> tuple[Format, int]:
+    if isinstance(weight, QuantizedMatrix):
+        return (Format.INT8 if weight.num_bits == 8 else Format.INT4), weight.group_size
+    return format_of(weight.dtype), 0
+
+
+def _pack_part(part: Tensor | QuantizedMatrix, packed: PackedMatrix, first_panel: int) -> None:
+    numbers = (part.values if isinstance(part, QuantizedMatrix) else part).contiguous()
+    scales = part.scales.float().contiguous() if isinstance(part, QuantizedMatrix) else None
+    require().mobula_pack(
+        numbers.data_ptr(),
+        None if scales is None else scales.data_ptr(),
+        ctypes.byref(packed.c_matrix()),
+        first_panel,
+        numbers.shape[0],
+    )
+
+
+def _aligned(num_bytes: int) -> Tensor:
+    """Uninitialised bytes that start at a cache line."""
+    padded = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
+    return padded[-padded.data_ptr() % ALIGNMENT :][:num_bytes]
