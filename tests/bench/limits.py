@@ -100,9 +100,18 @@ class ModelShape:
         scores = self.num_layers * self.score_size * pairs
         return 2.0 * (num_tokens * (layers + mixtures) + scores + self.vocab_size * self.hidden_size)
 
-    def decode_rate(self, batch: int, context: float, num_distinct: float, kind: str, bytes_per_s: float) -> float:
-        """Tokens/s of all sequences together when reading is all that takes time."""
-        return batch * bytes_per_s / self.decode_bytes(batch, context, num_distinct, kind)
+    def decode_operations(self, batch: int) -> float:
+        """Multiplications and additions of one step; those of attention over the cache are left out."""
+        layers = self.num_layers * self.attention + self.num_dense_layers * self.dense
+        mixtures = self.num_mixture_layers * (self.mixture + self.top_k * self.expert)
+        return 2.0 * batch * (layers + mixtures + self.vocab_size * self.hidden_size)
+
+    def decode_rate(
+        self, batch: int, context: float, num_distinct: float, kind: str, bytes_per_s: float, operations_per_s: float
+    ) -> float:
+        """Tokens/s of all sequences together: reading, or computing where that takes longer."""
+        reading_s = self.decode_bytes(batch, context, num_distinct, kind) / bytes_per_s
+        return batch / max(reading_s, self.decode_operations(batch) / operations_per_s)
 
     def prefill_rate(self, num_tokens: int, kind: str, operations_per_s: float, bytes_per_s: float) -> float:
         """Tokens/s: the operations, or one reading of the weights where that takes longer."""

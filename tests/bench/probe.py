@@ -18,7 +18,8 @@ from tests.bench.row import PEAK_PROBE, READ_PROBE, Param
 LIBRARY = "experts.kernels.library"
 BUFFER_BYTES = 384 * 2**20  # beyond any cache
 MATRIX_SIZE = 1024
-KINDS = {"bf16": "bfloat16", "float32": "float32", "int8": "int8", "int4": "int8"}  # what computes each format
+NUM_REPEATS = 3  # of a look; the best counts
+KINDS = {"bf16": "BFLOAT16", "float32": "FLOAT32", "int8": "INT8", "int4": "INT8"}  # what computes each format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +58,10 @@ class Probe:
         }
 
     def _ask_library(self, library: Any) -> Reading:
-        peak = library.probe_peak(self._kind, self._num_threads)
-        if self._kind != "float32":  # without instructions for the format, numbers are widened first
-            peak = max(peak, library.probe_peak("float32", self._num_threads))
-        return Reading(
-            bytes_per_s=library.probe_read_bandwidth(self._num_threads), operations_per_s=peak
-        )  # fmt: skip
+        library.set_num_threads(self._num_threads)
+        # Without instructions for the format, numbers are widened first: then float32's peak is the limit.
+        peak = max(library.probe_peak(library.Format[name]) for name in {self._kind, "FLOAT32"})
+        return Reading(bytes_per_s=library.probe_read_bandwidth(NUM_REPEATS), operations_per_s=peak)
 
     def _read(self) -> float:
         assert self._buffer is not None
@@ -70,7 +69,7 @@ class Probe:
         return BUFFER_BYTES / seconds
 
     def _multiply(self) -> float:
-        dtypes = {torch.float32} if self._kind == "float32" else {torch.float32, torch.bfloat16}
+        dtypes = {torch.float32} if self._kind == "FLOAT32" else {torch.float32, torch.bfloat16}
         rates = []
         for dtype in dtypes:
             matrix = torch.ones(MATRIX_SIZE, MATRIX_SIZE, dtype=dtype)
@@ -80,12 +79,12 @@ class Probe:
 
 
 def _with_threads(num_threads: int, action: Any) -> float:
-    """Seconds of the best of three."""
+    """Seconds of the best of NUM_REPEATS."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         times = []
-        for _ in range(3):
+        for _ in range(NUM_REPEATS):
             start = time.perf_counter()
             action()
             times.append(time.perf_counter() - start)

@@ -18,7 +18,7 @@ READ_PROBE = "read GB/s"  # params under which a row says what the machine gave 
 PEAK_PROBE = "peak GOP/s"
 PROBES = (READ_PROBE, PEAK_PROBE)
 WHY = "why"  # the param of a missing row that says why it is missing
-LOWER_IS_BETTER = ("s", "ms", "us", "ns", "B", "KiB", "MiB", "GiB", "GB", "%")  # units
+LOWER_IS_BETTER = ("s", "ms", "us", "ns", "B", "KiB", "MiB", "GiB", "MB", "GB", "%")  # units
 
 
 class Unmeasurable(Exception):
@@ -51,14 +51,21 @@ class Row:
         unit: str,
         *,
         limits: Sequence[float] | None = None,
-        peers: Mapping[str, Sequence[float]] | None = None,
+        turns: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     ) -> Self:
-        """From repeats. limits: what the machine's limit was around each repeat, in the same unit; peers: theirs."""
+        """From repeats. limits: what the machine's limit was around each repeat, in the same unit.
+
+        turns: by peer, (ours, theirs) of each time that both were measured one after the other.
+        """
         value = statistics.median(samples)
         fraction = None
         if limits:
             fraction = statistics.median(better(s, li, unit) for s, li in zip(samples, limits, strict=True))
-        ratios = {peer: better(value, statistics.median(theirs), unit) for peer, theirs in (peers or {}).items()}
+        ratios = {
+            peer: statistics.median(better(ours, theirs, unit) for ours, theirs in pairs)
+            for peer, pairs in (turns or {}).items()
+            if pairs
+        }
         return cls(
             name=name, params=dict(params), value=value, unit=unit, spread=spread(samples),
             limit_fraction=fraction, ratios=ratios,
@@ -115,6 +122,10 @@ class Options:
     def num_repeats(self) -> int:
         """Of each measurement; with peers, turns of each."""
         return 2 if self.is_quick else 3
+
+    def showing(self, show: Callable[[str], None]) -> "Options":
+        """The same with another way to show what is being measured."""
+        return replace(self, show=show)
 
     def seconds_left(self) -> float:
         return self.deadline_s - time.monotonic()

@@ -1,0 +1,112 @@
+"""`make bench`: measures part after part, prints one table, writes the rows as JSON.
+
+    python -m tests.bench [--only wire,kernels,...] [--models lite4,tiny] [--out bench.json] [--no-peers] [--quick]
+
+What a part cannot measure stands in its row's place with the reason; the exit status is 1 if there was any.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tests.bench import checkpoints
+from tests.bench.row import Options, Row, Unmeasurable, dump
+from tests.bench.table import table_of
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("wire", "kernels", "layers", "decode", "prefill", "startup", "memory", "context")
+NOT_BUILT = {"cache": "the prefix cache is not built yet"}
+PLAIN_WIDTH = 160  # of a table that is not for a terminal
+MODELS = ("lite4", "tiny")
+MAX_MINUTES, QUICK_MINUTES = 25.0, 5.0
+
+
+def parse_options(arguments: Sequence[str]) -> tuple[Options, Path | None]:
+    """The options and where to write the rows. Ends the program with usage when they cannot be understood."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help=f"parts, with commas; all: {','.join(PARTS)}")
+    parser.add_argument("--models", default="", help=f"checkpoints or folders, with commas; unset: {','.join(MODELS)}")
+    parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="those that are installed")
+    parser.add_argument("--quick", action="store_true", help="fewer cells and repeats, and no large checkpoint")
+    parser.add_argument("--cores", type=int, default=0, help="of this machine to use; 0: all")
+    parser.add_argument("--max-minutes", type=float, default=0.0, help="no measurement begins after")
+    parser.add_argument("--folder", type=Path, default=None, help="where made checkpoints are kept")
+    parsed = parser.parse_args(arguments)
+    only = _names(parsed.only) or PARTS
+    if unknown := [part for part in only if part not in (*PARTS, *NOT_BUILT)]:
+        parser.error(f"no part {', '.join(unknown)}; parts are {', '.join((*PARTS, *NOT_BUILT))}")
+    num_cores = len(os.sched_getaffinity(0))
+    if not 0 <= parsed.cores <= num_cores:
+        parser.error(f"--cores is {parsed.cores}, this machine has {num_cores}")
+    minutes = parsed.max_minutes or (QUICK_MINUTES if parsed.quick else MAX_MINUTES)
+    options = Options(
+        only=only,
+        models=_names(parsed.models) or (MODELS[1:] if parsed.quick else MODELS),
+        folder=parsed.folder or checkpoints.default_folder(),
+        num_threads=parsed.cores or num_cores,
+        has_peers=parsed.peers,
+        is_quick=parsed.quick,
+        deadline_s=time.monotonic() + 60 * minutes,
+    )
+    return options, parsed.out
+
+
+def measure(part: str, options: Options) -> Iterator[Row]:
+    """The part's rows; what ends it early stands in a missing row."""
+    if part in NOT_BUILT:
+        yield Row.missing(part, {}, NOT_BUILT[part])
+        return
+    try:
+        options.check_time(5.0)
+        yield from importlib.import_module(f"tests.bench.{part}").rows(options)
+    except Unmeasurable as error:
+        yield Row.missing(part, {}, str(error))
+    except Exception as error:  # the top of a part: the others still run
+        logger.exception("%s", part)
+        yield Row.missing(part, {}, f"{type(error).__name__}: {error}")
+
+
+def main() -> int:
+    """0 when every row was measured."""
+    logging.basicConfig(level=logging.ERROR)
+    options, out = parse_options(sys.argv[1:])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.num_threads])  # children keep to them
+    torch.set_num_threads(1)  # the client's; probes and kernels ask for their own
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH)
+    rows: list[Row] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(options.only))
+        for part in options.only:
+            shown = options.showing(lambda text, part=part: progress.update(task, description=f"{part}: {text}"))
+            shown.show("")
+            for row in measure(part, shown):
+                rows.append(row)
+                if out:  # after each row: an interrupted run keeps what it has
+                    dump(rows, out)
+            progress.advance(task)
+    console.print(table_of(rows))
+    return int(any(row.is_missing for row in rows))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
