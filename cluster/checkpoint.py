@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cluster.hub import HubFiles
-from cluster.model_config import ModelConfig, eos_token_ids, read_json_object
+from cluster.json_fields import read_json_object
+from cluster.model_config import ModelConfig, eos_token_ids
 from cluster.safetensors_file import InvalidCheckpoint, SafetensorsFile, TensorEntry
 
 __all__ = ["Checkpoint", "InvalidCheckpoint"]
@@ -118,6 +119,10 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The tensor in the checkpoint's dtype, in memory of its own. Raises InvalidCheckpoint."""
         return self._file_of(name).read(name)
+
+    def read_matrix(self, name: str) -> Tensor:
+        """The same for a weight matrix. Raises InvalidCheckpoint."""
+        return self.read(name)
 
     def check_role(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Checks from headers alone that every tensor a role reads is there, with this shape and a dtype we can use.

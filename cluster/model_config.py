@@ -4,8 +4,6 @@ Whatever the file asks for that this system does not compute is refused by name:
 was published. Reads no weights.
 """
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,22 +14,13 @@ import torch
 from attention.decoder import DecoderConfig
 from attention.mla_config import MlaConfig
 from attention.rotary import RotaryConfig, YarnConfig
-from cluster.safetensors_file import InvalidCheckpoint
+from cluster.json_fields import InvalidModelConfig, JsonFields, UnsupportedModel, read_json_object
 from router.gate import GateConfig, ScoringFunc, TopkMethod
 
-MAX_SIZE = 2**31 - 1
 MAX_HIDDEN_LAYERS = 4096
 MAX_ROUTED_EXPERTS = 65536
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 V2, V3 = "deepseek_v2", "deepseek_v3"
-
-
-class UnsupportedModel(ValueError):
-    """The checkpoint asks for something that is not implemented."""
-
-
-class InvalidModelConfig(InvalidCheckpoint):
-    """config.json lacks something, contradicts itself or is not what it should be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +45,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """config: config.json as parsed. Raises InvalidModelConfig or UnsupportedModel."""
-        fields = _Fields(config)
+        fields = JsonFields(config)
         model_type = fields.text("model_type")
         if model_type not in (V2, V3):
             raise UnsupportedModel(f"model_type is {model_type!r}, supported are {V2!r} and {V3!r}")
@@ -88,82 +77,7 @@ def eos_token_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]
     return tuple(dict.fromkeys(ids))
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises InvalidModelConfig if the file is missing or does not hold one JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidModelConfig(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidModelConfig(f"{path}: holds a {type(content).__name__}, expected a JSON object")
-    return content
-
-
-class _Fields:
-    """Typed access to one JSON object. A bool is no number here, and a number in quotes is none either."""
-
-    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
-        self.values = values
-        self._path = path
-
-    def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
-        return self.values.get(name) is not None
-
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
-        """A field without a default is required; null counts as missing."""
-        value = self._value(name, default, "an integer")
-        if type(value) is not int:
-            raise self._wrong(name, "an integer")
-        if not minimum <= value <= maximum:
-            raise InvalidModelConfig(f"{self._path}{name} is {value}, must be {minimum} to {maximum}")
-        return value
-
-    def optional_integer(self, name: str, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int | None:
-        return self.integer(name, minimum=minimum, maximum=maximum) if self.has(name) else None
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._value(name, default, "a number")
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self._wrong(name, "a finite number")
-        return float(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self._value(name, default, "true or false")
-        if type(value) is not bool:
-            raise self._wrong(name, "true or false")
-        return value
-
-    def text(self, name: str, default: str | None = None) -> str:
-        value = self._value(name, default, "a string")
-        if type(value) is not str:
-            raise self._wrong(name, "a string")
-        return value
-
-    def nested(self, name: str) -> "_Fields | None":
-        if not self.has(name):
-            return None
-        value = self.values[name]
-        if not isinstance(value, dict):
-            raise self._wrong(name, "an object or null")
-        return _Fields(value, f"{self._path}{name}.")
-
-    def unsupported(self, name: str, supported: str) -> UnsupportedModel:
-        return UnsupportedModel(f"{self._path}{name} is {self.values.get(name)!r}, supported is {supported}")
-
-    def _value(self, name: str, default: object, expected: str) -> Any:
-        value = self.values.get(name)
-        if value is not None:
-            return value
-        if default is None:
-            raise InvalidModelConfig(f"{self._path}{name} is missing from config.json, expected {expected}")
-        return default
-
-    def _wrong(self, name: str, expected: str) -> InvalidModelConfig:
-        return InvalidModelConfig(f"{self._path}{name} is {self.values[name]!r}, expected {expected}")
-
-
-def _refuse_what_is_not_implemented(fields: _Fields) -> None:
+def _refuse_what_is_not_implemented(fields: JsonFields) -> None:
     if fields.text("hidden_act", "silu") != "silu":
         raise fields.unsupported("hidden_act", "'silu'")
     for name in ("attention_bias", "mlp_bias"):
@@ -181,7 +95,7 @@ def _refuse_what_is_not_implemented(fields: _Fields) -> None:
         raise fields.unsupported("architectures", "a ...ForCausalLM")
 
 
-def _decoder(fields: _Fields, model_type: str) -> DecoderConfig:
+def _decoder(fields: JsonFields, model_type: str) -> DecoderConfig:
     mla = _mla(fields)
     return DecoderConfig(
         vocab_size=fields.integer("vocab_size"),
@@ -202,7 +116,7 @@ def _decoder(fields: _Fields, model_type: str) -> DecoderConfig:
     )
 
 
-def _mla(fields: _Fields) -> MlaConfig:
+def _mla(fields: JsonFields) -> MlaConfig:
     heads = fields.integer("num_attention_heads")
     if fields.integer("num_key_value_heads", heads) != heads:
         raise fields.unsupported("num_key_value_heads", f"num_attention_heads ({heads}): latents serve all heads")
@@ -224,7 +138,7 @@ def _mla(fields: _Fields) -> MlaConfig:
     return mla
 
 
-def _gate_v2(fields: _Fields) -> GateConfig:
+def _gate_v2(fields: JsonFields) -> GateConfig:
     methods = {
         "greedy": TopkMethod.GREEDY,
         "gready": TopkMethod.GREEDY,  # so spelled in early checkpoints
@@ -247,7 +161,7 @@ def _gate_v2(fields: _Fields) -> GateConfig:
     )
 
 
-def _gate_v3(fields: _Fields) -> GateConfig:
+def _gate_v3(fields: JsonFields) -> GateConfig:
     if fields.text("topk_method", "noaux_tc") != "noaux_tc":  # transformers' own V3 configs leave it out
         raise fields.unsupported("topk_method", f"'noaux_tc' for {V3}")
     if fields.text("scoring_func", "sigmoid") != "sigmoid":
@@ -262,7 +176,7 @@ def _gate_v3(fields: _Fields) -> GateConfig:
 
 
 def _gate(
-    fields: _Fields,
+    fields: JsonFields,
     *,
     topk_method: TopkMethod,
     scoring_func: ScoringFunc,
@@ -281,12 +195,12 @@ def _gate(
     )
 
 
-def _rotary(fields: _Fields, head_dim: int) -> RotaryConfig:
+def _rotary(fields: JsonFields, head_dim: int) -> RotaryConfig:
     """Reads `rope_scaling` as published and `rope_parameters` as transformers rewrites it."""
     scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     if scaling is not None and parameters is not None and scaling.values != parameters.values:
         raise InvalidModelConfig("rope_scaling and rope_parameters contradict each other; keep one of them")
-    rope = scaling or parameters or _Fields({})
+    rope = scaling or parameters or JsonFields({})
     theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
     if fields.has("rope_theta") and fields.number("rope_theta") != theta:
         raise InvalidModelConfig(
@@ -301,7 +215,7 @@ def _rotary(fields: _Fields, head_dim: int) -> RotaryConfig:
     return RotaryConfig(head_dim=head_dim, theta=theta, yarn=yarn)
 
 
-def _yarn(rope: _Fields) -> YarnConfig:
+def _yarn(rope: JsonFields) -> YarnConfig:
     if rope.has("attention_factor"):
         raise rope.unsupported("attention_factor", "null: it follows from mscale and mscale_all_dim")
     if not rope.boolean("truncate", True):
@@ -323,7 +237,7 @@ def _yarn(rope: _Fields) -> YarnConfig:
     )
 
 
-def _dtype(fields: _Fields) -> torch.dtype:
+def _dtype(fields: JsonFields) -> torch.dtype:
     names = [fields.text(name) for name in ("dtype", "torch_dtype") if fields.has(name)]
     if not names:
         return torch.float32

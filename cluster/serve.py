@@ -14,8 +14,8 @@ from cluster.checkpoint import InvalidCheckpoint
 from cluster.client import DEFAULT_ADDRESS
 from cluster.config import ConfigError, MobulaConfig
 from cluster.controller import StartError
+from cluster.json_fields import UnsupportedModel
 from cluster.launch import Deployment
-from cluster.model_config import UnsupportedModel
 from cluster.progress import StartProgress
 from router.placement import PlacementError
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from attention.rotary import YarnConfig
 from cluster.checkpoint import Checkpoint
-from cluster.model_config import InvalidModelConfig, ModelConfig, UnsupportedModel
+from cluster.json_fields import InvalidModelConfig, UnsupportedModel
+from cluster.model_config import ModelConfig
 from cluster.safetensors_file import InvalidCheckpoint
 from router.gate import ScoringFunc, TopkMethod
 from tests.checkpoints import SHAPES, write_checkpoint

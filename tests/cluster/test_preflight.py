@@ -9,7 +9,7 @@ import pytest
 from cluster import preflight
 from cluster.checkpoint import InvalidCheckpoint
 from cluster.config import ConfigError, parse_config
-from cluster.model_config import UnsupportedModel
+from cluster.json_fields import UnsupportedModel
 from cluster.preflight import check
 from router.placement import PlacementError
 from tests.checkpoints import write_checkpoint
