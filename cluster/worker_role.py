@@ -27,9 +27,10 @@ from cluster.role import CONTROL_TIMEOUT_S, Role
 from cluster.version import VERSION
 from protos import generation_pb2, rpc
 from protos.codec import dtype_to_wire
+from protos.poller import Poller
 from router.expert_map import ExpertMap
-from router.grpc_transport import GrpcTransport
 from router.metrics import RouterMetrics
+from router.ring_transport import connect_to
 from router.router import Router
 
 logger = logging.getLogger(__name__)
@@ -57,13 +58,15 @@ class WorkerRole(Role):
         decoder_config = model.config.decoder
         model.checkpoint.check_role(decoder_config.weight_shapes())
         weights = DecoderWeights.read(model.checkpoint, decoder_config, model.dtype, workers.device)
+        poller = Poller()
         router = Router(
             config=workers.router,
             gate=decoder_config.gate,
             expert_map=expert_map,
             addresses={},
-            connect=lambda address: GrpcTransport(address, self._loop.loop),
+            connect=connect_to(self._loop.loop, poller, workers.router.shared_memory_mib),
             metrics=RouterMetrics(self._registry, self._dp_rank),
+            poller=poller,
         )
         cache = LatentCache(cache_config(self._config, model))
         runner = ModelRunner(

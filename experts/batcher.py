@@ -1,21 +1,22 @@
 """Forwards that wait, and the one thread that computes them.
 
-Takes everything that waits for the layer of the oldest forward and computes it as one; never waits for more. Knows
-nothing of frames or streams; forwards whose future was cancelled are dropped unseen.
+Takes everything that waits for the layer of the oldest forward and computes it as one; never waits for more. The same
+thread sleeps on the sockets of rings, so that a forward that comes over one is computed and answered without another
+thread. Knows nothing of frames or streams; forwards that were given up are dropped unseen.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from experts.grouped_ffn import ForwardInput
 from experts.weight_store import LayerWeights
-from protos.errors import InternalError, QueueFull, Unavailable
+from protos.errors import InternalError, MobulaError, QueueFull, Unavailable
+from protos.poller import Poller
 
 logger = logging.getLogger(__name__)
 
@@ -32,28 +33,39 @@ class ForwardOutput:
     compute_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class WaitingForward:
-    """A forward with the weights that it was admitted under, which stay alive until it is done."""
+    """A forward with the weights that it was admitted under, which stay alive until it is done.
+
+    on_done: called once in the compute thread, unless the forward is given up before its computation.
+    out: [num_partial_sums, hidden_size], where the partial sums are to be written; None for a tensor of their own.
+    is_given_up: nobody waits for it; may be set from any thread.
+    """
 
     weights: LayerWeights
     forward: ForwardInput
-    arrived_ns: int
-    future: Future[ForwardOutput] = field(default_factory=Future)
+    on_done: Callable[[ForwardOutput | MobulaError], None]
+    out: Tensor | None = None
+    arrived_ns: int = 0
+    is_given_up: bool = False
 
 
-Compute = Callable[[LayerWeights, list[ForwardInput]], Tensor]  # the merged partial sums, forward after forward
+Compute = Callable[[list[WaitingForward]], Tensor]  # the merged partial sums, forward after forward
 
 
 class Batcher:
-    """`submit` from any thread; `compute` runs in the batcher's own thread, "experts"."""
+    """`submit` from any thread; `compute` runs in the batcher's own thread, "experts".
+
+    A forward that is computed alone may be computed right into its `out`.
+    """
 
     def __init__(self, compute: Compute, max_waiting: int, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self.poller = Poller()  # what is registered runs in the compute thread, between computations
         self._compute = compute
         self._max_waiting = max_waiting
         self._clock_ns = clock_ns
         self._waiting: list[WaitingForward] = []
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
 
@@ -68,16 +80,16 @@ class Batcher:
 
     def stop(self) -> None:
         """Computes what waits, refuses what comes, ends the thread."""
-        with self._changed:
+        with self._lock:
             self._is_stopping = True
-            self._changed.notify()
+        self.poller.wake()
         if self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, weights: LayerWeights, forward: ForwardInput) -> Future[ForwardOutput]:
+    def submit(self, waiting: WaitingForward) -> None:
         """Queues a forward. Raises QueueFull, or Unavailable once stopping."""
-        waiting = WaitingForward(weights=weights, forward=forward, arrived_ns=self._clock_ns())
-        with self._changed:
+        waiting.arrived_ns = self._clock_ns()
+        with self._lock:
             if self._is_stopping:
                 raise Unavailable("the shard is draining; ask another one")
             if len(self._waiting) >= self._max_waiting:
@@ -86,50 +98,51 @@ class Batcher:
                     retry_after_s=0.01,
                 )
             self._waiting.append(waiting)
-            self._changed.notify()
-        return waiting.future
+        self.poller.wake()
 
     def compute_next(self) -> int:
         """Computes what waits for the layer of the oldest forward; how many forwards that answered."""
-        with self._changed:
-            batch = self._take_batch()
-        batch = [waiting for waiting in batch if waiting.future.set_running_or_notify_cancel()]
+        batch = [waiting for waiting in self._take_batch() if not waiting.is_given_up]
         if not batch:
             return 0
+        weights = batch[0].weights
         started_ns = self._clock_ns()
         try:
-            sums = self._compute(batch[0].weights, [waiting.forward for waiting in batch])
+            sums = self._compute(batch)
         except Exception as error:
-            logger.exception("computing layer %d failed", batch[0].weights.layer_id)
-            failure = InternalError(f"computing layer {batch[0].weights.layer_id} failed: {error}")
+            logger.exception("computing layer %d failed", weights.layer_id)
+            failure = InternalError(f"computing layer {weights.layer_id} failed: {error}")
             for waiting in batch:
-                waiting.future.set_exception(failure)
+                waiting.on_done(failure)
             return len(batch)
         compute_ns = self._clock_ns() - started_ns
         start = 0
         for waiting in batch:
             end = start + waiting.forward.num_partial_sums
-            waiting.future.set_result(
-                ForwardOutput(
-                    partial_sums=sums[start:end], queue_ns=started_ns - waiting.arrived_ns, compute_ns=compute_ns
-                )
+            mine = sums if len(batch) == 1 else sums[start:end]
+            if waiting.out is not None and mine is not waiting.out:
+                mine = waiting.out.copy_(mine)
+            waiting.on_done(
+                ForwardOutput(partial_sums=mine, queue_ns=started_ns - waiting.arrived_ns, compute_ns=compute_ns)
             )
             start = end
         return len(batch)
 
     def _take_batch(self) -> list[WaitingForward]:
-        """Everything for the oldest forward's layer and version, in order of arrival. The caller holds the lock."""
-        if not self._waiting:
-            return []
-        weights = self._waiting[0].weights
-        batch = [waiting for waiting in self._waiting if waiting.weights is weights]
-        self._waiting = [waiting for waiting in self._waiting if waiting.weights is not weights]
+        """Everything for the oldest forward's layer and version, in order of arrival."""
+        with self._lock:
+            if not self._waiting:
+                return []
+            weights = self._waiting[0].weights
+            batch = [waiting for waiting in self._waiting if waiting.weights is weights]
+            self._waiting = [waiting for waiting in self._waiting if waiting.weights is not weights]
         return batch
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._is_stopping)
-                if not self._waiting:
-                    return
-            self.compute_next()
+        while self._waiting or not self._is_stopping:
+            try:
+                self.poller.poll(0.0 if self._waiting or self._is_stopping else None)
+                self.compute_next()
+            except Exception:  # the thread's top: one forward's fault is not the others'
+                logger.exception("a forward failed in an unexpected way")
+        self.poller.end()

@@ -13,11 +13,13 @@ from protos import expert_pb2
 from protos.codec import PayloadReader, dtype_from_wire, dtype_to_wire, encode_frame
 from protos.errors import InvalidRequest, MobulaError, StalePlacement, code_number
 
+MAX_MESSAGE_CHARS = 800  # of an error; with four bytes a character it still fits a ring's doorbell
+
 
 def read_forward(
     header: expert_pb2.ForwardHeader, payload: memoryview, model: ExpertModel, layer: LayerWeights
 ) -> ForwardInput:
-    """The forward in a frame; its tensors are views of the frame.
+    """The forward in a frame; its hidden states are a view of the payload.
 
     Raises InvalidRequest for what can never be computed, StalePlacement for experts that `layer` does not hold.
     """
@@ -25,16 +27,18 @@ def read_forward(
     if dtype != model.dtype:
         raise InvalidRequest(f"hidden states are {dtype}, this shard computes in {model.dtype}", field="header.dtype")
     reader = PayloadReader(payload)
-    per_assignment = (header.num_assignments,)
+    hidden_states = reader.take((header.num_rows, model.hidden_size), dtype)
+    # Copied before they are checked: whoever sent them may be able to write to them still.
+    weights, rows, expert_ids, partial_sums = reader.take((4, header.num_assignments), torch.int32).clone()
+    reader.finish()
     forward = ForwardInput(
-        hidden_states=reader.take((header.num_rows, model.hidden_size), dtype),
-        weights=reader.take(per_assignment, torch.float32),
-        rows=reader.take(per_assignment, torch.int32),
-        expert_ids=reader.take(per_assignment, torch.int32),
-        partial_sums=reader.take(per_assignment, torch.int32),
+        hidden_states=hidden_states,
+        weights=weights.view(torch.float32),
+        rows=rows,
+        expert_ids=expert_ids,
+        partial_sums=partial_sums,
         num_partial_sums=header.num_partial_sums,
     )
-    reader.finish()
     _check(forward, model, layer)
     return forward
 
@@ -75,21 +79,33 @@ def _check_range(name: str, values: torch.Tensor, limit: int) -> None:
         raise InvalidRequest(f"{name} {low if low < 0 else high} is out of range, must be 0 to {limit - 1}")
 
 
-def answer_frame(sequence_number: int, output: ForwardOutput) -> bytes:
-    """The ForwardResponse frame of a computed forward."""
-    header = expert_pb2.ForwardResult(
-        sequence_number=sequence_number,
-        num_partial_sums=len(output.partial_sums),
-        dtype=dtype_to_wire(output.partial_sums.dtype),
-        timing=expert_pb2.ForwardTiming(queue_ns=output.queue_ns, compute_ns=output.compute_ns),
-    )
-    return encode_frame(header, (output.partial_sums,))
+def answer_tensor(memory: memoryview, forward: ForwardInput, model: ExpertModel) -> torch.Tensor:
+    """The answer's memory as [num_partial_sums, hidden_size]. Raises InvalidRequest for another size."""
+    num_bytes = forward.num_partial_sums * model.hidden_size * model.dtype.itemsize
+    if len(memory) != num_bytes:
+        raise InvalidRequest(f"the answer's region has {len(memory)} bytes, the partial sums have {num_bytes}")
+    if num_bytes == 0:
+        return torch.empty(forward.num_partial_sums, model.hidden_size, dtype=model.dtype)
+    return torch.frombuffer(memory, dtype=model.dtype).view(forward.num_partial_sums, model.hidden_size)
 
 
-def error_frame(sequence_number: int, error: MobulaError) -> bytes:
-    """The ForwardResponse frame of a forward that was refused or failed; the stream goes on."""
-    header = expert_pb2.ForwardResult(
+def answer_header(sequence_number: int, outcome: ForwardOutput | MobulaError) -> expert_pb2.ForwardResult:
+    """Of a forward that was computed, or that was refused or failed; the connection goes on."""
+    if isinstance(outcome, MobulaError):
+        message = str(outcome)
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = f"{message[:MAX_MESSAGE_CHARS]}..."
+        error = expert_pb2.ForwardError(code=code_number(outcome), message=message)
+        return expert_pb2.ForwardResult(sequence_number=sequence_number, error=error)
+    return expert_pb2.ForwardResult(
         sequence_number=sequence_number,
-        error=expert_pb2.ForwardError(code=code_number(error), message=str(error)),
+        num_partial_sums=len(outcome.partial_sums),
+        dtype=dtype_to_wire(outcome.partial_sums.dtype),
+        timing=expert_pb2.ForwardTiming(queue_ns=outcome.queue_ns, compute_ns=outcome.compute_ns),
     )
-    return encode_frame(header, ())
+
+
+def answer_frame(sequence_number: int, outcome: ForwardOutput | MobulaError) -> bytes:
+    """The ForwardResponse frame of a forward."""
+    payload = () if isinstance(outcome, MobulaError) else (outcome.partial_sums,)
+    return encode_frame(answer_header(sequence_number, outcome), payload)

@@ -50,11 +50,11 @@ class ForwardInput:
         return len(self.weights)
 
 
-def grouped_ffn(forward: ForwardInput, experts: Mapping[int, ExpertWeights]) -> Tensor:
+def grouped_ffn(forward: ForwardInput, experts: Mapping[int, ExpertWeights], out: Tensor | None = None) -> Tensor:
     """The partial sums, [num_partial_sums, hidden_size] in the activations' dtype.
 
     Each is the sum over its assignments of weight * expert(row), in ascending order of the expert, in fp32.
-    `experts` has every logical expert that the forward names.
+    `experts` has every logical expert that the forward names. out: written and returned if given; contiguous.
     """
     hidden_states = forward.hidden_states
     sums = torch.zeros(forward.num_partial_sums, hidden_states.shape[1])  # fp32
@@ -69,7 +69,7 @@ def grouped_ffn(forward: ForwardInput, experts: Mapping[int, ExpertWeights]) -> 
         output = expert_ffn(hidden_states[forward.rows[mine]], experts[expert_id])  # [num_rows, hidden_size]
         # An expert adds to a partial sum once, so the order within this addition does not matter.
         sums.index_add_(0, forward.partial_sums[mine], output.float() * forward.weights[mine].unsqueeze(-1))
-    return sums.to(hidden_states.dtype)
+    return sums.to(hidden_states.dtype) if out is None else out.copy_(sums)
 
 
 def expert_ffn(hidden_states: Tensor, weights: ExpertWeights) -> Tensor:

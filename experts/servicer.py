@@ -1,4 +1,4 @@
-"""The shard's gRPC server: raw frames in and out of streams, counted load, health. Holds no logic of its own.
+"""The shard's gRPC server: raw frames in and out of streams, the name of its ring, counted load, health. No logic.
 
 Answers go out in the order in which they are ready. A stream that sends bytes that are no frame ends with
 INVALID_ARGUMENT; the other streams do not notice. When a stream ends, its forwards that still wait are dropped.
@@ -13,9 +13,11 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
+from experts.ring_server import RingServer
 from experts.shard import ExpertShard
 from protos import expert_pb2, rpc
 from protos.errors import InternalError, InvalidRequest, to_status
+from protos.ring import METADATA_KEY
 
 SERVICE = "mobula.v1.ExpertShard"
 
@@ -23,12 +25,13 @@ SERVICE = "mobula.v1.ExpertShard"
 class ExpertServicer:
     """One shard's methods, over raw bytes."""
 
-    def __init__(self, shard: ExpertShard) -> None:
+    def __init__(self, shard: ExpertShard, ring_name: str | None = None) -> None:
         self._shard = shard
+        self._metadata = () if ring_name is None else ((METADATA_KEY, ring_name),)
 
     async def forward(self, request_iterator: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         """ExpertShard.Forward."""
-        await context.send_initial_metadata(())  # tells the worker that the stream is open
+        await context.send_initial_metadata(self._metadata)  # tells the worker that the stream is open
         answers = _Answers(asyncio.get_running_loop())
         writer = asyncio.create_task(answers.write_to(context))
         try:
@@ -109,8 +112,9 @@ class _Answers:
 class ExpertServer:
     """A shard's listening server."""
 
-    def __init__(self, server: grpc.aio.Server, health: health_aio.HealthServicer, port: int) -> None:
+    def __init__(self, server: grpc.aio.Server, health: health_aio.HealthServicer, ring: RingServer, port: int) -> None:
         self.port = port
+        self.ring = ring
         self._server = server
         self._health = health
 
@@ -121,15 +125,17 @@ class ExpertServer:
         Raises InternalError when the port is taken. Not serving to health checks until `set_serving`.
         """
         server = grpc.aio.server(options=[*rpc.frame_options(), ("grpc.so_reuseport", 0)])
-        server.add_generic_rpc_handlers((ExpertServicer(shard).handlers(),))
+        ring = RingServer(shard)
+        server.add_generic_rpc_handlers((ExpertServicer(shard, ring.name).handlers(),))
         health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         try:
             bound_port = server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
+            ring.close()
             raise InternalError(f"expert shard {shard.ep_rank} cannot listen on {host}:{port}: {error}") from error
         await server.start()
-        started = cls(server, health, bound_port)
+        started = cls(server, health, ring, bound_port)
         await started.set_serving(False)
         return started
 
@@ -146,3 +152,4 @@ class ExpertServer:
         """
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        self.ring.close()

@@ -1,29 +1,33 @@
 """A shard: placement units, and the forwards through them. A plain class; knows nothing of gRPC or Ray.
 
 A forward's life:
-1. `forward` (the event loop's thread, or any) reads the frame's header and checks what it asks.
+1. `submit` (the event loop's thread, the compute thread for a ring, or any) checks what the forward asks.
 2. It waits in the batcher, with the weights of the version that it named.
 3. The compute thread merges it with what else waits for its layer, computes, and counts the load.
-4. Its partial sums become the answer's frame; whatever went wrong becomes an answer that says so.
+4. Its partial sums are in the answer's memory, or become the answer's frame; whatever went wrong becomes an answer that
+   says so.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from experts.batcher import Batcher, ForwardOutput
+from experts.batcher import Batcher, ForwardOutput, WaitingForward
 from experts.expert_load import ExpertLoad, LoadSnapshot
-from experts.forward_frame import answer_frame, error_frame, read_forward
-from experts.grouped_ffn import ForwardInput, grouped_ffn, merge
+from experts.forward_frame import answer_frame, answer_tensor, read_forward
+from experts.grouped_ffn import grouped_ffn, merge
 from experts.metrics import ShardMetrics
-from experts.weight_store import ExpertModel, LayerWeights, Unit, WeightReader, WeightStore
+from experts.weight_store import ExpertModel, Unit, WeightReader, WeightStore
 from protos import expert_pb2
 from protos.codec import decode_frame
-from protos.errors import InternalError, InvalidRequest, MobulaError
+from protos.errors import InvalidRequest, MobulaError
+from protos.poller import Poller
+
+GroupedFfn = Callable[..., Tensor]  # grouped_ffn and what stands in for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,19 +39,33 @@ class ShardConfig:
 
 
 class ExpertShard:
-    """`forward` and the snapshots may be called from any thread; placements change from one control thread."""
+    """Forwards and snapshots may be asked for from any thread; placements change from one control thread."""
 
-    def __init__(self, config: ShardConfig, model: ExpertModel, reader: WeightReader, metrics: ShardMetrics) -> None:
+    def __init__(
+        self,
+        config: ShardConfig,
+        model: ExpertModel,
+        reader: WeightReader,
+        metrics: ShardMetrics,
+        ffn: GroupedFfn = grouped_ffn,
+    ) -> None:
+        """ffn: what computes; anything but grouped_ffn is for measuring what is around it."""
         self._config = config
         self._model = model
         self._store = WeightStore(model, reader)
         self._load = ExpertLoad(model.moe_layer_ids, model.n_routed_experts)
         self._metrics = metrics
+        self._ffn = ffn
         self._batcher = Batcher(self._compute, config.max_waiting_forwards)
 
     @property
     def ep_rank(self) -> int:
         return self._config.ep_rank
+
+    @property
+    def poller(self) -> Poller:
+        """Sockets that the compute thread listens to."""
+        return self._batcher.poller
 
     @property
     def moe_layer_ids(self) -> tuple[int, ...]:
@@ -102,7 +120,34 @@ class ExpertShard:
         ForwardRequest, to which no answer can be given.
         """
         header, payload = decode_frame(expert_pb2.ForwardHeader, frame)
+        number = header.sequence_number
         answer: Future[bytes] = Future()
+
+        def on_done(outcome: ForwardOutput | MobulaError) -> None:
+            if answer.set_running_or_notify_cancel():
+                answer.set_result(answer_frame(number, outcome))
+
+        waiting = self.submit(header, payload, on_done)
+
+        def give_up(answer: Future[bytes]) -> None:
+            if answer.cancelled() and waiting is not None:
+                waiting.is_given_up = True
+
+        answer.add_done_callback(give_up)
+        return answer
+
+    def submit(
+        self,
+        header: expert_pb2.ForwardHeader,
+        payload: memoryview,
+        on_done: Callable[[ForwardOutput | MobulaError], None],
+        answer: memoryview | None = None,
+    ) -> WaitingForward | None:
+        """Queues a forward; None when it was refused, and then `on_done` has been told why already.
+
+        payload: read when it is computed; its indices are read once, now, so whoever shares its memory can spoil only
+        his own values. answer: memory for exactly the partial sums; None for a tensor of their own.
+        """
         try:
             layer = self._store.layer(header.placement_version, header.layer_id)
             if layer is None:
@@ -110,43 +155,34 @@ class ExpertShard:
                     f"layer {header.layer_id} has no routed experts, only layers {list(self._model.moe_layer_ids)} do",
                     field="header.layer_id",
                 )
-            output = self._batcher.submit(layer, read_forward(header, payload, self._model, layer))
+            forward = read_forward(header, payload, self._model, layer)
+            out = None if answer is None else answer_tensor(answer, forward, self._model)
+            waiting = WaitingForward(weights=layer, forward=forward, on_done=on_done, out=out)
+            self._batcher.submit(waiting)
         except MobulaError as error:
-            answer.set_result(error_frame(header.sequence_number, error))
-            return answer
-        answer.add_done_callback(lambda _: output.cancel())  # does nothing to an output that is there
-        output.add_done_callback(lambda _: self._answer(header.sequence_number, output, answer))
-        return answer
+            on_done(error)
+            return None
+        return waiting
 
     def load(self) -> LoadSnapshot:
         """Counted load since the shard started."""
         return self._load.snapshot()
 
     @torch.inference_mode()
-    def _compute(self, layer: LayerWeights, forwards: list[ForwardInput]) -> Tensor:
-        started_s = time.perf_counter()
-        merged = merge(forwards)
-        sums = grouped_ffn(merged, layer.experts)
-        self._load.count(layer.layer_id, len(forwards), merged)
-        self._metrics.compute_seconds.observe(time.perf_counter() - started_s)
-        self._metrics.batched_calls.observe(len(forwards))
-        self._metrics.forwards.inc(len(forwards))
+    def _compute(self, batch: list[WaitingForward]) -> Tensor:
+        started_ns = time.monotonic_ns()
+        layer = batch[0].weights
+        merged = merge([waiting.forward for waiting in batch])
+        sums = self._ffn(merged, layer.experts, batch[0].out if len(batch) == 1 else None)
+        self._load.count(layer.layer_id, len(batch), merged)
+        for waiting in batch:
+            self._metrics.queue_seconds.observe((started_ns - waiting.arrived_ns) / 1e9)
+        self._metrics.compute_seconds.observe((time.monotonic_ns() - started_ns) / 1e9)
+        self._metrics.batched_calls.observe(len(batch))
+        self._metrics.forwards.inc(len(batch))
         self._metrics.rows.inc(merged.num_rows)
         self._metrics.assignments.inc(merged.num_assignments)
         return sums
-
-    def _answer(self, sequence_number: int, output: Future[ForwardOutput], answer: Future[bytes]) -> None:
-        """In the compute thread, or in the thread that cancelled."""
-        if output.cancelled() or not answer.set_running_or_notify_cancel():
-            return
-        error = output.exception()
-        if error is None:
-            result = output.result()
-            self._metrics.queue_seconds.observe(result.queue_ns / 1e9)
-            answer.set_result(answer_frame(sequence_number, result))
-        else:
-            refusal = error if isinstance(error, MobulaError) else InternalError(str(error))
-            answer.set_result(error_frame(sequence_number, refusal))
 
     def _show_weights(self) -> None:
         self._metrics.weight_bytes.set(self._store.weight_bytes)

@@ -20,6 +20,7 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable", ca
 
 _HEADER_TAG = 0x0A  # field 1, length-delimited
 _PAYLOAD_TAG = 0x12  # field 2, length-delimited
+_HEADER_KEY, _PAYLOAD_KEY = bytes((_HEADER_TAG,)), bytes((_PAYLOAD_TAG,))
 
 _TO_WIRE = {torch.float32: tensor_pb2.DTYPE_FLOAT32, torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16}
 _FROM_WIRE: dict[int, torch.dtype] = {wire: dtype for dtype, wire in _TO_WIRE.items()}
@@ -43,19 +44,13 @@ def dtype_from_wire(wire: int) -> torch.dtype:
 
 def encode_frame(header: Message, tensors: Sequence[Tensor]) -> bytes:
     """One message of header and payload; the tensors' bytes are copied once, in order."""
-    header_bytes = header.SerializeToString()
-    parts = [_raw(tensor) for tensor in tensors]
+    return join_frame(header.SerializeToString(), [raw_bytes(tensor) for tensor in tensors])
+
+
+def join_frame(header: bytes, parts: Sequence[memoryview]) -> bytes:
+    """The same, of a serialised header and a payload in parts, which are contiguous bytes."""
     payload_bytes = sum(part.nbytes for part in parts)
-    prefix = b"".join(
-        (
-            bytes((_HEADER_TAG,)),
-            _varint(len(header_bytes)),
-            header_bytes,
-            bytes((_PAYLOAD_TAG,)),
-            _varint(payload_bytes),
-        )
-    )
-    return b"".join((prefix, *parts))
+    return b"".join((_HEADER_KEY, _varint(len(header)), header, _PAYLOAD_KEY, _varint(payload_bytes), *parts))
 
 
 def decode_frame(header_class: type[HeaderT], frame: bytes) -> tuple[HeaderT, memoryview]:
@@ -105,7 +100,8 @@ class PayloadReader:
             raise InvalidRequest(f"payload has {len(self._payload) - self._offset} bytes too many")
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes; a view if it is contiguous."""
     flat = tensor.detach().contiguous().view(-1)
     if flat.numel() == 0:
         return memoryview(b"")
@@ -114,6 +110,8 @@ def _raw(tensor: Tensor) -> memoryview:
 
 
 def _varint(value: int) -> bytes:
+    if value <= 0x7F:
+        return bytes((value,))
     encoded = bytearray()
     while value > 0x7F:
         encoded.append((value & 0x7F) | 0x80)

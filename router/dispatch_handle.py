@@ -1,6 +1,6 @@
 """One layer's rows on their way to the shards and back.
 
-The engine thread owns a handle; transports complete futures from other threads, which reach it through a queue.
+The engine thread owns a handle, and is told the ends of its calls while it waits, for this layer or for another one.
 A forward is a pure function of its rows, so whatever fails is sent again, to the same shard or to another replica,
 under the newest placement, until the layer's time is up.
 
@@ -16,9 +16,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import Annotated
 
 import numpy as np
@@ -27,7 +25,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from protos import expert_pb2
-from protos.codec import PayloadReader, decode_frame, dtype_from_wire, dtype_to_wire, encode_frame
+from protos.codec import PayloadReader, dtype_from_wire, dtype_to_wire
 from protos.errors import (
     InternalError,
     MobulaError,
@@ -37,6 +35,7 @@ from protos.errors import (
     Unavailable,
     from_code,
 )
+from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall, Outcome
 from router.expert_map import ExpertMap, Int64Array
 from router.metrics import RouterMetrics
 from router.plan import DispatchPlan, ShardMessage, plan_dispatch, plan_messages, sort_assignments, sum_partials
@@ -53,6 +52,9 @@ class RouterConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
 
     forward_timeout_s: Annotated[float, Field(gt=0)] = 120.0  # per layer, retries included; covers a shard's restart
     attempt_timeout_s: Annotated[float, Field(gt=0)] = 20.0  # without an answer for so long, ask again or elsewhere
+    shared_memory_mib: Annotated[int, Field(ge=0, le=65536)] = (
+        256  # with each shard of this host; used as needed; 0: none
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,20 +95,21 @@ class HandleContext:
 
     config: RouterConfig
     metrics: RouterMetrics
+    completions: Completions
     routing: Callable[[], Routing]
     sequence_numbers: Iterator[int]
     turns: Iterator[int]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Call:
-    """A message on its way to a shard, or waiting to be sent again at `resend_at_s`."""
+class _Attempt:
+    """A message on its way to a shard as `call`, or waiting to be sent again at `resend_at_s`."""
 
     message: ShardMessage
-    attempt: int
+    number: int
     address: str
     give_up_at_s: float
-    future: Future[bytes]
+    call: ForwardCall | None = None
     resend_at_s: float = 0.0
     reason: str = ""
     failure: str = ""
@@ -122,9 +125,10 @@ class DispatchHandle:
         self._layer = layer
         self._context = context
         self._deadline_s = self.started_s + context.config.forward_timeout_s
-        self._done: SimpleQueue[_Call] = SimpleQueue()
-        self._in_flight: set[_Call] = set()
-        self._failed: list[_Call] = []
+        self._hidden_bytes: Bytes = layer.hidden_states.view(torch.uint8).numpy()  # numpy knows no bfloat16
+        self._in_flight: set[_Attempt] = set()
+        self._failed: list[_Attempt] = []
+        self._error: MobulaError | None = None
         self._expert_to_unit: Int64Array
         self._plan: DispatchPlan
         self._partial_sums: Tensor
@@ -149,7 +153,7 @@ class DispatchHandle:
         self._partial_sums = hidden_states.new_empty((self._plan.num_partial_sums + 1, hidden_states.shape[1]))
         self._partial_sums[-1] = 0.0
         for message in self._plan.messages:
-            self._send(message, routing, attempt=1)
+            self._send(message, routing, number=1)
 
     def wait(self) -> Tensor:
         """The sum of each row's partial sums, [num_tokens, hidden_size] fp32.
@@ -158,12 +162,12 @@ class DispatchHandle:
         message itself.
         """
         try:
-            while self._in_flight or self._failed:
+            while self._error is None and (self._in_flight or self._failed):
                 self._resend_due()
-                call = self._next_done()
-                if call is not None:
-                    self._finish(call)
+                self._context.completions.wait(self._next_due_s())
                 self._give_up_overdue()
+            if self._error is not None:
+                raise self._error
         except MobulaError:
             self.abandon()
             raise
@@ -171,8 +175,8 @@ class DispatchHandle:
 
     def abandon(self) -> None:
         """Gives up whatever is outstanding."""
-        for call in self._in_flight:
-            call.future.cancel()
+        for attempt in self._in_flight:
+            _give_up(attempt)
         self._in_flight.clear()
         self._failed.clear()
 
@@ -180,52 +184,74 @@ class DispatchHandle:
     def _avoid(routing: Routing) -> list[int]:
         return routing.down() if routing.expert_map.max_replicas > 1 else []
 
-    def _send(self, message: ShardMessage, routing: Routing, attempt: int) -> None:
+    def _send(self, message: ShardMessage, routing: Routing, number: int) -> None:
         transport = routing.transports[message.ep_rank]
-        call = _Call(
+        attempt = _Attempt(
             message=message,
-            attempt=attempt,
+            number=number,
             address=transport.address if transport is not None else "no address",
             give_up_at_s=min(time.monotonic() + self._context.config.attempt_timeout_s, self._deadline_s),
-            future=Future(),
         )
-        self._in_flight.add(call)
         if transport is None:
-            call.future.set_exception(ShardUnavailable(f"shard {message.ep_rank} is down"))
-        else:
-            sequence_number = next(self._context.sequence_numbers)
-            frame = _encode(message, self._layer, sequence_number, routing.expert_map.placement_version)
-            self._context.metrics.count_sent(message.ep_rank, message.num_rows, len(frame))
-            call.future = transport.forward(sequence_number, frame)
-        call.future.add_done_callback(lambda _: self._done.put(call))
-
-    def _next_done(self) -> _Call | None:
-        """The next completed call, or None when the time of something else has come."""
-        times = [call.give_up_at_s for call in self._in_flight] + [call.resend_at_s for call in self._failed]
-        if not times:
-            return None
-        try:
-            return self._done.get(timeout=max(0.0, min(times) - time.monotonic()))
-        except Empty:
-            return None
-
-    def _finish(self, call: _Call) -> None:
-        if call not in self._in_flight:  # given up
+            self._retry(attempt, ShardUnavailable.reason.lower(), f"shard {message.ep_rank} is down")
             return
-        self._in_flight.remove(call)
-        try:
-            self._accept(call.message, call.future.result())
-        except (Unavailable, StalePlacement, QueueFull) as error:
-            self._retry(call, error.reason.lower(), str(error))
-        except MobulaError as error:
-            raise InternalError(
-                f"expert shard {call.message.ep_rank} at {call.address} and this worker disagree about a forward of "
-                f"layer {self._layer.layer_id}: {error}"
-            ) from error
+        self._in_flight.add(attempt)
+        attempt.call = call = self._call(attempt, routing.expert_map.placement_version)
+        transport.forward(call)
+        self._context.metrics.count_sent(message.ep_rank, message.num_rows, call.sent_bytes, call.carrier)
 
-    def _accept(self, message: ShardMessage, frame: bytes) -> None:
+    def _call(self, attempt: _Attempt, placement_version: int) -> ForwardCall:
+        message = attempt.message
+        hidden_states = self._layer.hidden_states
+        sequence_number = next(self._context.sequence_numbers)
+        header = expert_pb2.ForwardHeader(
+            sequence_number=sequence_number,
+            layer_id=self._layer.layer_id,
+            placement_version=placement_version,
+            num_rows=message.num_rows,
+            num_assignments=len(message.assignments),
+            num_partial_sums=message.num_partial_sums,
+            dtype=dtype_to_wire(hidden_states.dtype),
+        )
+        is_every_row = message.num_rows == len(hidden_states)  # ascending and distinct, so in place already
+        return ForwardCall(
+            sequence_number=sequence_number,
+            header=header.SerializeToString(),
+            hidden_states=self._hidden_bytes,
+            row_ids=None if is_every_row else message.row_ids,
+            assignments=message.wire_assignments(),
+            answer_bytes=message.received_bytes(hidden_states.shape[1], hidden_states.itemsize),
+            completions=self._context.completions,
+            tell=lambda outcome: self._finish(attempt, outcome),
+        )
+
+    def _next_due_s(self) -> float:
+        """Seconds until the time of something comes."""
+        times = [attempt.give_up_at_s for attempt in self._in_flight]
+        times += [attempt.resend_at_s for attempt in self._failed]
+        return max(0.0, min(times, default=0.0) - time.monotonic())
+
+    def _finish(self, attempt: _Attempt, outcome: Outcome) -> None:
+        """The end of a call; raises nothing, for the engine thread may be waiting for another layer."""
+        if attempt not in self._in_flight:  # given up
+            return
+        self._in_flight.remove(attempt)
+        try:
+            if isinstance(outcome, MobulaError):
+                raise outcome
+            self._accept(attempt, outcome)
+        except (Unavailable, StalePlacement, QueueFull) as error:
+            self._retry(attempt, error.reason.lower(), str(error))
+        except MobulaError as error:
+            self._error = InternalError(
+                f"expert shard {attempt.message.ep_rank} at {attempt.address} and this worker disagree about a forward "
+                f"of layer {self._layer.layer_id}: {error}"
+            )
+            self._error.__cause__ = error
+
+    def _accept(self, attempt: _Attempt, answer: ForwardAnswer) -> None:
         """Puts an answer's partial sums in place. Raises the error that it carries."""
-        header, payload = decode_frame(expert_pb2.ForwardResult, frame)
+        message, header = attempt.message, answer.header
         if header.HasField("error"):
             raise from_code(header.error.code, header.error.message)
         dtype = self._partial_sums.dtype
@@ -234,26 +260,30 @@ class DispatchHandle:
                 f"the answer has {header.num_partial_sums} partial sums of dtype {header.dtype}, expected "
                 f"{message.num_partial_sums} of {dtype}"
             )
-        reader = PayloadReader(payload)
-        answer = reader.take((message.num_partial_sums, self._partial_sums.shape[1]), dtype)
-        self._partial_sums.index_copy_(0, torch.from_numpy(message.partial_sums), answer)
+        reader = PayloadReader(answer.payload)
+        sums = reader.take((message.num_partial_sums, self._partial_sums.shape[1]), dtype)
         reader.finish()
-        self._context.metrics.count_received(message.ep_rank, len(frame))
+        self._partial_sums.index_copy_(0, torch.from_numpy(message.partial_sums), sums)
+        num_bytes = header.ByteSize() + answer.payload.nbytes
+        assert attempt.call
+        self._context.metrics.count_received(message.ep_rank, num_bytes, attempt.call.carrier)
 
-    def _retry(self, call: _Call, reason: str, failure: str) -> None:
-        """Sends the call's message again soon."""
-        wait_s = 0.0 if call.attempt == 1 else min(MIN_RETRY_WAIT_S * 2 ** min(call.attempt, 10), MAX_RETRY_WAIT_S)
-        call.reason = reason
-        call.failure = failure
-        self._put_off(call, wait_s * random.uniform(0.5, 1.0))
+    def _retry(self, attempt: _Attempt, reason: str, failure: str) -> None:
+        """Sends the attempt's message again soon."""
+        wait_s = 0.0 if attempt.number == 1 else min(MIN_RETRY_WAIT_S * 2 ** min(attempt.number, 10), MAX_RETRY_WAIT_S)
+        attempt.reason = reason
+        attempt.failure = failure
+        self._put_off(attempt, wait_s * random.uniform(0.5, 1.0))
 
-    def _put_off(self, call: _Call, wait_s: float) -> None:
-        call.resend_at_s = min(time.monotonic() + wait_s, self._deadline_s)
-        self._failed.append(call)
+    def _put_off(self, attempt: _Attempt, wait_s: float) -> None:
+        attempt.resend_at_s = min(time.monotonic() + wait_s, self._deadline_s)
+        self._failed.append(attempt)
 
     def _resend_due(self) -> None:
+        if not self._failed:
+            return
         now_s = time.monotonic()
-        due = [call for call in self._failed if call.resend_at_s <= now_s]
+        due = [attempt for attempt in self._failed if attempt.resend_at_s <= now_s]
         if not due:
             return
         routing = self._context.routing()
@@ -261,62 +291,43 @@ class DispatchHandle:
         if not np.array_equal(routing.expert_map.expert_to_unit[row], self._expert_to_unit):
             self.start()
             return
-        self._failed = [call for call in self._failed if call.resend_at_s > now_s]
-        for call in due:
+        self._failed = [attempt for attempt in self._failed if attempt.resend_at_s > now_s]
+        for attempt in due:
             if now_s >= self._deadline_s:
-                raise self._out_of_time(call)
-            avoid = {*self._avoid(routing), call.message.ep_rank}
+                raise self._out_of_time(attempt)
+            avoid = {*self._avoid(routing), attempt.message.ep_rank}
             ep_ranks = choose_replicas(routing.expert_map.unit_to_ep_ranks[row], next(self._context.turns), avoid)
-            messages = plan_messages(call.message.assignments, ep_ranks)
+            messages = plan_messages(attempt.message.assignments, ep_ranks)
             if not {message.ep_rank for message in messages}.isdisjoint(routing.down()):
-                self._put_off(call, DOWN_POLL_S)
+                self._put_off(attempt, DOWN_POLL_S)
                 continue
             for message in messages:
-                self._context.metrics.count_retry(call.reason)
-                self._send(message, routing, call.attempt + 1)
+                self._context.metrics.count_retry(attempt.reason)
+                self._send(message, routing, attempt.number + 1)
 
     def _give_up_overdue(self) -> None:
-        """Calls whose attempt has taken too long are given up; a late answer is ignored."""
+        """Attempts that have taken too long are given up; a late answer is ignored."""
         now_s = time.monotonic()
-        for call in [call for call in self._in_flight if call.give_up_at_s <= now_s and not call.future.done()]:
-            self._in_flight.remove(call)
-            call.future.cancel()
+        for attempt in [attempt for attempt in self._in_flight if attempt.give_up_at_s <= now_s]:
+            self._in_flight.remove(attempt)
+            _give_up(attempt)
             if now_s >= self._deadline_s:
-                raise self._out_of_time(call)
-            self._retry(call, "timeout", f"no answer within {self._context.config.attempt_timeout_s} s")
+                raise self._out_of_time(attempt)
+            self._retry(attempt, "timeout", f"no answer within {self._context.config.attempt_timeout_s} s")
 
-    def _out_of_time(self, call: _Call) -> ShardUnavailable:
+    def _out_of_time(self, attempt: _Attempt) -> ShardUnavailable:
         return ShardUnavailable(
-            f"expert shard {call.message.ep_rank} at {call.address} did not answer for layer {self._layer.layer_id} "
-            f"within forward_timeout_s = {self._context.config.forward_timeout_s} s ({call.attempt} attempts"
-            f"{', the last failure: ' + call.failure if call.failure else ''}); retry when the shard is back",
+            f"expert shard {attempt.message.ep_rank} at {attempt.address} did not answer for layer "
+            f"{self._layer.layer_id} within forward_timeout_s = {self._context.config.forward_timeout_s} s "
+            f"({attempt.number} attempts{', the last failure: ' + attempt.failure if attempt.failure else ''}); "
+            "retry when the shard is back",
             retry_after_s=1.0,
         )
 
 
-def _encode(message: ShardMessage, layer: LayerInput, sequence_number: int, placement_version: int) -> bytes:
-    """The ForwardRequest frame; see protos/expert.proto."""
-    hidden_states = layer.hidden_states
-    header = expert_pb2.ForwardHeader(
-        sequence_number=sequence_number,
-        layer_id=layer.layer_id,
-        placement_version=placement_version,
-        num_rows=message.num_rows,
-        num_assignments=len(message.assignments),
-        num_partial_sums=message.num_partial_sums,
-        dtype=dtype_to_wire(hidden_states.dtype),
-    )
-    is_every_row = message.num_rows == len(hidden_states)  # ascending and distinct, so in place already
-    return encode_frame(
-        header,
-        (
-            hidden_states if is_every_row else hidden_states.index_select(0, torch.from_numpy(message.row_ids)),
-            torch.from_numpy(message.assignments.weights),
-            torch.from_numpy(message.local_rows),
-            torch.from_numpy(message.assignments.expert_ids.astype(np.int32)),
-            torch.from_numpy(message.local_partial_sums),
-        ),
-    )
+def _give_up(attempt: _Attempt) -> None:
+    if attempt.call is not None:
+        attempt.call.is_given_up = True
 
 
 def sequence_numbers() -> Iterator[int]:

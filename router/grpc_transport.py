@@ -4,25 +4,26 @@ Everything but `forward`, `close` and the properties runs on the event loop that
 the state. Answers are paired with their calls by sequence number. Knows nothing of what the frames say beyond that.
 
 A forward's life:
-1. `forward` (any thread) makes the future and hands the frame to the loop.
+1. `forward` makes the frame and hands it to the loop.
 2. On the loop the call becomes pending and its frame is queued for the writer.
 3. The writer task writes one frame at a time to the stream.
-4. The reader finds the pending call of each answer and completes its future; answers without one are late and ignored.
-5. When the stream breaks, every pending call fails with ShardUnavailable at once, and the stream is reopened, waiting
+4. The reader finds the pending call of each answer and ends it; answers without one are late and ignored.
+5. When the stream breaks, every pending call ends with ShardUnavailable at once, and the stream is reopened, waiting
    longer from attempt to attempt. Meanwhile new calls fail at once.
 """
 
 import asyncio
 import logging
 import random
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Mapping
 
 import grpc
 import grpc.aio
 
 from protos import expert_pb2, rpc
 from protos.codec import decode_frame
-from protos.errors import InvalidRequest, MobulaError, QueueFull, ShardUnavailable
+from protos.errors import InvalidRequest, QueueFull, ShardUnavailable
+from router.completions import Carrier, ForwardAnswer, ForwardCall
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +35,31 @@ MAX_RECONNECT_WAIT_S = 1.0  # a shard that is back is used again within about th
 MAX_OUTSTANDING_FORWARDS = 64  # a worker has one per layer and micro-batch in flight, so more means that nobody waits
 
 
+OnOpen = Callable[[Mapping[str, str]], Awaitable[None]]
+
+
+async def _nothing_to_open(metadata: Mapping[str, str]) -> None:
+    """A stream without anything beside it."""
+
+
 class GrpcTransport:
     """The stream to the shard at `address` ("host:port"). Connects in the background from the start."""
 
     def __init__(
-        self, address: str, loop: asyncio.AbstractEventLoop, max_outstanding: int = MAX_OUTSTANDING_FORWARDS
+        self,
+        address: str,
+        loop: asyncio.AbstractEventLoop,
+        max_outstanding: int = MAX_OUTSTANDING_FORWARDS,
+        on_open: OnOpen = _nothing_to_open,
+        on_broken: Callable[[], None] = lambda: None,
     ) -> None:
+        """on_open: awaited with the shard's metadata before an open stream is used; on_broken: called at its end."""
         self._address = address
         self._loop = loop
         self._max_outstanding = max_outstanding
-        self._pending: dict[int, Future[bytes]] = {}
+        self._on_open = on_open
+        self._on_broken = on_broken
+        self._pending: dict[int, ForwardCall] = {}
         self._outgoing: asyncio.Queue[bytes] | None = None  # while connected
         self._last_failure = "not connected yet"
         self._is_closed = False
@@ -57,49 +73,43 @@ class GrpcTransport:
     def is_connected(self) -> bool:
         return self._outgoing is not None
 
-    def forward(self, sequence_number: int, frame: bytes) -> Future[bytes]:
+    def forward(self, call: ForwardCall) -> None:
         """See ShardTransport."""
-        future: Future[bytes] = Future()
+        call.carrier = Carrier.GRPC
         try:
-            self._loop.call_soon_threadsafe(self._send, sequence_number, frame, future)
+            self._loop.call_soon_threadsafe(self._send, call, call.frame())
         except RuntimeError:  # the loop is closed
-            future.set_exception(self._unavailable("the event loop has ended"))
-        return future
+            call.end(self._unavailable("the event loop has ended"))
 
     def close(self) -> None:
         """See ShardTransport."""
         self._is_closed = True
         self._runner.cancel()
 
-    def _send(self, sequence_number: int, frame: bytes, future: Future[bytes]) -> None:
+    def _send(self, call: ForwardCall, frame: bytes) -> None:
         if self._outgoing is None or self._is_closed:
-            _fail(future, self._unavailable(self._last_failure))
+            call.end(self._unavailable(self._last_failure))
             return
         if len(self._pending) >= self._max_outstanding:
-            self._drop_given_up()
+            self._pending = {number: call for number, call in self._pending.items() if not call.is_given_up}
         if len(self._pending) >= self._max_outstanding:
-            _fail(
-                future,
+            call.end(
                 QueueFull(
                     f"{len(self._pending)} forwards to shard {self._address} are outstanding, limit is "
                     f"{self._max_outstanding}; wait for answers"
-                ),
+                )
             )
             return
         if len(frame) > rpc.MAX_FRAME_BYTES:
-            _fail(
-                future,
+            call.end(
                 InvalidRequest(
                     f"the frame for shard {self._address} has {len(frame)} bytes, limit is {rpc.MAX_FRAME_BYTES}; "
                     "lower max_num_batched_tokens"
-                ),
+                )
             )
             return
-        self._pending[sequence_number] = future
+        self._pending[call.sequence_number] = call
         self._outgoing.put_nowait(frame)
-
-    def _drop_given_up(self) -> None:
-        self._pending = {number: future for number, future in self._pending.items() if not future.cancelled()}
 
     async def _keep_connected(self) -> None:
         """The loop's top: one stream after the other until `close`."""
@@ -126,6 +136,8 @@ class GrpcTransport:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await call.wait_for_connection()
+                metadata = {key: str(value) for key, value in await call.initial_metadata()}
+            await self._on_open(metadata)
             was_connected = True
             logger.info("connected to shard %s", self._address)
             await self._serve(call)
@@ -138,6 +150,7 @@ class GrpcTransport:
             failure = f"the shard's answer is not a ForwardResponse: {error}"
         finally:
             call.cancel()
+            self._on_broken()
         self._fail_pending(failure)
         logger.log(
             logging.WARNING if was_connected else logging.DEBUG, "no stream to shard %s: %s", self._address, failure
@@ -157,17 +170,17 @@ class GrpcTransport:
 
     async def _read_answers(self, call: grpc.aio.StreamStreamCall) -> None:
         async for frame in call:
-            header, _ = decode_frame(expert_pb2.ForwardResult, frame)
-            future = self._pending.pop(header.sequence_number, None)
-            if future is not None and future.set_running_or_notify_cancel():
-                future.set_result(frame)
+            answer = ForwardAnswer(*decode_frame(expert_pb2.ForwardResult, frame))
+            forward = self._pending.pop(answer.header.sequence_number, None)
+            if forward is not None:
+                forward.end(answer)
 
     def _fail_pending(self, failure: str) -> None:
         self._outgoing = None
         self._last_failure = failure
         pending, self._pending = self._pending, {}
-        for future in pending.values():
-            _fail(future, self._unavailable(failure))
+        for forward in pending.values():
+            forward.end(self._unavailable(failure))
 
     def _unavailable(self, failure: str) -> ShardUnavailable:
         return ShardUnavailable(f"no stream to shard {self._address}: {failure}")
@@ -176,9 +189,3 @@ class GrpcTransport:
 async def _write_frames(call: grpc.aio.StreamStreamCall, outgoing: asyncio.Queue[bytes]) -> None:
     while True:
         await call.write(await outgoing.get())
-
-
-def _fail(future: Future[bytes], error: MobulaError) -> None:
-    """Given-up futures stay as they are."""
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from protos.errors import ShardUnavailable
+from protos import expert_pb2
+from protos.codec import decode_frame
+from protos.errors import MobulaError, ShardUnavailable
+from router.completions import ForwardAnswer, ForwardCall
 
 
 class LocalTransport:
@@ -22,13 +25,19 @@ class LocalTransport:
     def is_connected(self) -> bool:
         return not self._is_closed
 
-    def forward(self, sequence_number: int, frame: bytes) -> Future[bytes]:
-        """The handler pairs its answer by the future, so the sequence number is not looked at."""
+    def forward(self, call: ForwardCall) -> None:
+        """See ShardTransport."""
         if self._is_closed:
-            failed: Future[bytes] = Future()
-            failed.set_exception(ShardUnavailable(f"the transport to shard {self._address} is closed"))
-            return failed
-        return self._handle(frame)
+            call.end(ShardUnavailable(f"the transport to shard {self._address} is closed"))
+            return
+        self._handle(call.frame()).add_done_callback(lambda answer: _end(call, answer))
 
     def close(self) -> None:
         self._is_closed = True
+
+
+def _end(call: ForwardCall, answer: Future[bytes]) -> None:
+    try:
+        call.end(ForwardAnswer(*decode_frame(expert_pb2.ForwardResult, answer.result())))
+    except MobulaError as error:
+        call.end(error)

@@ -13,6 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from router.completions import Carrier
+
 _LATENCY_BUCKETS_S = (
     0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
@@ -38,8 +40,8 @@ class RouterMetrics(Collector):
     def __init__(self, registry: CollectorRegistry, dp_rank: int) -> None:
         self._dp_rank = str(dp_rank)
         self._num_tokens_by_ranks: list[int] = [0]
-        self._sent_bytes: Tally[int] = Tally()
-        self._received_bytes: Tally[int] = Tally()
+        self._sent_bytes: Tally[tuple[int, Carrier]] = Tally()
+        self._received_bytes: Tally[tuple[int, Carrier]] = Tally()
         self._rows: Tally[int] = Tally()
         self._retries: Tally[str] = Tally()
         self._num_violations = 0
@@ -67,14 +69,14 @@ class RouterMetrics(Collector):
             self._num_tokens_by_ranks[num_ranks] += num_tokens
         self._num_violations += sum(num_tokens_by_ranks[self._max_ranks_per_token + 1 :])
 
-    def count_sent(self, ep_rank: int, num_rows: int, num_bytes: int) -> None:
-        """A frame that was sent, retries included."""
+    def count_sent(self, ep_rank: int, num_rows: int, num_bytes: int, carrier: Carrier) -> None:
+        """A forward that was sent, retries included."""
         self._rows[ep_rank] += num_rows
-        self._sent_bytes[ep_rank] += num_bytes
+        self._sent_bytes[ep_rank, carrier] += num_bytes
 
-    def count_received(self, ep_rank: int, num_bytes: int) -> None:
+    def count_received(self, ep_rank: int, num_bytes: int, carrier: Carrier) -> None:
         """An answer that was used."""
-        self._received_bytes[ep_rank] += num_bytes
+        self._received_bytes[ep_rank, carrier] += num_bytes
 
     def count_retry(self, reason: str) -> None:
         """A message that was sent again; `reason` is an error's or "timeout"."""
@@ -102,11 +104,13 @@ class RouterMetrics(Collector):
         """The series of the counts."""
         dp_rank = self._dp_rank
         sent = CounterMetricFamily(
-            "mobula_dispatch_bytes", "Bytes of frames to and from shards.", labels=("dp_rank", "ep_rank", "direction")
+            "mobula_dispatch_bytes",
+            "Bytes of headers and payloads to and from shards.",
+            labels=("dp_rank", "ep_rank", "direction", "transport"),
         )
         for direction, tally in (("sent", self._sent_bytes), ("received", self._received_bytes)):
-            for ep_rank, num_bytes in sorted(tally.copy().items()):
-                sent.add_metric((dp_rank, str(ep_rank), direction), num_bytes)
+            for (ep_rank, carrier), num_bytes in sorted(tally.copy().items()):
+                sent.add_metric((dp_rank, str(ep_rank), direction, carrier), num_bytes)
         yield sent
         rows = CounterMetricFamily(
             "mobula_dispatch_rows", "Rows of hidden states sent to shards.", labels=("dp_rank", "ep_rank")

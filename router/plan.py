@@ -79,6 +79,15 @@ class ShardMessage:
     def num_partial_sums(self) -> int:
         return len(self.partial_sums)
 
+    def wire_assignments(self) -> npt.NDArray[np.int32]:
+        """[4, A]: weights (the bits of fp32), rows, expert ids and partial sums as the payload has them."""
+        wire = np.empty((4, len(self.assignments)), dtype=np.int32)
+        wire[0] = self.assignments.weights.view(np.int32)
+        wire[1] = self.local_rows
+        wire[2] = self.assignments.expert_ids
+        wire[3] = self.local_partial_sums
+        return wire
+
     def sent_bytes(self, hidden_size: int, itemsize: int) -> int:
         """Of the payload: rows once, and four numbers of four bytes for each assignment."""
         return self.num_rows * hidden_size * itemsize + len(self.assignments) * 16

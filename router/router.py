@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from protos.errors import Unavailable
+from protos.poller import Poller
+from router.completions import Completions
 from router.dispatch_handle import DispatchHandle, HandleContext, LayerInput, RouterConfig, Routing, sequence_numbers
 from router.expert_map import ExpertMap
 from router.gate import GateConfig
@@ -44,8 +46,12 @@ class Router:
         addresses: Mapping[int, str],
         connect: TransportFactory,
         metrics: RouterMetrics,
+        poller: Poller | None = None,
     ) -> None:
-        """`addresses` by ep_rank, without those that are down; `connect` opens the way to one."""
+        """`addresses` by ep_rank, without those that are down; `connect` opens the way to one.
+
+        poller: where the engine thread waits, for transports that have a socket of their own in it.
+        """
         self._gate = gate
         self._connect = connect
         self._metrics = metrics
@@ -55,6 +61,7 @@ class Router:
         self._context = HandleContext(
             config=config,
             metrics=metrics,
+            completions=Completions(poller or Poller()),
             routing=self._newest_routing,
             sequence_numbers=sequence_numbers(),
             turns=itertools.count(),

@@ -1,12 +1,13 @@
-"""How a frame reaches a shard and its answer comes back: the interface every transport has."""
+"""How a forward reaches a shard and its answer comes back: the interface every transport has."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Protocol
+
+from router.completions import ForwardCall
 
 
 class ShardTransport(Protocol):
-    """A way to one shard, for one worker. Every method may be called from any thread and returns at once."""
+    """A way to one shard, for one worker."""
 
     @property
     def address(self) -> str:
@@ -14,18 +15,18 @@ class ShardTransport(Protocol):
 
     @property
     def is_connected(self) -> bool:
-        """Whether a forward would be on its way now; may be out of date by the time it is used."""
+        """Whether a forward would be on its way now; may be out of date by the time it is used. Any thread asks."""
 
-    def forward(self, sequence_number: int, frame: bytes) -> Future[bytes]:
-        """Sends a ForwardRequest frame whose header has `sequence_number`; the future is the ForwardResponse frame.
+    def forward(self, call: ForwardCall) -> None:
+        """Sends the call and returns at once; the engine thread's method.
 
-        The future fails with ShardUnavailable when the shard cannot be reached or the connection breaks, and with
-        QueueFull when too many forwards are outstanding. The deadline is the caller's: cancelling the future gives the
-        forward up, and its late answer is ignored.
+        The call ends with the shard's answer, with ShardUnavailable when the shard cannot be reached or the connection
+        breaks, or with QueueFull when too many forwards are outstanding. The deadline is the caller's, who may give a
+        call up; its late answer is ignored.
         """
 
     def close(self) -> None:
-        """Ends the connection; forwards that are outstanding fail with ShardUnavailable."""
+        """Ends the connection; forwards that are outstanding end with ShardUnavailable. From any thread."""
 
 
 TransportFactory = Callable[[str], ShardTransport]  # takes the shard's address

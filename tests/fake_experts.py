@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from experts.batcher import ForwardOutput
-from experts.forward_frame import answer_frame, error_frame
+from experts.forward_frame import answer_frame
 from experts.grouped_ffn import ExpertWeights, expert_ffn
 from experts.metrics import ShardMetrics
 from experts.shard import ExpertShard, ShardConfig
@@ -19,6 +19,7 @@ from experts.weight_store import ExpertModel, Unit
 from protos import expert_pb2
 from protos.codec import PayloadReader, decode_frame, dtype_from_wire
 from protos.errors import MobulaError, ShardUnavailable
+from protos.poller import Poller
 from router.expert_map import ExpertMap
 from router.gate import GateConfig, TopkMethod, select_experts
 from router.metrics import RouterMetrics
@@ -109,7 +110,7 @@ class MultiplyingShard:
             if isinstance(error, ShardUnavailable):  # the connection's failure, not the shard's answer
                 answer.set_exception(error)
             else:
-                answer.set_result(error_frame(header.sequence_number, error))
+                answer.set_result(answer_frame(header.sequence_number, error))
             return answer
         reader = PayloadReader(payload)
         hidden_size = (len(payload) - 16 * header.num_assignments) // max(header.num_rows, 1)
@@ -133,6 +134,7 @@ def router_to(
     config: RouterConfig | None = None,
     addresses: dict[int, str] | None = None,
     registry: CollectorRegistry | None = None,
+    poller: Poller | None = None,
 ) -> Router:
     """Shard r's address is str(r) unless `addresses` says otherwise."""
     return Router(
@@ -142,6 +144,7 @@ def router_to(
         addresses={rank: str(rank) for rank in range(expert_map.ep_size)} if addresses is None else addresses,
         connect=connect,
         metrics=RouterMetrics(registry or CollectorRegistry(), dp_rank=0),
+        poller=poller,
     )
 
 
@@ -155,6 +158,9 @@ class RandomReader:
     def shape(self, name: str) -> tuple[int, ...]:
         sizes = (self.model.moe_intermediate_size, self.model.hidden_size)
         return sizes[::-1] if "down_proj" in name else sizes
+
+    def read_matrix(self, name: str) -> Tensor:
+        return self.read(name)
 
     def read(self, name: str) -> Tensor:
         self.names_read.append(name)

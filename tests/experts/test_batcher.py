@@ -1,11 +1,12 @@
 import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.batcher import Batcher
+from experts.batcher import Batcher, WaitingForward
 from experts.grouped_ffn import ForwardInput
 from experts.weight_store import LayerWeights
 from protos.errors import InternalError, QueueFull, Unavailable
@@ -30,6 +31,19 @@ def forward_of(value: float, num_partial_sums: int = 1) -> ForwardInput:
     )
 
 
+def submit(batcher: Batcher, weights: LayerWeights, forward: ForwardInput, out=None) -> Future:
+    """A future of the forward's output; cancelling it gives the forward up."""
+    future = Future()
+
+    def on_done(outcome) -> None:
+        (future.set_exception if isinstance(outcome, Exception) else future.set_result)(outcome)
+
+    waiting = WaitingForward(weights=weights, forward=forward, on_done=on_done, out=out)
+    future.add_done_callback(lambda future: setattr(waiting, "is_given_up", future.cancelled()))
+    batcher.submit(waiting)
+    return future
+
+
 class Recorder:
     """Computes "ten times the row" and remembers what was merged."""
 
@@ -37,11 +51,11 @@ class Recorder:
         self.batches: list[tuple[int, list[float]]] = []
         self.error: Exception | None = None
 
-    def __call__(self, weights: LayerWeights, forwards: list[ForwardInput]) -> torch.Tensor:
+    def __call__(self, batch: list[WaitingForward]) -> torch.Tensor:
         if self.error is not None:
             raise self.error
-        rows = torch.cat([forward.hidden_states for forward in forwards])
-        self.batches.append((weights.layer_id, rows.flatten().tolist()))
+        rows = torch.cat([waiting.forward.hidden_states for waiting in batch])
+        self.batches.append((batch[0].weights.layer_id, rows.flatten().tolist()))
         return rows * 10
 
 
@@ -49,7 +63,7 @@ def test_everything_that_waits_for_the_oldest_forwards_layer_is_computed_at_once
     compute = Recorder()
     batcher = Batcher(compute, max_waiting=10)
     submitted = [(2, 1.0), (1, 2.0), (2, 3.0), (3, 4.0), (1, 5.0)]
-    futures = [batcher.submit(LAYERS[layer_id], forward_of(value)) for layer_id, value in submitted]
+    futures = [submit(batcher, LAYERS[layer_id], forward_of(value)) for layer_id, value in submitted]
     assert [batcher.compute_next() for _ in range(4)] == [2, 2, 1, 0]
     assert compute.batches == [(2, [1.0, 3.0]), (1, [2.0, 5.0]), (3, [4.0])]
     assert [future.result().partial_sums.item() for future in futures] == [10.0, 20.0, 30.0, 40.0, 50.0]
@@ -60,7 +74,7 @@ def test_everything_that_waits_for_the_oldest_forwards_layer_is_computed_at_once
 def test_every_forward_gets_its_own_partial_sums(work):
     batcher = Batcher(Recorder(), max_waiting=20)
     futures = [
-        batcher.submit(LAYERS[layer_id], forward_of(float(index), num_partial_sums))
+        submit(batcher, LAYERS[layer_id], forward_of(float(index), num_partial_sums))
         for index, (layer_id, num_partial_sums) in enumerate(work)
     ]
     while batcher.compute_next():
@@ -73,24 +87,24 @@ def test_versions_of_a_layer_are_not_mixed():
     compute = Recorder()
     batcher = Batcher(compute, max_waiting=10)
     for weights in (LAYERS[1], layer(1), LAYERS[1]):
-        batcher.submit(weights, forward_of(1.0))
+        submit(batcher, weights, forward_of(1.0))
     assert [batcher.compute_next(), batcher.compute_next()] == [2, 1]
 
 
 def test_a_full_queue_refuses_with_the_limit_and_takes_again_when_there_is_room():
     batcher = Batcher(Recorder(), max_waiting=2)
     for _ in range(2):
-        batcher.submit(LAYERS[0], forward_of(1.0))
+        submit(batcher, LAYERS[0], forward_of(1.0))
     with pytest.raises(QueueFull, match="2 forwards wait, limit is 2"):
-        batcher.submit(LAYERS[0], forward_of(1.0))
+        submit(batcher, LAYERS[0], forward_of(1.0))
     batcher.compute_next()
-    batcher.submit(LAYERS[0], forward_of(1.0))
+    submit(batcher, LAYERS[0], forward_of(1.0))
 
 
 def test_a_cancelled_forward_is_never_computed():
     compute = Recorder()
     batcher = Batcher(compute, max_waiting=10)
-    gone, stays = (batcher.submit(LAYERS[0], forward_of(value)) for value in (1.0, 2.0))
+    gone, stays = (submit(batcher, LAYERS[0], forward_of(value)) for value in (1.0, 2.0))
     gone.cancel()
     batcher.compute_next()
     assert compute.batches == [(0, [2.0])]
@@ -101,12 +115,12 @@ def test_a_computation_that_fails_fails_its_forwards_and_the_next_one_works():
     compute = Recorder()
     batcher = Batcher(compute, max_waiting=10)
     compute.error = RuntimeError("out of memory")
-    failed = batcher.submit(LAYERS[0], forward_of(1.0))
+    failed = submit(batcher, LAYERS[0], forward_of(1.0))
     batcher.compute_next()
     with pytest.raises(InternalError, match="layer 0 failed: out of memory"):
         failed.result()
     compute.error = None
-    works = batcher.submit(LAYERS[0], forward_of(1.0))
+    works = submit(batcher, LAYERS[0], forward_of(1.0))
     batcher.compute_next()
     assert works.result().partial_sums.item() == 10.0
 
@@ -114,7 +128,7 @@ def test_a_computation_that_fails_fails_its_forwards_and_the_next_one_works():
 def test_queue_time_is_from_arrival_until_the_computation_begins():
     times = iter([100, 250, 400])
     batcher = Batcher(Recorder(), max_waiting=10, clock_ns=lambda: next(times))
-    future = batcher.submit(LAYERS[0], forward_of(1.0))
+    future = submit(batcher, LAYERS[0], forward_of(1.0))
     batcher.compute_next()
     assert (future.result().queue_ns, future.result().compute_ns) == (150, 150)
 
@@ -123,20 +137,33 @@ def test_stopping_computes_what_waits_and_refuses_what_comes():
     release, started = threading.Event(), threading.Event()
     compute = Recorder()
 
-    def slow(weights, forwards):
+    def slow(batch):
         started.set()
         assert release.wait(30)
-        return compute(weights, forwards)
+        return compute(batch)
 
     batcher = Batcher(slow, max_waiting=10)
     batcher.start()
-    first = batcher.submit(LAYERS[0], forward_of(1.0))
+    first = submit(batcher, LAYERS[0], forward_of(1.0))
     assert started.wait(30)
-    second = batcher.submit(LAYERS[1], forward_of(2.0))
+    second = submit(batcher, LAYERS[1], forward_of(2.0))
     stopping = threading.Thread(target=batcher.stop)
     stopping.start()
     release.set()
     stopping.join(30)
     assert [first.result(0).partial_sums.item(), second.result(0).partial_sums.item()] == [10.0, 20.0]
     with pytest.raises(Unavailable, match="draining"):
-        batcher.submit(LAYERS[0], forward_of(1.0))
+        submit(batcher, LAYERS[0], forward_of(1.0))
+
+
+def test_partial_sums_are_written_where_the_forward_wants_them_alone_or_merged():
+    batcher = Batcher(Recorder(), max_waiting=10)
+    outs = [torch.zeros(2, 1) for _ in range(3)]
+    futures = [submit(batcher, LAYERS[0], forward_of(1.0, 2), outs[0])]
+    batcher.compute_next()
+    futures += [
+        submit(batcher, LAYERS[0], forward_of(value, 2), out) for value, out in ((2.0, outs[1]), (3.0, outs[2]))
+    ]
+    assert batcher.compute_next() == 2
+    assert [out.flatten().tolist() for out in outs] == [[10.0, 10.0], [20.0, 20.0], [30.0, 30.0]]
+    assert all(future.result().partial_sums is out for future, out in zip(futures, outs, strict=True))

@@ -1,8 +1,8 @@
-"""Router and shards over real gRPC on loopback, in one process and without Ray."""
+"""Router and shards over real gRPC on loopback and over rings, in one process and without Ray."""
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 import grpc
@@ -11,17 +11,13 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from experts.servicer import SERVICE, ExpertServer
-from experts.shard import ExpertShard
 from experts.weight_store import Unit
 from protos import expert_pb2, expert_pb2_grpc
 from protos.errors import QueueFull, ShardUnavailable
-from protos.loop_thread import LoopThread
-from router.expert_map import ExpertMap
 from router.grpc_transport import GrpcTransport
 from router.local_transport import LocalTransport
-from router.router import Router, RouterConfig
+from router.router import RouterConfig
 from tests.fake_experts import (
-    Rows,
     expert_shard,
     grouped_gate,
     placed,
@@ -31,67 +27,22 @@ from tests.fake_experts import (
     running_shards,
     small_model,
 )
+from tests.shard_host import Forwards, Host, addresses, combined, running_host, wait_until
 
 GATE = grouped_gate()
 MODEL = small_model()
-PATIENT = RouterConfig(forward_timeout_s=60.0, attempt_timeout_s=30.0)
 
 
-class Host:
-    """A thread for the loop of workers and servers, and what runs on it."""
-
-    def __init__(self) -> None:
-        self.thread = LoopThread("test-loop")
-        self._servers: list[ExpertServer] = []
-        self._routers: list[Router] = []
-
-    def serve(self, shard: ExpertShard, port: int = 0) -> ExpertServer:
-        server = self.thread.run(ExpertServer.start(shard, "127.0.0.1", port), 30)
-        self._servers.append(server)
-        return server
-
-    def kill(self, server: ExpertServer) -> None:
-        """Breaks its streams at once."""
-        self._servers.remove(server)
-        self.thread.run(server.stop(0.0), 30)
-
-    def router(self, expert_map: ExpertMap, servers: list[ExpertServer], config: RouterConfig = PATIENT) -> Router:
-        router = router_to(GATE, expert_map, self.connect, config=config, addresses=addresses(servers))
-        self._routers.append(router)
-        assert router.wait_until_connected(30) == []
-        return router
-
-    def connect(self, address: str) -> GrpcTransport:
-        return GrpcTransport(address, self.thread.loop)
-
-    def close(self) -> None:
-        for router in self._routers:
-            router.close()
-        for server in list(self._servers):
-            self.kill(server)
-        self.thread.stop()
+@pytest.fixture(params=["grpc", "ring"])
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    with running_host(request.param) as host:
+        yield host
 
 
 @pytest.fixture
-def host() -> Iterator[Host]:
-    host = Host()
-    yield host
-    host.close()
-
-
-def addresses(servers: list[ExpertServer]) -> dict[int, str]:
-    return {ep_rank: f"127.0.0.1:{server.port}" for ep_rank, server in enumerate(servers)}
-
-
-def combined(router: Router, rows: Rows, layer_id: int = 1) -> torch.Tensor:
-    return router.combine(router.dispatch(layer_id, rows.hidden_states, rows.topk_weights, rows.topk_ids))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    give_up_at_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < give_up_at_s, "waited 30 s in vain"
-        time.sleep(0.005)
+def grpc_host() -> Iterator[Host]:
+    with running_host("grpc") as host:
+        yield host
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,20 +85,21 @@ def test_a_killed_shard_is_reported_within_the_deadline_with_its_name(host):
         assert time.monotonic() - started_s < 5.0
 
 
-def test_a_stream_that_breaks_fails_what_is_outstanding_at_once(host):
+def test_a_stream_that_breaks_fails_what_is_outstanding_at_once(grpc_host):
+    host = grpc_host
     shard = expert_shard(placed(GATE, 1), 0, MODEL)  # never started, so never answers
     server = host.serve(shard)
     transport = host.connect(f"127.0.0.1:{server.port}")
     wait_until(lambda: transport.is_connected)
-    header = expert_pb2.ForwardHeader(sequence_number=5, layer_id=1, placement_version=1, dtype=1)
-    future = transport.forward(5, expert_pb2.ForwardRequest(header=header).SerializeToString())
+    forwards = Forwards(transport, host.poller)
+    future = forwards.send(expert_pb2.ForwardHeader(sequence_number=5, layer_id=1, placement_version=1, dtype=1))
     wait_until(lambda: shard.num_waiting_forwards == 1)
     host.kill(server)
     with pytest.raises(ShardUnavailable, match=f"no stream to shard 127.0.0.1:{server.port}"):
-        future.result(10)
+        forwards.wait(future)
     wait_until(lambda: not transport.is_connected)
     with pytest.raises(ShardUnavailable):
-        transport.forward(6, b"").result(10)
+        forwards.wait(forwards.send(expert_pb2.ForwardHeader(sequence_number=6)))
     transport.close()
 
 
@@ -196,7 +148,8 @@ def test_a_shard_that_is_too_slow_is_given_up_and_serves_the_next_forward(host):
     shard.stop()
 
 
-def test_forwards_of_two_workers_are_computed_as_one_and_answered_apart(host):
+def test_forwards_of_two_workers_are_computed_as_one_and_answered_apart(grpc_host):
+    host = grpc_host
     expert_map = placed(GATE, 1)
     shard = expert_shard(expert_map, 0, MODEL)
     server = host.serve(shard)
@@ -215,7 +168,8 @@ def test_forwards_of_two_workers_are_computed_as_one_and_answered_apart(host):
     shard.stop()
 
 
-def test_when_a_worker_leaves_its_waiting_forwards_are_dropped(host):
+def test_when_a_worker_leaves_its_waiting_forwards_are_dropped(grpc_host):
+    host = grpc_host
     expert_map = placed(GATE, 1)
     shard = expert_shard(expert_map, 0, MODEL)
     server = host.serve(shard)
@@ -225,7 +179,7 @@ def test_when_a_worker_leaves_its_waiting_forwards_are_dropped(host):
     handle = stays.dispatch(1, rows.hidden_states, rows.topk_weights, rows.topk_ids)
     wait_until(lambda: shard.num_waiting_forwards == 2)
     leaves.close()
-    wait_until(lambda: any(waiting.future.cancelled() for waiting in shard._batcher._waiting))
+    wait_until(lambda: any(waiting.is_given_up for waiting in shard._batcher._waiting))
     shard.start()
     stays.combine(handle)
     assert shard.load().num_forwards == 1
@@ -290,25 +244,27 @@ def test_health_follows_what_the_shard_is_told(host):
         assert status() == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_outstanding_forwards_are_bounded_and_given_up_ones_make_room(host):
+def test_outstanding_forwards_are_bounded_and_given_up_ones_make_room(grpc_host):
+    host = grpc_host
     shard = expert_shard(placed(GATE, 1), 0, MODEL)
     server = host.serve(shard)
     transport = GrpcTransport(f"127.0.0.1:{server.port}", host.thread.loop, max_outstanding=2)
     wait_until(lambda: transport.is_connected)
 
-    def forward(number: int) -> Future[bytes]:
-        header = expert_pb2.ForwardHeader(sequence_number=number, layer_id=1, placement_version=1, dtype=1)
-        return transport.forward(number, expert_pb2.ForwardRequest(header=header).SerializeToString())
+    forwards = Forwards(transport, host.poller)
 
-    first, second = forward(1), forward(2)
+    def forward(number: int) -> Future:
+        return forwards.send(expert_pb2.ForwardHeader(sequence_number=number, layer_id=1, placement_version=1, dtype=1))
+
+    _, second = forward(1), forward(2)
     with pytest.raises(QueueFull, match=r"2 forwards .* are outstanding, limit is 2"):
-        forward(3).result(10)
-    first.cancel()
+        forwards.wait(forward(3))
+    forwards.calls[0].is_given_up = True
     third = forward(4)
     wait_until(lambda: shard.num_waiting_forwards == 3)
     shard.start()
-    assert second.result(10)
-    assert third.result(10)
+    assert forwards.wait(second)
+    assert forwards.wait(third)
     transport.close()
     shard.stop()
 
@@ -330,5 +286,6 @@ def test_a_closed_transport_leaves_no_task_behind(host):
         return [task.get_coro().__qualname__ for task in asyncio.all_tasks() if "GrpcTransport" in repr(task)]
 
     wait_until(lambda: host.thread.run(transport_tasks(), 30) == [])
+    forwards = Forwards(transport, host.poller)
     with pytest.raises(ShardUnavailable, match="closed"):
-        transport.forward(1, b"").result(10)
+        forwards.wait(forwards.send(expert_pb2.ForwardHeader(sequence_number=1)))

@@ -20,11 +20,13 @@ from experts.servicer import ExpertServer
 from experts.shard import ExpertShard, ShardConfig
 from experts.weight_store import ExpertModel, Unit
 from protos.loop_thread import LoopThread
+from protos.poller import Poller
 from router.expert_map import ExpertMap
 from router.grpc_transport import GrpcTransport
 from router.local_transport import LocalTransport
 from router.metrics import RouterMetrics
 from router.placement import PlacementRequest, place_units
+from router.ring_transport import RingTransport
 from router.router import Router, RouterConfig
 from router.transport import ShardTransport
 from tests.attention.steps import StepRunner, cache_config
@@ -58,13 +60,16 @@ class Shards:
         loop = LoopThread("test")
         servers = []
         addresses = {rank: str(rank) for rank in range(len(self.shards))}
-        if transport == "grpc":
+        poller = Poller()
+        if transport != "local":
             servers = [loop.run(ExpertServer.start(shard, "127.0.0.1", 0)) for shard in self.shards]
             addresses = {rank: f"127.0.0.1:{server.port}" for rank, server in enumerate(servers)}
 
         def connect(address: str) -> ShardTransport:
             if transport == "grpc":
                 return GrpcTransport(address, loop.loop)
+            if transport == "ring":
+                return RingTransport(address, loop.loop, poller, 2**24)
             return LocalTransport(self.shards[int(address)].forward, address)
 
         router = Router(
@@ -74,6 +79,7 @@ class Shards:
             addresses=addresses,
             connect=connect,
             metrics=RouterMetrics(CollectorRegistry(), dp_rank=0),
+            poller=poller,
         )
         try:
             assert router.wait_until_connected(10.0) == []
@@ -136,5 +142,6 @@ def test_logits_are_equal_to_the_bit_wherever_experts_live(folder: Path, dtype: 
     for ep_size in (2, 3, 5, 12):
         assert torch.equal(logits(folder, placement(folder, ep_size), "local", dtype), expected), ep_size
     assert torch.equal(logits(folder, placement(folder, 3), "grpc", dtype), expected)
+    assert torch.equal(logits(folder, placement(folder, 3), "ring", dtype), expected)
     assert torch.equal(logits(folder, placement(folder, 4, num_replicas=2), "local", dtype), expected)
     assert torch.equal(logits(folder, shuffled(placement(folder, 5), seed=1), "grpc", dtype), expected)

@@ -1,5 +1,6 @@
 from prometheus_client import CollectorRegistry
 
+from router.completions import Carrier
 from router.metrics import RouterMetrics
 
 
@@ -35,15 +36,16 @@ def test_a_token_beyond_the_device_limit_is_counted_not_raised():
 
 def test_bytes_rows_retries_and_version_are_shown_by_label():
     metrics, registry = counted()
-    metrics.count_sent(ep_rank=1, num_rows=4, num_bytes=100)
-    metrics.count_sent(ep_rank=1, num_rows=1, num_bytes=11)
-    metrics.count_received(ep_rank=0, num_bytes=50)
+    metrics.count_sent(ep_rank=1, num_rows=4, num_bytes=100, carrier=Carrier.RING)
+    metrics.count_sent(ep_rank=1, num_rows=1, num_bytes=11, carrier=Carrier.RING)
+    metrics.count_received(ep_rank=0, num_bytes=50, carrier=Carrier.GRPC)
     metrics.count_retry("timeout")
     metrics.observe_latency(0.25)
     sample = registry.get_sample_value
-    sent = {"dp_rank": "3", "ep_rank": "1", "direction": "sent"}
+    sent = {"dp_rank": "3", "ep_rank": "1", "direction": "sent", "transport": "ring"}
+    received = {"dp_rank": "3", "ep_rank": "0", "direction": "received", "transport": "grpc"}
     assert sample("mobula_dispatch_bytes_total", sent) == 111
-    assert sample("mobula_dispatch_bytes_total", {"dp_rank": "3", "ep_rank": "0", "direction": "received"}) == 50
+    assert sample("mobula_dispatch_bytes_total", received) == 50
     assert sample("mobula_dispatch_rows_total", {"dp_rank": "3", "ep_rank": "1"}) == 5
     assert sample("mobula_expert_retries_total", {"dp_rank": "3", "reason": "timeout"}) == 1
     assert sample("mobula_placement_version", {"dp_rank": "3"}) == 7

@@ -1,5 +1,4 @@
 import threading
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from protos import expert_pb2
+from protos.codec import decode_frame
 from protos.errors import (
     InternalError,
     InvalidRequest,
@@ -17,6 +17,7 @@ from protos.errors import (
     StalePlacement,
     Unavailable,
 )
+from router.completions import ForwardCall
 from router.expert_map import ExpertMap
 from router.local_transport import LocalTransport
 from router.plan import sort_assignments
@@ -47,19 +48,15 @@ class SilentTransport:
     def __init__(self, handle=None) -> None:
         self.address = "silent:1"
         self.is_connected = True
-        self.calls: list[tuple[bytes, Future[bytes]]] = []
+        self.calls: list[ForwardCall] = []
         self.is_closed = False
         self._handle = handle
 
-    def forward(self, sequence_number: int, frame: bytes) -> Future[bytes]:
-        future: Future[bytes] = Future()
-        self.calls.append((frame, future))
-        return future
+    def forward(self, call: ForwardCall) -> None:
+        self.calls.append(call)
 
     def answer(self, index: int) -> None:
-        frame, future = self.calls[index]
-        if future.set_running_or_notify_cancel():
-            future.set_result(self._handle(frame).result())
+        LocalTransport(self._handle).forward(self.calls[index])
 
     def close(self) -> None:
         self.is_closed = True
@@ -86,7 +83,7 @@ def test_combine_of_dispatch_is_every_token_times_its_experts_factors(num_tokens
     assert router.stats().num_device_limit_violations == 0
 
 
-def test_counted_bytes_are_the_frames_sizes_and_the_plans_plus_headers():
+def test_counted_bytes_are_the_plans_plus_headers():
     shards = [MultiplyingShard() for _ in range(3)]
     router = local_router(shards, placed(GATE, 3))
     rows = random_rows(GATE, 9, hidden_size=5)
@@ -94,7 +91,10 @@ def test_counted_bytes_are_the_frames_sizes_and_the_plans_plus_headers():
     messages = handle.plan.messages
     router.combine(handle)
     frames = [frame for shard in shards for frame in shard.frames]
-    assert router.stats().sent_bytes == sum(len(frame) for frame in frames)
+    headers_and_payloads = [decode_frame(expert_pb2.ForwardHeader, frame) for frame in frames]
+    assert router.stats().sent_bytes == sum(
+        header.ByteSize() + len(payload) for header, payload in headers_and_payloads
+    )
     for message, shard in zip(messages, shards, strict=True):
         request = expert_pb2.ForwardRequest.FromString(shard.frames[0])
         assert len(request.payload) == message.sent_bytes(hidden_size=5, itemsize=4)
@@ -176,15 +176,14 @@ def test_a_silent_shard_is_asked_again_and_its_late_answer_is_still_good():
     handle = router.dispatch(1, rows.hidden_states, rows.topk_weights, rows.topk_ids)
     forward = silent.forward
 
-    def forward_and_answer(sequence_number, frame):
-        future = forward(sequence_number, frame)
+    def forward_and_answer(call):
+        forward(call)
         silent.answer(0)  # the first call was given up: ignored
         silent.answer(-1)
-        return future
 
     silent.forward = forward_and_answer
     torch.testing.assert_close(router.combine(handle), multiplied(rows))
-    assert silent.calls[0][1].cancelled()
+    assert silent.calls[0].is_given_up
 
 
 def test_a_silent_shard_costs_forward_timeout_and_no_more():
@@ -192,7 +191,7 @@ def test_a_silent_shard_costs_forward_timeout_and_no_more():
     router = router_to(GATE, placed(GATE, 1), lambda _: silent, config=SHORT)
     with pytest.raises(ShardUnavailable, match="shard 0 at silent:1 did not answer for layer 1"):
         combined(router, random_rows(GATE, 3, hidden_size=4))
-    assert all(future.cancelled() for _, future in silent.calls)
+    assert all(call.is_given_up for call in silent.calls)
 
 
 def test_a_shard_that_comes_back_elsewhere_answers_the_waiting_forward():
