@@ -1,8 +1,8 @@
 """A published checkpoint: config.json and safetensors files, in a local folder or on the Hugging Face hub.
 
-Gives tensors by their published names, one at a time. A role (attention worker, expert shard) first has its tensors
-checked from the headers alone, then reads them; of a checkpoint on the hub only the files that hold them are fetched.
-Knows no model, but for finding its config.
+Gives tensors by their published names, one at a time; quantised ones under the name they had before. A role (attention
+worker, expert shard) first has its tensors checked from the headers alone, then reads them; of a checkpoint on the hub
+only the files that hold them are fetched. Knows no model, but for finding its config.
 """
 
 from collections.abc import Mapping, Set
@@ -13,9 +13,22 @@ import torch
 from torch import Tensor
 
 from cluster.hub import HubFiles
-from cluster.json_fields import read_json_object
+from cluster.json_fields import JsonFields, read_json_object
 from cluster.model_config import ModelConfig, eos_token_ids
+from cluster.quantization import Fp8Quantization, IntLayout, IntQuantization, Quantization, read_quantization
+from cluster.quantized_tensors import (
+    FP8_SCALE,
+    PACKED,
+    SCALE,
+    SHAPE,
+    PartHeader,
+    dequantize_blocks,
+    numbers_per_word,
+    parts_of,
+    unpack,
+)
 from cluster.safetensors_file import InvalidCheckpoint, SafetensorsFile, TensorEntry
+from experts.quantized_matrix import MatrixFormat, QuantizedMatrix
 
 __all__ = ["Checkpoint", "InvalidCheckpoint"]
 
@@ -59,6 +72,8 @@ class Checkpoint:
         """Reads the index if there is one. Raises InvalidCheckpoint."""
         self._files = files
         self._opened: dict[str, SafetensorsFile] = {}
+        self._quantization: Quantization | None = None
+        self._has_read_quantization = False
         index_path = files.fetch_optional(INDEX_FILE)
         self._file_names = None if index_path is None else _file_names(index_path)  # by tensor
 
@@ -109,40 +124,110 @@ class Checkpoint:
         return self._files.fetch_optional(file_name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """From the header. Raises InvalidCheckpoint if there is no such tensor."""
+        """From the header; of a quantised matrix the shape it stands for. Raises InvalidCheckpoint if there is none."""
+        quantization = self._quantization_of(name)
+        if isinstance(quantization, IntQuantization) and quantization.layout is IntLayout.PACKED:
+            *other_sizes, num_words = self._entry(name + PACKED).shape or (0,)
+            return *other_sizes, num_words * numbers_per_word(quantization.matrix_format)
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """From the header. Raises InvalidCheckpoint if there is no such tensor."""
-        return self._entry(name).dtype
+        """What `read` will give, from the header. Raises InvalidCheckpoint if there is no such tensor."""
+        quantization = self._quantization_of(name)
+        if quantization is None:
+            return self._entry(name).dtype
+        return torch.bfloat16 if isinstance(quantization, Fp8Quantization) else torch.float32
 
     def read(self, name: str) -> Tensor:
-        """The tensor in the checkpoint's dtype, in memory of its own. Raises InvalidCheckpoint."""
-        return self._file_of(name).read(name)
+        """The tensor in the checkpoint's dtype, in memory of its own; a quantised matrix is multiplied out.
 
-    def read_matrix(self, name: str) -> Tensor:
-        """The same for a weight matrix. Raises InvalidCheckpoint."""
-        return self.read(name)
+        Raises InvalidCheckpoint.
+        """
+        matrix = self.read_matrix(name)
+        return matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix
+
+    def read_matrix(self, name: str) -> Tensor | QuantizedMatrix:
+        """The same, but what is stored as integers stays integers. Raises InvalidCheckpoint."""
+        quantization = self._quantization_of(name)
+        if quantization is None:
+            return self._read(name)
+        headers = self._check_parts(name, self.shape(name), quantization)
+        parts = {suffix: self._read(name + suffix) for suffix in headers}
+        if isinstance(quantization, Fp8Quantization):
+            return dequantize_blocks(parts[""], parts[FP8_SCALE])
+        if SHAPE in parts and tuple(parts[SHAPE].tolist()) != self.shape(name):
+            raise InvalidCheckpoint(
+                f"{self._file_of(name + SHAPE).path}: tensor {name}{SHAPE} says {parts[SHAPE].tolist()}, "
+                f"{name}{PACKED} holds {list(self.shape(name))}"
+            )
+        return unpack(parts, quantization.matrix_format)
+
+    def matrix_format(self, name: str) -> MatrixFormat | None:
+        """The form in which read_matrix gives a matrix of integers, from headers; None for plain numbers."""
+        quantization = self._quantization_of(name)
+        return quantization.matrix_format if isinstance(quantization, IntQuantization) else None
 
     def check_role(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Checks from headers alone that every tensor a role reads is there, with this shape and a dtype we can use.
 
         Fetches the files that hold them. Raises InvalidCheckpoint for the first that is not.
         """
+        quantizations = {name: self._quantization_of(name) for name in shapes}
         if self._file_names is not None:  # what is missing altogether is known before any file is fetched
             for name in shapes:
-                self._file_name_of(name)
-        for name, expected in shapes.items():
-            entry, path = self._entry(name), self._file_of(name).path
-            if entry.shape != expected:
-                raise InvalidCheckpoint(
-                    f"{path}: tensor {name} has shape {list(entry.shape)}, config.json implies {list(expected)}"
-                )
-            if entry.dtype not in WEIGHT_DTYPES:
-                raise InvalidCheckpoint(
-                    f"{path}: tensor {name} has dtype {_dtype_name(entry.dtype)}, expected one of "
-                    f"{[_dtype_name(dtype) for dtype in WEIGHT_DTYPES]}"
-                )
+                if quantizations[name] is None:
+                    self._file_name_of(name)
+        for name, shape in shapes.items():
+            quantization = quantizations[name]
+            if quantization is None:
+                self._check_header(name, PartHeader(shape=shape, dtypes=WEIGHT_DTYPES))
+            else:
+                self._check_parts(name, shape, quantization)
+
+    def _check_parts(self, name: str, shape: tuple[int, ...], quantization: Quantization) -> Mapping[str, PartHeader]:
+        """The headers of a quantised matrix's tensors, by what follows its name."""
+        try:
+            parts = parts_of(shape, quantization)
+        except ValueError as error:
+            raise InvalidCheckpoint(f"{self.location}: tensor {name} cannot be quantised: {error}") from error
+        for suffix, expected in parts.items():
+            self._check_header(name + suffix, expected)
+        return parts
+
+    def _check_header(self, name: str, expected: PartHeader) -> None:
+        entry, path = self._entry(name), self._file_of(name).path
+        if entry.shape != expected.shape:
+            raise InvalidCheckpoint(
+                f"{path}: tensor {name} has shape {list(entry.shape)}, config.json implies {list(expected.shape)}"
+            )
+        if entry.dtype not in expected.dtypes:
+            raise InvalidCheckpoint(
+                f"{path}: tensor {name} has dtype {_dtype_name(entry.dtype)}, expected one of "
+                f"{[_dtype_name(dtype) for dtype in expected.dtypes]}"
+            )
+
+    def _quantization_of(self, name: str) -> Quantization | None:
+        """How this matrix is quantised: the names beside its own say whether, config.json says how."""
+        names = self.names
+        found = next((suffix for suffix in (PACKED, FP8_SCALE, SCALE) if name + suffix in names), None)
+        if found is None:
+            return None
+        if not self._has_read_quantization:
+            path = self.optional_file("config.json")
+            self._quantization = None if path is None else read_quantization(JsonFields(read_json_object(path)))
+            self._has_read_quantization = True
+        quantization = self._quantization
+        expected = FP8_SCALE if isinstance(quantization, Fp8Quantization) else SCALE
+        if isinstance(quantization, IntQuantization) and quantization.layout is IntLayout.PACKED:
+            expected = PACKED
+        if quantization is None or found != expected:
+            raise InvalidCheckpoint(
+                f"{self.location}: holds a tensor {name}{found}, which contradicts quantization_config of config.json"
+            )
+        return quantization
+
+    def _read(self, name: str) -> Tensor:
+        return self._file_of(name).read(name)
 
     def _entry(self, name: str) -> TensorEntry:
         return self._file_of(name).entries[name]

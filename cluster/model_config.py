@@ -15,6 +15,7 @@ from attention.decoder import DecoderConfig
 from attention.mla_config import MlaConfig
 from attention.rotary import RotaryConfig, YarnConfig
 from cluster.json_fields import InvalidModelConfig, JsonFields, UnsupportedModel, read_json_object
+from cluster.quantization import Quantization, read_quantization
 from router.gate import GateConfig, ScoringFunc, TopkMethod
 
 MAX_HIDDEN_LAYERS = 4096
@@ -29,9 +30,10 @@ class ModelConfig:
 
     model_type: str  # "deepseek_v2" or "deepseek_v3"
     decoder: DecoderConfig
-    dtype: torch.dtype  # of the published weights; float32 where the file says nothing
+    dtype: torch.dtype  # of the published weights, once dequantised; float32 where the file says nothing
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None = None  # None: all weights are plain numbers
 
     def with_eos_token_ids(self, token_ids: tuple[int, ...]) -> "ModelConfig":
         """The same with these added to its end tokens."""
@@ -50,6 +52,7 @@ class ModelConfig:
         if model_type not in (V2, V3):
             raise UnsupportedModel(f"model_type is {model_type!r}, supported are {V2!r} and {V3!r}")
         _refuse_what_is_not_implemented(fields)
+        quantization = read_quantization(fields)
         try:
             decoder = _decoder(fields, model_type)
         except (UnsupportedModel, InvalidModelConfig):
@@ -62,6 +65,7 @@ class ModelConfig:
             dtype=_dtype(fields),
             bos_token_id=fields.optional_integer("bos_token_id", minimum=0, maximum=decoder.vocab_size - 1),
             eos_token_ids=eos_token_ids(config, decoder.vocab_size),
+            quantization=quantization,
         )
 
 
@@ -87,10 +91,11 @@ def _refuse_what_is_not_implemented(fields: JsonFields) -> None:
         raise fields.unsupported("rope_interleave", "true")
     if fields.has("partial_rotary_factor") and fields.number("partial_rotary_factor") != 1.0:
         raise fields.unsupported("partial_rotary_factor", "1.0")
-    for name in ("quantization_config", "sliding_window"):
-        if fields.has(name):
-            raise fields.unsupported(name, "null: bfloat16 or float32 weights and full attention")
+    if fields.has("sliding_window"):
+        raise fields.unsupported("sliding_window", "null: full attention")
     architectures = fields.values.get("architectures")
+    if architectures is not None and not isinstance(architectures, list):
+        raise fields.unsupported("architectures", "a list with a ...ForCausalLM")
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise fields.unsupported("architectures", "a ...ForCausalLM")
 

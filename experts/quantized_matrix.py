@@ -20,6 +20,23 @@ class CannotQuantize(ValueError):
     """A matrix holds numbers that have no quantised form, or does not divide into groups."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixFormat:
+    """The form that all quantised matrices of a checkpoint have."""
+
+    num_bits: int  # 8 or 4
+    group_size: int | None  # columns that share a scale; None: a whole row does
+
+    def __str__(self) -> str:
+        return (
+            f"int{self.num_bits} ({'one scale a row' if self.group_size is None else f'groups of {self.group_size}'})"
+        )
+
+    def nbytes(self, num_rows: int, num_columns: int) -> int:
+        """What QuantizedMatrix.nbytes says of a matrix of this size."""
+        return num_rows * (num_columns * self.num_bits // 8 + 4 * (num_columns // (self.group_size or num_columns)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedMatrix:
     """Rows are outputs, columns inputs, as in the weight of a linear layer.
