@@ -63,6 +63,11 @@ class KernelLinear:
         self._matrix_address = ctypes.addressof(self._matrix)
         self._function = require().mobula_linear
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weight."""
+        return self.weight.nbytes
+
     def __call__(self, x: Tensor, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
         """x: [num_rows, num_inputs], rows contiguous; residual: like the result, added in fp32 before rounding.
 
@@ -94,6 +99,11 @@ class KernelHeads:
         self._matrices = (type(weights[0].c_matrix()) * len(weights))(*(weight.c_matrix() for weight in weights))
         self._address = ctypes.addressof(self._matrices)
         self._function = require().mobula_heads
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights."""
+        return sum(weight.nbytes for weight in self.weights)
 
     @property
     def address(self) -> int:

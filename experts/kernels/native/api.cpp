@@ -8,6 +8,9 @@
 #include "kernels.h"
 #include "thread_pool.h"
 
+struct GateCall;
+void select_experts(const GateCall* call);  // gate.cpp
+
 namespace {
 
 struct Choice {
@@ -121,9 +124,29 @@ void mobula_experts(const ExpertsCall* call) {
   choice.table->experts(call);
 }
 
+void mobula_select_experts(const GateCall* call) {
+  std::lock_guard<std::mutex> lock(calls);
+  select_experts(call);
+}
+
 void mobula_rms_norm(const NormCall* call) {
   std::lock_guard<std::mutex> lock(calls);
   choice.table->rms_norm(call);
+}
+
+void mobula_mla_prepare(const MlaPrepareCall* call) {
+  std::lock_guard<std::mutex> lock(calls);
+  choice.table->mla_prepare(call);
+}
+
+void mobula_mla_decode(const MlaDecodeCall* call) {
+  std::lock_guard<std::mutex> lock(calls);
+  choice.table->mla_decode(call);
+}
+
+void mobula_mla_prefill(const MlaPrefillCall* call) {
+  std::lock_guard<std::mutex> lock(calls);
+  choice.table->mla_prefill(call);
 }
 
 // Bytes a second that the pool's threads read from `data`, which should be larger than every cache.

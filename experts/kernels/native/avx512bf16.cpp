@@ -14,9 +14,10 @@
 #define MOBULA_AVX512_BF16
 #include "simd_avx512.h"
 #include "experts.h"
+#include "mla.h"
 
 const KernelTable* avx512bf16_table() {
-  static const KernelTable table = {linear, heads, experts, rms_norm, peak};
+  static const KernelTable table = {linear, heads, experts, rms_norm, mla_prepare, mla_decode, mla_prefill, peak};
   return &table;
 }
 #if defined(__clang__)

@@ -13,9 +13,10 @@
 #endif
 #include "simd_avx512.h"
 #include "experts.h"
+#include "mla.h"
 
 const KernelTable* avx512vnni_table() {
-  static const KernelTable table = {linear, heads, experts, rms_norm, peak};
+  static const KernelTable table = {linear, heads, experts, rms_norm, mla_prepare, mla_decode, mla_prefill, peak};
   return &table;
 }
 #if defined(__clang__)

@@ -74,12 +74,57 @@ struct NormCall {
   float eps;
 };
 
+// Multi-head latent attention. One layer's latent cache: [num_blocks][block_size][cache_row_stride], a row kv_c | k_pe.
+// Strides in elements.
+struct MlaPrepareCall {
+  const void* kv;         // [num_rows, kv_lora_rank + rope_dim], as projected
+  const void* norm;       // [kv_lora_rank], in kv's format
+  void* query;            // [num_rows, num_heads, qk_nope_dim + rope_dim], the second part rotated in place
+  const float* cos;       // [num_rows, rope_dim / 2]
+  const float* sin;
+  const int64_t* slot_mapping;  // [num_rows]
+  void* cache;
+  int64_t kv_row_stride, query_row_stride, query_head_stride, cache_row_stride;
+  int32_t num_rows, num_heads, kv_lora_rank, rope_dim, qk_nope_dim;
+  int32_t format, cache_format;
+  float eps;
+};
+
+struct MlaDecodeCall {
+  const void* query;  // [num_rows, num_heads, kv_lora_rank + rope_dim]
+  const void* cache;
+  void* out;          // [num_rows, num_heads, kv_lora_rank], in query's format
+  const int32_t* block_tables;  // [num_sequences, max_num_blocks]
+  const int32_t* sequences;     // [num_rows], into block_tables; null: row i is sequence i
+  const int32_t* context_lens;  // [num_rows], tokens that the row sees; 1 or more
+  int64_t query_row_stride, query_head_stride, out_row_stride, out_head_stride, cache_row_stride;
+  int32_t num_rows, num_heads, kv_lora_rank, rope_dim, block_size, max_num_blocks;
+  int32_t query_format, cache_format;
+  float scale;
+};
+
+struct MlaPrefillCall {
+  const void* query;  // [num_rows, num_heads, qk_nope_dim + rope_dim], rotated: the sequence's last rows
+  const void* cache;
+  void* out;          // [num_rows, num_heads, v_head_dim], in query's format
+  const int32_t* block_table;
+  const Matrix* key_up;    // [num_heads], kv_lora_rank -> qk_nope_dim
+  const Matrix* value_up;  // [num_heads], kv_lora_rank -> v_head_dim
+  int64_t query_row_stride, query_head_stride, out_row_stride, out_head_stride, cache_row_stride;
+  int32_t num_rows, num_heads, seq_len, kv_lora_rank, rope_dim, qk_nope_dim, v_head_dim, block_size;
+  int32_t query_format, cache_format;
+  float scale;
+};
+
 // What an instruction set implements.
 struct KernelTable {
   void (*linear)(const LinearCall*);
   void (*heads)(const HeadsCall*);
   void (*experts)(const ExpertsCall*);
   void (*rms_norm)(const NormCall*);
+  void (*mla_prepare)(const MlaPrepareCall*);
+  void (*mla_decode)(const MlaDecodeCall*);
+  void (*mla_prefill)(const MlaPrefillCall*);
   double (*peak)(int format, long iterations);  // operations of one thread
 };
 

@@ -58,11 +58,14 @@ inline void quantize_row(const void* x, int format, size_t at, int k, int group_
                          int32_t* sums) {
   for (int group = 0; group * group_size < k; group++) {
     const size_t start = at + (size_t)group * group_size;
-    Simd::Floats largest = Simd::zero();
-    for (int i = 0; i < group_size; i += 16)
-      largest = Simd::max(largest, Simd::absolute(load_as_floats(x, format, start + i)));
+    Simd::Floats largest = Simd::zero(), poison = Simd::zero();
+    for (int i = 0; i < group_size; i += 16) {
+      const Simd::Floats value = load_as_floats(x, format, start + i);
+      largest = Simd::max(largest, Simd::absolute(value));
+      poison = Simd::fma(value, Simd::zero(), poison);  // integers have no NaN: the scale carries it
+    }
     const float magnitude = Simd::largest(largest);
-    scales[group] = magnitude / 127.0f;
+    scales[group] = magnitude / 127.0f + Simd::sum(poison);
     const Simd::Floats factor = Simd::set1(magnitude > 0.0f ? 127.0f / magnitude : 0.0f);
     Simd::Ints sum = Simd::set1_int(0);
     for (int i = 0; i < group_size; i += 16)

@@ -1,0 +1,67 @@
+"""The choice of experts from router logits by a kernel. What it computes is explained in router/gate.py."""
+
+import ctypes
+from ctypes import c_float, c_int32, c_void_p
+
+import torch
+from torch import Tensor
+
+from experts.kernels.library import require
+
+MAX_EXPERTS = 4096  # of a layer; the kernel keeps a row's scores on its stack
+
+
+class _GateCall(ctypes.Structure):
+    _fields_ = (
+        ("logits", c_void_p),
+        ("bias", c_void_p),
+        ("weights", c_void_p),
+        ("ids", c_void_p),
+        ("num_rows", c_int32),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("num_groups", c_int32),
+        ("top_groups", c_int32),
+        ("is_sigmoid", c_int32),
+        ("ranks_groups_by_two", c_int32),
+        ("is_normalised", c_int32),
+        ("scaling_factor", c_float),
+    )
+
+
+def kernel_select_experts(
+    logits: Tensor,
+    bias: Tensor | None,
+    *,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    is_sigmoid: bool,
+    ranks_groups_by_two: bool,
+    is_normalised: bool,
+    scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """logits: [num_tokens, n_routed_experts] fp32, contiguous; bias: [n_routed_experts] fp32. num_groups 0: no limit.
+
+    Returns weights [num_tokens, top_k] fp32 and ids [num_tokens, top_k] int64, ascending; ties go to the lower expert.
+    """
+    num_tokens, num_experts = logits.shape
+    weights = torch.empty(num_tokens, top_k)
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
+    call = _GateCall(
+        logits.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        weights.data_ptr(),
+        ids.data_ptr(),
+        num_tokens,
+        num_experts,
+        top_k,
+        num_groups,
+        top_groups,
+        is_sigmoid,
+        ranks_groups_by_two,
+        is_normalised,
+        scaling_factor,
+    )
+    require().mobula_select_experts(ctypes.addressof(call))
+    return weights, ids

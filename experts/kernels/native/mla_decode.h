@@ -1,0 +1,376 @@
+// Absorbed attention over the paged latent cache: keys are the latent rows, values their first kv_lora_rank numbers, both
+// shared by all heads. For any number of rows, each with its own context.
+//
+// A row's context is cut into spans, whose length follows from the length of the context alone; a task takes one span
+// with some heads, in blocks of tokens with an online softmax. The spans' results are then merged in ascending order.
+// So a row's bits depend on its query and its context, not on other rows, on threads or on where its blocks lie.
+//
+// A block is staged once for all heads of a task, in slabs of 64 units a token, so that one product's operands stay in the
+// first-level cache. Heads are lanes of the scores; columns of the latent are lanes of the output.
+#pragma once
+
+#include "mla_units.h"
+
+namespace {
+
+constexpr int kBlockTokens = 64;
+constexpr int kSlab = 64;  // units of a token that lie side by side
+constexpr int kSlabUnits = kBlockTokens * kSlab;
+constexpr int kMinSpan = 128, kMaxSpan = 2048, kSpansWanted = 16;  // tokens, tokens, of a row
+constexpr int kMaxGroupsPerTask = 2;      // of heads: their queries and outputs stay in the second-level cache
+constexpr size_t kPartBytes = 64 << 20;   // of spans' results in memory at once, or one row's
+
+constexpr bool kIsWide = Simd::kVectorsPerTile == 4;  // 32 vector registers
+
+inline int span_tokens(int context_len) {
+  int span = kMinSpan;
+  while (span < kMaxSpan && span * kSpansWanted < context_len) span *= 2;
+  return span;
+}
+
+inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// sums[m][16 * j...] (+)= x[m][i] * w[i][16 * j...] over i < k, one accumulator from the first i to the last. `decay`, if
+// given, multiplies what is there: one factor for each m.
+template <class U, int M, int V, int kXRow, int kXStep, int kWStep>
+inline void accumulate(const typename U::Unit* x, const typename U::Unit* w, int k, float* sums, size_t sums_stride,
+                       bool is_first, const float* decay) {
+  typename Simd::Floats acc[M][V];
+  if (is_first) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) acc[m][j] = Simd::zero();
+  } else {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const Simd::Floats factor = Simd::set1(decay ? decay[m] : 1.0f);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) {
+        acc[m][j] = Simd::load(sums + m * sums_stride + j * 16);
+        if (decay) acc[m][j] = Simd::mul(acc[m][j], factor);
+      }
+    }
+  }
+  for (int i = 0; i < k; i++, x += kXStep, w += kWStep) {
+    typename U::Weights weights[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) weights[j] = U::load(w + j * 16);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const typename U::Input input = U::broadcast(x + m * kXRow);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) acc[m][j] = U::dot(acc[m][j], weights[j], input);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) Simd::store(sums + m * sums_stride + j * 16, acc[m][j]);
+}
+
+struct Span {
+  int row, start, end;  // positions
+};
+
+struct DecodeWork {
+  const MlaDecodeCall* call;
+  const Span* spans;
+  const int* starts;  // of each row of the wave, its first span; one more at the end
+  int first_row, num_groups, groups_per_task, lanes;
+  int units;          // of a latent row
+  int width;          // of an output row in `parts`: kv_lora_rank, padded
+  uint32_t* queries;  // [rows of the wave][num_groups][units][lanes]
+  float* parts;       // [spans][num_groups * lanes][width]
+  float* stats;       // [spans][2][num_groups * lanes]: maximum, denominator
+};
+
+inline LatentRows latent_rows(const MlaDecodeCall& call, int row) {
+  const int sequence = call.sequences ? call.sequences[row] : row;
+  return {call.cache, call.block_tables + (size_t)sequence * call.max_num_blocks, call.cache_row_stride, call.block_size,
+          call.cache_format};
+}
+
+template <class U>
+void pack_queries_task(void* context, int task, int thread) {
+  const DecodeWork& work = *(const DecodeWork*)context;
+  const MlaDecodeCall& call = *work.call;
+  const int row = task / work.num_groups, group = task % work.num_groups;
+  const int numbers = call.kv_lora_rank + call.rope_dim, lanes = work.lanes;
+  uint32_t* buffer = (uint32_t*)thread_scratch(thread, (size_t)lanes * work.units * 4);
+  uint32_t* to = work.queries + (size_t)task * work.units * lanes;
+  for (int lane = 0; lane < lanes; lane++) {
+    const int head = group * lanes + lane;
+    uint32_t* row_of_buffer = buffer + (size_t)lane * work.units;
+    if (head >= call.num_heads) {
+      memset(row_of_buffer, 0, (size_t)work.units * 4);
+      continue;
+    }
+    const size_t at = (size_t)(work.first_row + row) * call.query_row_stride + (size_t)head * call.query_head_stride;
+    convert_row(call.query, call.query_format, at, row_of_buffer, U::kNumbers == 2 ? kBfloat16 : kFloat32, 0, numbers);
+  }
+  transpose(buffer, work.units, lanes, work.units, to, lanes);
+}
+
+// A block of tokens, staged. keys: [slabs][token][64 units]; values: the same memory for floats, for pairs
+// [slabs of 64 columns][pair of tokens][64].
+template <class U>
+struct Stage {
+  typename U::Unit *keys, *values;
+  int num_key_slabs, num_value_slabs;
+
+  void fill(const LatentRows& rows, int start, int n, int latent_dim) {
+    for (int token = 0; token < n; token++) {
+      const void* from = rows.at(start + token);
+      typename U::Unit* to = keys + token * kSlab;
+      constexpr int kStep = 16 * U::kNumbers;
+      int i = 0;
+      for (; i + kStep <= latent_dim; i += kStep) {
+        typename U::Unit* at = to + (size_t)(i / U::kNumbers / kSlab) * kSlabUnits + i / U::kNumbers % kSlab;
+        if constexpr (U::kNumbers == 2)
+          memcpy(at, (const uint16_t*)from + i, 64);
+        else
+          Simd::store(at, load_as_floats(from, rows.format, i));
+      }
+      if (i < latent_dim) {
+        typename U::Unit* at = to + (size_t)(i / U::kNumbers / kSlab) * kSlabUnits + i / U::kNumbers % kSlab;
+        memset(at, 0, 64);
+        convert_row(from, rows.format, i, at, U::kNumbers == 2 ? kBfloat16 : kFloat32, 0, latent_dim - i);
+      }
+    }
+    if constexpr (U::kNumbers == 2) fill_values(rows, start, n, latent_dim);
+  }
+
+  // Behind the last token stands a zero: nothing that lies there may matter.
+  void fill_values(const LatentRows& rows, int start, int n, int latent_dim) {
+    alignas(64) static const uint16_t zeros[kSlab] = {};
+    for (int token = 0; token < n; token += 2) {
+      const uint16_t* even = (const uint16_t*)rows.at(start + token);
+      const uint16_t* odd = token + 1 < n ? (const uint16_t*)rows.at(start + token + 1) : nullptr;
+      for (int slab = 0; slab < num_value_slabs; slab++) {
+        const int first = slab * kSlab, count = latent_dim - first < kSlab ? latent_dim - first : kSlab;
+        interleave(even + first, odd ? odd + first : zeros, (uint32_t*)values + (size_t)slab * (kSlabUnits / 2) + token / 2 * kSlab,
+                   count);
+      }
+    }
+  }
+};
+
+// Asks for the next block little by little, so that it arrives while this one is computed with.
+struct Fetcher {
+  const LatentRows* rows;
+  int next, end, tokens_per_step, row_bytes;
+  void step() {
+    for (int i = 0; i < tokens_per_step && next < end; i++, next++) {
+      const char* from = (const char*)rows->at(next);
+      for (int byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+    }
+  }
+};
+
+// Scores to weights, in place for floats, to pairs of tokens else. Lanes are heads. maximum, denominator, decay: [lanes].
+template <class U, int V>
+inline void softmax_block(float* scores, uint32_t* weights, int n, float scale, float* maximum, float* denominator,
+                          float* decay) {
+  constexpr int kLanes = 16 * V;
+  for (int j = 0; j < V; j++) {
+    float* column = scores + 16 * j;
+    Simd::Floats largest = Simd::load(column);
+    for (int t = 1; t < n; t++) largest = Simd::max(largest, Simd::load(column + t * kLanes));
+    const Simd::Floats factor = Simd::set1(scale), before = Simd::load(maximum + 16 * j);
+    const Simd::Floats now = Simd::max(before, Simd::mul(largest, factor));
+    const Simd::Floats shift = Simd::sub(Simd::zero(), now);
+    const Simd::Floats fading = exponential(Simd::sub(before, now));
+    Simd::Floats sum = Simd::zero();
+    if constexpr (U::kNumbers == 1) {
+      for (int t = 0; t < n; t++) {
+        const Simd::Floats weight = exponential(Simd::fma(Simd::load(column + t * kLanes), factor, shift));
+        Simd::store(column + t * kLanes, weight);
+        sum = Simd::add(sum, weight);
+      }
+    } else {
+      for (int t = 0; t < n; t += 2) {
+        const Simd::Floats even = exponential(Simd::fma(Simd::load(column + t * kLanes), factor, shift));
+        Simd::Floats odd = Simd::zero();
+        if (t + 1 < n) odd = exponential(Simd::fma(Simd::load(column + (t + 1) * kLanes), factor, shift));
+        store_pairs(weights + t / 2 * kLanes + 16 * j, even, odd);
+        sum = Simd::add(Simd::add(sum, even), odd);
+      }
+    }
+    Simd::store(denominator + 16 * j, Simd::fma(Simd::load(denominator + 16 * j), fading, sum));
+    Simd::store(maximum + 16 * j, now);
+    Simd::store(decay + 16 * j, fading);
+  }
+}
+
+template <class U, int V>
+void span_task(void* context, int task, int thread) {
+  const DecodeWork& work = *(const DecodeWork*)context;
+  const MlaDecodeCall& call = *work.call;
+  using Unit = typename U::Unit;
+  constexpr int kLanes = 16 * V, kScoreRows = kIsWide ? 16 / V : 4, kOutRows = kIsWide ? 8 : 4, kOutVectors = kIsWide ? 2 : 1;
+  const int chunks = (work.num_groups + work.groups_per_task - 1) / work.groups_per_task;
+  const int index = task / chunks, first_group = task % chunks * work.groups_per_task;
+  const int last_group = first_group + work.groups_per_task < work.num_groups ? first_group + work.groups_per_task : work.num_groups;
+  const Span span = work.spans[index];
+  const LatentRows rows = latent_rows(call, span.row);
+  const int latent_dim = call.kv_lora_rank + call.rope_dim, padded_heads = work.num_groups * kLanes;
+
+  Stage<U> stage;
+  stage.num_key_slabs = (work.units + kSlab - 1) / kSlab;
+  stage.num_value_slabs = (call.kv_lora_rank + kSlab - 1) / kSlab;
+  const size_t value_units = U::kNumbers == 2 ? (size_t)stage.num_value_slabs * kSlabUnits / 2 : 0;
+  stage.keys = (Unit*)thread_scratch(thread, ((size_t)stage.num_key_slabs * kSlabUnits + value_units) * 4);
+  stage.values = U::kNumbers == 2 ? stage.keys + (size_t)stage.num_key_slabs * kSlabUnits : stage.keys;
+  constexpr int kValueSlab = kSlabUnits / U::kNumbers;
+
+  float* maximum = work.stats + (size_t)index * 2 * padded_heads;
+  float* denominator = maximum + padded_heads;
+  float* out = work.parts + (size_t)index * padded_heads * work.width;
+  for (int lane = first_group * kLanes; lane < last_group * kLanes; lane++) {
+    maximum[lane] = -3.4e38f;
+    denominator[lane] = 0.0f;
+  }
+  alignas(64) float scores[kBlockTokens * kLanes];
+  alignas(64) uint32_t pairs[kBlockTokens / 2 * kLanes];
+  alignas(64) float decay[kLanes];
+  const int steps = (stage.num_key_slabs + stage.num_value_slabs) * (last_group - first_group);
+  for (int start = span.start; start < span.end; start += kBlockTokens) {
+    const int n = span.end - start < kBlockTokens ? span.end - start : kBlockTokens;
+    const bool is_first = start == span.start;
+    stage.fill(rows, start, n, latent_dim);
+    const int next_end = start + 2 * kBlockTokens < span.end ? start + 2 * kBlockTokens : span.end;
+    Fetcher fetcher = {&rows, start + kBlockTokens, next_end, (kBlockTokens + steps - 1) / steps,
+                       (int)(latent_dim * element_bytes(rows.format))};
+    for (int group = first_group; group < last_group; group++) {
+      const Unit* queries = (const Unit*)work.queries +
+                            ((size_t)(span.row - work.first_row) * work.num_groups + group) * work.units * kLanes;
+      for (int slab = 0; slab < stage.num_key_slabs; slab++) {
+        const int k = work.units - slab * kSlab < kSlab ? work.units - slab * kSlab : kSlab;
+        const Unit* keys = stage.keys + (size_t)slab * kSlabUnits;
+        for (int token = 0; token < n; token += kScoreRows)
+          accumulate<U, kScoreRows, V, kSlab, 1, kLanes>(keys + token * kSlab, queries + (size_t)slab * kSlab * kLanes, k,
+                                                         scores + token * kLanes, kLanes, slab == 0, nullptr);
+        fetcher.step();
+      }
+      softmax_block<U, V>(scores, pairs, n, call.scale, maximum + group * kLanes, denominator + group * kLanes, decay);
+      const Unit* weights = U::kNumbers == 2 ? (const Unit*)pairs : (const Unit*)scores;
+      const int k = (n + U::kNumbers - 1) / U::kNumbers;
+      for (int slab = 0; slab < stage.num_value_slabs; slab++) {
+        const Unit* values = stage.values + (size_t)slab * kValueSlab;
+        const int columns = work.width - slab * kSlab < kSlab ? work.width - slab * kSlab : kSlab;
+        for (int lane = 0; lane < kLanes; lane += kOutRows)
+          for (int column = 0; column < columns; column += 16 * kOutVectors)
+            accumulate<U, kOutRows, kOutVectors, 1, kLanes, kSlab>(
+                weights + lane, values + column, k,
+                out + (size_t)(group * kLanes + lane) * work.width + slab * kSlab + column, work.width, is_first,
+                decay + lane);
+        fetcher.step();
+      }
+    }
+  }
+}
+
+// Spans of one row and 16 heads, in ascending order.
+inline void merge_task(void* context, int task, int) {
+  const DecodeWork& work = *(const DecodeWork*)context;
+  const MlaDecodeCall& call = *work.call;
+  const int padded_heads = work.num_groups * work.lanes, sixteens = padded_heads / 16;
+  const int row = task / sixteens, first_head = task % sixteens * 16;
+  const int first = work.starts[row], last = work.starts[row + 1];
+  const size_t stats_stride = 2 * (size_t)padded_heads;
+  float* stats = work.stats + first_head;
+  Simd::Floats largest = Simd::set1(-3.4e38f), total = Simd::zero();
+  for (int i = first; i < last; i++) largest = Simd::max(largest, Simd::load(stats + i * stats_stride));
+  for (int i = first; i < last; i++) {  // the maximum gives way to the part's weight
+    const Simd::Floats weight = exponential(Simd::sub(Simd::load(stats + i * stats_stride), largest));
+    Simd::store(stats + i * stats_stride, weight);
+    total = Simd::fma(weight, Simd::load(stats + i * stats_stride + padded_heads), total);
+  }
+  alignas(64) float inverse[16];
+  Simd::store(inverse, Simd::div(Simd::set1(1.0f), total));
+  for (int lane = 0; lane < 16 && first_head + lane < call.num_heads; lane++) {
+    const int head = first_head + lane;
+    const size_t to = (size_t)(work.first_row + row) * call.out_row_stride + (size_t)head * call.out_head_stride;
+    const Simd::Floats factor = Simd::set1(first == last ? 0.0f : inverse[lane]);
+    for (int column = 0; column < call.kv_lora_rank; column += 16) {
+      Simd::Floats sum = Simd::zero();
+      for (int i = first; i < last; i++)
+        sum = Simd::fma(Simd::set1(stats[i * stats_stride + lane]),
+                        Simd::load(work.parts + ((size_t)i * padded_heads + head) * work.width + column), sum);
+      sum = Simd::mul(sum, factor);
+      const int left = call.kv_lora_rank - column;
+      if (left >= 16)
+        store_as(call.out, call.query_format, to + column, sum);
+      else
+        store_tail(call.out, call.query_format, to + column, sum, left);
+    }
+  }
+}
+
+template <class U, int V>
+void decode_wave(DecodeWork& work, int num_rows, int num_spans) {
+  parallel_for(num_rows * work.num_groups, pack_queries_task<U>, &work);
+  work.groups_per_task = kMaxGroupsPerTask;
+  if (num_spans * ((work.num_groups + kMaxGroupsPerTask - 1) / kMaxGroupsPerTask) < 4 * num_threads()) work.groups_per_task = 1;
+  const int chunks = (work.num_groups + work.groups_per_task - 1) / work.groups_per_task;
+  parallel_for(num_spans * chunks, span_task<U, V>, &work);
+  parallel_for(num_rows * (work.num_groups * V), merge_task, &work);
+}
+
+template <class U, int V>
+void decode_as(const MlaDecodeCall& call) {
+  DecodeWork work = {};
+  work.call = &call;
+  work.lanes = 16 * V;
+  work.num_groups = (call.num_heads + work.lanes - 1) / work.lanes;
+  work.units = (call.kv_lora_rank + call.rope_dim) / U::kNumbers;
+  work.width = round_up(call.kv_lora_rank, 32);
+  const size_t padded_heads = (size_t)work.num_groups * work.lanes;
+  const size_t part_bytes = padded_heads * (work.width + 2) * 4;
+  for (int first = 0; first < call.num_rows;) {
+    int last = first, num_spans = 0;
+    do {
+      const int length = call.context_lens[last], span = span_tokens(length);
+      const int more = (length + span - 1) / span;
+      if (last > first && (size_t)(num_spans + more) * part_bytes > kPartBytes) break;
+      num_spans += more;
+      last++;
+    } while (last < call.num_rows);
+    const size_t query_bytes = round_up(work.units * 4, 64) * padded_heads * (last - first);
+    const size_t index_bytes = round_up((int)(sizeof(Span) * num_spans + sizeof(int) * (last - first + 1)), 64);
+    uint8_t* memory = (uint8_t*)scratch(kMlaSlot, query_bytes + index_bytes + num_spans * part_bytes);
+    work.queries = (uint32_t*)memory;
+    Span* spans = (Span*)(memory + query_bytes);
+    int* starts = (int*)(spans + num_spans);
+    work.parts = (float*)(memory + query_bytes + index_bytes);
+    work.stats = work.parts + num_spans * padded_heads * work.width;
+    work.spans = spans;
+    work.starts = starts;
+    work.first_row = first;
+    int count = 0;
+    for (int row = first; row < last; row++) {
+      starts[row - first] = count;
+      const int length = call.context_lens[row], span = span_tokens(length);
+      for (int start = 0; start < length; start += span)
+        spans[count++] = {row, start, start + span < length ? start + span : length};
+    }
+    starts[last - first] = count;
+    decode_wave<U, V>(work, last - first, num_spans);
+    first = last;
+  }
+}
+
+template <class S>
+void decode_any(const MlaDecodeCall& call) {
+  const bool is_wide = kIsWide && call.num_heads > 16;
+  if constexpr (sizeof(typename S::Bf16Input) == 2)
+    if (call.query_format == kBfloat16 && call.cache_format == kBfloat16 && call.kv_lora_rank % 2 == 0 &&
+        call.rope_dim % 2 == 0)
+      return is_wide ? decode_as<PairUnits<S>, 2>(call) : decode_as<PairUnits<S>, 1>(call);
+  return is_wide ? decode_as<FloatUnits, 2>(call) : decode_as<FloatUnits, 1>(call);
+}
+
+void mla_decode(const MlaDecodeCall* call) { decode_any<Simd>(*call); }
+
+}  // namespace

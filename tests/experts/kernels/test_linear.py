@@ -1,0 +1,116 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experts.kernels.library import set_num_threads
+from experts.kernels.linear import KernelHeads, KernelLinear
+from experts.kernels.packed_matrix import pack
+from experts.quantized_matrix import QuantizedMatrix
+from tests.experts.kernels.instruction_sets import each_instruction_set, needs_kernels
+
+__all__ = ["each_instruction_set"]
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_rows", "num_outputs", "num_inputs"), [(1, 96, 64), (7, 70, 34), (50, 33, 130), (200, 1, 2)]
+)
+def test_a_product_is_that_of_fp64_within_the_rounding_of_its_sums(
+    each_instruction_set: str,
+    weight_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+) -> None:
+    weight = torch.randn(num_outputs, num_inputs).to(weight_dtype)
+    x = torch.randn(num_rows, num_inputs).to(x_dtype)
+    found = KernelLinear(pack([weight]))(x, out_dtype=torch.float32)
+    # fp32 sums of n products; bf16 tiles of some processors round fp32 activations to bf16 first.
+    rounding = 2**-8 if weight_dtype is torch.bfloat16 and x_dtype is torch.float32 else num_inputs * 2**-23
+    assert relative_error(found, x.double() @ weight.double().T) < rounding
+
+
+@pytest.mark.parametrize(("num_bits", "tolerance"), [(8, 0.02), (4, 0.02)])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_a_quantised_product_is_that_of_its_dequantised_weight(
+    each_instruction_set: str, num_bits: int, tolerance: float, group_size: int
+) -> None:
+    matrix = QuantizedMatrix.quantize(torch.randn(70, 256), num_bits, group_size)
+    x = torch.randn(20, 256)
+    found = KernelLinear(pack([matrix]))(x)
+    # Activations are rounded to 8 bits a group; the weight is exact.
+    assert relative_error(found, x.double() @ matrix.dequantize().double().T) < tolerance
+
+
+@needs_kernels
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    num_rows=st.integers(1, 60),
+    others=st.integers(0, 200),
+    num_threads=st.sampled_from([1, 2, 5]),
+    kind=st.sampled_from(["float32", "bfloat16", "int8", "int4"]),
+)
+def test_a_row_has_the_same_bits_beside_any_others_with_any_number_of_threads(
+    num_rows: int, others: int, num_threads: int, kind: str
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(170, 128, generator=generator)
+    x = torch.randn(num_rows + others, 128, generator=generator)
+    matrix = {
+        "float32": weight,
+        "bfloat16": weight.bfloat16(),
+        "int8": QuantizedMatrix.quantize(weight, 8, 64),
+        "int4": QuantizedMatrix.quantize(weight, 4, 64),
+    }[kind]
+    project = KernelLinear(pack([matrix]))
+    set_num_threads(1)
+    alone = torch.cat([project(row.unsqueeze(0)) for row in x[others:]])
+    set_num_threads(num_threads)
+    together = project(x)[others:]
+    set_num_threads(1)
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_is_added_before_rounding(each_instruction_set: str, dtype: torch.dtype) -> None:
+    weight, x = torch.randn(45, 64).to(dtype), torch.randn(9, 64).to(dtype)
+    residual = torch.randn(9, 45).to(dtype)
+    project = KernelLinear(pack([weight]))
+    expected = (project(x, out_dtype=torch.float32) + residual.float()).to(dtype)
+    assert torch.equal(project(x, residual=residual), expected)
+
+
+def test_matrices_one_above_the_other_start_at_whole_panels(each_instruction_set: str) -> None:
+    first, second = torch.randn(40, 16), torch.randn(10, 16)
+    product = KernelLinear(pack([first, second]))(torch.eye(16))
+    assert torch.equal(product[:, :40], first.T)
+    assert not product[:, 40:64].any()
+    assert torch.equal(product[:, 64:], second.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 5, 130])
+def test_each_head_has_its_own_matrix(each_instruction_set: str, dtype: torch.dtype, num_rows: int) -> None:
+    weights = torch.randn(3, 20, 12).to(dtype)
+    x = torch.randn(num_rows, 3, 30).to(dtype)[..., 4:16]  # a part of a wider row
+    out = torch.zeros(num_rows, 3, 25, dtype=dtype)
+    KernelHeads([pack([weight]) for weight in weights])(x, out=out[..., :20])
+    expected = torch.einsum("rhi,hoi->rho", x.double(), weights.double())
+    assert relative_error(out[..., :20], expected) < (2**-7 if dtype is torch.bfloat16 else 1e-5)
+    assert not out[..., 20:].any()
+
+
+def test_nan_stays_in_its_own_row(each_instruction_set: str) -> None:
+    for matrix in (torch.randn(40, 64), QuantizedMatrix.quantize(torch.randn(40, 64), 8, 32)):
+        x = torch.randn(10, 64)
+        x[3, 5] = float("nan")
+        assert KernelLinear(pack([matrix]))(x).isnan().all(dim=1).tolist() == [i == 3 for i in range(10)]
