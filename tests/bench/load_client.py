@@ -112,14 +112,21 @@ class LoadClient:
                         all_started.set()
             return sent_s, messages
 
-        runs = asyncio.gather(*(run(request) for request in requests))
         before = after = None
-        if counts_experts:
-            await asyncio.wait([asyncio.ensure_future(all_started.wait()), runs], return_when=asyncio.FIRST_COMPLETED)
-            before = await self._unary("GetExpertLoad")
-        answers = await runs
-        if counts_experts:
-            after = await self._unary("GetExpertLoad")
+        tasks = [asyncio.create_task(run(request)) for request in requests]
+        try:
+            if counts_experts:
+                first = asyncio.create_task(all_started.wait())
+                await asyncio.wait([first, *tasks], return_when=asyncio.FIRST_COMPLETED)
+                first.cancel()
+                before = await self._unary("GetExpertLoad")
+            answers = await asyncio.gather(*tasks)
+            if counts_experts:
+                after = await self._unary("GetExpertLoad")
+        finally:  # one failed: the others are given up
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         return DecodeRun(
             streams=tuple(_stream(sent_s, messages) for sent_s, messages in answers),
             choices=_choices(before, after) if before is not None and after is not None else (),
