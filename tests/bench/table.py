@@ -35,8 +35,7 @@ _CAPTION = (
 
 
 def _cells(row: Row, peers: Sequence[str]) -> list[str]:
-    what = {name: value for name, value in row.params.items() if name not in (*PROBES, WHY)}
-    text = escape(" ".join(_param(name, value) for name, value in what.items()))
+    text = escape(label_of(row))
     if row.is_missing:
         return [f"{text}\n[yellow]{escape(str(row.params.get(WHY, 'not measured')))}[/yellow]", "[yellow]-[/yellow]"]
     return [
@@ -47,6 +46,12 @@ def _cells(row: Row, peers: Sequence[str]) -> list[str]:
         "" if row.limit_fraction is None else f"{row.limit_fraction:.0%}",
         *(f"{row.ratios[peer]:.2f}" if peer in row.ratios else "" for peer in peers),
     ]
+
+
+def label_of(row: Row) -> str:
+    """Its params in words, without the probes."""
+    hidden = (*PROBES, WHY)
+    return " ".join(_param(name, value) for name, value in row.params.items() if name not in hidden)
 
 
 def format_number(value: float) -> str:

@@ -14,6 +14,8 @@ import time
 import torch
 import transformers
 
+MAX_TRIAL_TOKENS = 512  # of a prompt, to find the faster way
+
 
 def say(**fields):
     print("@@ " + json.dumps(fields), flush=True)
@@ -24,31 +26,44 @@ class Model:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype="auto", attn_implementation="sdpa", experts_implementation="grouped_mm"
         ).eval()
-
-    def use_experts(self, num_rows):
-        """Its grouped product is the faster one for many rows, its plain loop for few."""
-        name = "grouped_mm" if num_rows >= 16 else "eager"
-        if hasattr(self.model, "set_experts_implementation"):
-            self.model.set_experts_implementation(name)
+        self.faster = {}  # by number of rows: the way of computing experts that was faster on a trial
 
     def prompt(self, batch, num_tokens, seed):
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(10, self.model.config.vocab_size, (batch, num_tokens), generator=generator)
 
     def forward(self, ids, cache=None):
-        self.use_experts(ids.numel())
         return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def use_faster_experts(self, ids, num_forwards):
+        """Its grouped product is faster for many rows, its plain loop for few; from where on differs by machine."""
+        ids = ids[:, :MAX_TRIAL_TOKENS]
+        num_rows = ids.numel()
+        if num_rows not in self.faster:
+            times = {}
+            for name in ("grouped_mm", "eager"):
+                self.model.set_experts_implementation(name)
+                self.forward(ids)
+                start = time.perf_counter()
+                for _ in range(num_forwards):
+                    self.forward(ids)
+                times[name] = time.perf_counter() - start
+            self.faster[num_rows] = min(times, key=times.get)
+        self.model.set_experts_implementation(self.faster[num_rows])
 
     def prefill(self, num_tokens, seed):
         ids = self.prompt(1, num_tokens, seed)
+        self.use_faster_experts(ids, 1)
         start = time.perf_counter()
         self.forward(ids)
         return num_tokens / (time.perf_counter() - start)
 
     def decode(self, batch, context, num_steps, seed):
-        cache, rows = None, self.prompt(batch, context, seed)
-        out = self.forward(rows, cache)
+        rows = self.prompt(batch, context, seed)
+        self.model.set_experts_implementation("grouped_mm")
+        out = self.forward(rows)
         cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        self.use_faster_experts(ids, 4)
         start = time.perf_counter()
         for _ in range(num_steps):
             out = self.forward(ids, cache)
