@@ -98,7 +98,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.mobula_use_instruction_set.argtypes = [c_char_p]
     library.mobula_set_num_threads.argtypes = [c_int]
     library.mobula_num_threads.restype = c_int
-    for name in ("linear", "heads", "experts", "rms_norm", "select_experts"):
+    for name in ("linear", "heads", "experts", "rms_norm", "select_experts", "mla_prepare", "mla_decode", "mla_prefill"):
         function = getattr(library, f"mobula_{name}")
         function.argtypes = [c_void_p]
         function.restype = None
