@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from experts.grouped_ffn import ForwardInput
 
@@ -29,7 +28,7 @@ class ExpertLoad:
 
     def __init__(self, moe_layer_ids: tuple[int, ...], n_routed_experts: int) -> None:
         self._row_of_layer = {layer_id: row for row, layer_id in enumerate(moe_layer_ids)}
-        self._num_tokens = np.zeros((len(moe_layer_ids), n_routed_experts), dtype=np.uint64)
+        self._num_tokens = np.zeros((len(moe_layer_ids), n_routed_experts), dtype=np.int64)
         self._num_forwards = 0
         self._num_rows = 0
         self._num_assignments = 0
@@ -37,7 +36,7 @@ class ExpertLoad:
 
     def count(self, layer_id: int, num_forwards: int, forward: ForwardInput) -> None:
         """Adds a computation that answered `num_forwards` forwards."""
-        counts = torch.bincount(forward.expert_ids, minlength=self._num_tokens.shape[1]).numpy().astype(np.uint64)
+        counts = np.bincount(forward.expert_ids.numpy(), minlength=self._num_tokens.shape[1])
         with self._lock:
             self._num_tokens[self._row_of_layer[layer_id]] += counts
             self._num_forwards += num_forwards
@@ -48,7 +47,7 @@ class ExpertLoad:
         """The counts so far."""
         with self._lock:
             return LoadSnapshot(
-                num_tokens=self._num_tokens.copy(),
+                num_tokens=self._num_tokens.astype(np.uint64),
                 num_forwards=self._num_forwards,
                 num_rows=self._num_rows,
                 num_assignments=self._num_assignments,

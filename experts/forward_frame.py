@@ -4,16 +4,36 @@ Nothing in a frame is trusted: indices, order and sizes are checked before anyth
 goes through, it is the sender's.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from experts.batcher import ForwardOutput
 from experts.grouped_ffn import ForwardInput
 from experts.weight_store import ExpertModel, LayerWeights
 from protos import expert_pb2
-from protos.codec import PayloadReader, dtype_from_wire, dtype_to_wire, encode_frame
+from protos.codec import dtype_from_wire, dtype_to_wire, encode_frame
 from protos.errors import InvalidRequest, MobulaError, StalePlacement, code_number
 
+Int32Array = npt.NDArray[np.int32]
+
 MAX_MESSAGE_CHARS = 800  # of an error; with four bytes a character it still fits a ring's doorbell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardLimits:
+    """What a forward's assignments must keep to.
+
+    expert_to_unit: [n_routed_experts] int64, -1 for experts that are not held.
+    """
+
+    layer_id: int
+    placement_version: int
+    num_rows: int
+    num_partial_sums: int
+    expert_to_unit: npt.NDArray[np.int64]
 
 
 def read_forward(
@@ -26,57 +46,82 @@ def read_forward(
     dtype = dtype_from_wire(header.dtype)
     if dtype != model.dtype:
         raise InvalidRequest(f"hidden states are {dtype}, this shard computes in {model.dtype}", field="header.dtype")
-    reader = PayloadReader(payload)
-    hidden_states = reader.take((header.num_rows, model.hidden_size), dtype)
+    num_rows, num_assignments = header.num_rows, header.num_assignments
+    rows_bytes = num_rows * model.hidden_size * dtype.itemsize
+    excess = len(payload) - rows_bytes - 16 * num_assignments
+    if excess:
+        raise InvalidRequest(
+            f"payload has {len(payload)} bytes, {num_rows} rows of {model.hidden_size} {dtype} and {num_assignments} "
+            f"assignments have {len(payload) - excess}: {abs(excess)} bytes too {'many' if excess > 0 else 'few'}"
+        )
     # Copied before they are checked: whoever sent them may be able to write to them still.
-    weights, rows, expert_ids, partial_sums = reader.take((4, header.num_assignments), torch.int32).clone()
-    reader.finish()
-    forward = ForwardInput(
-        hidden_states=hidden_states,
+    assignments = np.frombuffer(payload[rows_bytes:], dtype=np.int32).reshape(4, num_assignments).copy()
+    limits = ForwardLimits(
+        layer_id=layer.layer_id,
+        placement_version=layer.placement_version,
+        num_rows=num_rows,
+        num_partial_sums=header.num_partial_sums,
+        expert_to_unit=layer.expert_to_unit.numpy(),
+    )
+    check_assignments(assignments[1], assignments[2], assignments[3], limits)
+    weights, rows, expert_ids, partial_sums = torch.from_numpy(assignments)
+    return ForwardInput(
+        hidden_states=_matrix(payload[:rows_bytes], num_rows, model),
         weights=weights.view(torch.float32),
         rows=rows,
         expert_ids=expert_ids,
         partial_sums=partial_sums,
         num_partial_sums=header.num_partial_sums,
     )
-    _check(forward, model, layer)
-    return forward
 
 
-def _check(forward: ForwardInput, model: ExpertModel, layer: LayerWeights) -> None:
-    """Assignments ascend by (unit, row, expert), partial sums number the (unit, row) pairs, every expert is held."""
-    if forward.num_assignments == 0:
-        if forward.num_partial_sums:
-            raise InvalidRequest(f"{forward.num_partial_sums} partial sums have no assignments")
+def _matrix(memory: memoryview, num_rows: int, model: ExpertModel) -> torch.Tensor:
+    """[num_rows, hidden_size] in the model's dtype, a view."""
+    if not memory:
+        return torch.empty(num_rows, model.hidden_size, dtype=model.dtype)
+    return torch.frombuffer(memory, dtype=model.dtype).view(num_rows, model.hidden_size)
+
+
+def check_assignments(
+    rows: Int32Array, expert_ids: Int32Array, partial_sums: Int32Array, limits: ForwardLimits
+) -> None:
+    """Assignments ascend by (unit, row, expert), partial sums number the (unit, row) pairs, every expert is held.
+
+    rows, expert_ids, partial_sums: [A] int32, not shared with anyone who could write to them. Raises InvalidRequest,
+    and StalePlacement for experts that are not held.
+    """
+    if len(rows) == 0:
+        if limits.num_partial_sums:
+            raise InvalidRequest(f"{limits.num_partial_sums} partial sums have no assignments")
         return
-    _check_range("row", forward.rows, forward.num_rows)
-    _check_range("expert id", forward.expert_ids, model.n_routed_experts)
-    units = layer.expert_to_unit[forward.expert_ids]
-    if int(units.min()) < 0:
-        missing = sorted(set(forward.expert_ids[units < 0].tolist()))
+    _check_range("row", rows, limits.num_rows)
+    _check_range("expert id", expert_ids, len(limits.expert_to_unit))
+    units = limits.expert_to_unit[expert_ids]  # [A] int64
+    if units.min() < 0:
         raise StalePlacement(
-            f"experts {missing} of layer {layer.layer_id} are not on this shard under placement version "
-            f"{layer.placement_version}; use the newest expert map"
+            f"experts {sorted(set(expert_ids[units < 0].tolist()))} of layer {limits.layer_id} are not on this shard "
+            f"under placement version {limits.placement_version}; use the newest expert map"
         )
-    pairs = units * forward.num_rows + forward.rows  # (unit, row) as one number, int64
-    keys = pairs * model.n_routed_experts + forward.expert_ids
-    if not bool((keys[1:] > keys[:-1]).all()):
+    pairs = units * limits.num_rows + rows  # (unit, row) as one number
+    keys = pairs * len(limits.expert_to_unit) + expert_ids
+    if not (keys[1:] > keys[:-1]).all():
         raise InvalidRequest("assignments do not ascend by (unit, row, expert), or one occurs twice")
-    expected = torch.zeros_like(pairs)
-    expected[1:] = (pairs[1:] != pairs[:-1]).cumsum(0)
-    if not torch.equal(forward.partial_sums.long(), expected):
+    expected = (pairs[1:] != pairs[:-1]).cumsum(dtype=np.int32)  # of all but the first, which is 0
+    if partial_sums[0] != 0 or (partial_sums[1:] != expected).any():
         raise InvalidRequest("partial sums do not number the (unit, row) pairs of the assignments from 0")
-    if int(expected[-1]) + 1 != forward.num_partial_sums:
+    count = int(partial_sums[-1]) + 1
+    if count != limits.num_partial_sums:
         raise InvalidRequest(
-            f"num_partial_sums is {forward.num_partial_sums}, the assignments have {int(expected[-1]) + 1}",
+            f"num_partial_sums is {limits.num_partial_sums}, the assignments have {count}",
             field="header.num_partial_sums",
         )
 
 
-def _check_range(name: str, values: torch.Tensor, limit: int) -> None:
-    low, high = (int(bound) for bound in values.aminmax())
-    if low < 0 or high >= limit:
-        raise InvalidRequest(f"{name} {low if low < 0 else high} is out of range, must be 0 to {limit - 1}")
+def _check_range(name: str, values: Int32Array, limit: int) -> None:
+    highest = int(values.view(np.uint32).max())  # a negative number is a very high one
+    if highest >= limit:
+        low = int(values.min())
+        raise InvalidRequest(f"{name} {low if low < 0 else highest} is out of range, must be 0 to {limit - 1}")
 
 
 def answer_tensor(memory: memoryview, forward: ForwardInput, model: ExpertModel) -> torch.Tensor:
@@ -84,9 +129,7 @@ def answer_tensor(memory: memoryview, forward: ForwardInput, model: ExpertModel)
     num_bytes = forward.num_partial_sums * model.hidden_size * model.dtype.itemsize
     if len(memory) != num_bytes:
         raise InvalidRequest(f"the answer's region has {len(memory)} bytes, the partial sums have {num_bytes}")
-    if num_bytes == 0:
-        return torch.empty(forward.num_partial_sums, model.hidden_size, dtype=model.dtype)
-    return torch.frombuffer(memory, dtype=model.dtype).view(forward.num_partial_sums, model.hidden_size)
+    return _matrix(memory, forward.num_partial_sums, model)
 
 
 def answer_header(sequence_number: int, outcome: ForwardOutput | MobulaError) -> expert_pb2.ForwardResult:

@@ -1,6 +1,13 @@
-"""The Prometheus series of an expert shard."""
+"""What an expert shard counts, and its Prometheus series, which are built when somebody scrapes."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from protos.histogram import TallyHistogram
 
 _SECONDS_BUCKETS = (
     0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
@@ -8,42 +15,60 @@ _SECONDS_BUCKETS = (
 _BATCHED_CALLS_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 
 
-class ShardMetrics:
-    """Counts for one shard. Written by its compute thread."""
+class ShardMetrics(Collector):
+    """Counts for one shard; registers itself. Its compute thread adds, its control thread sets what it holds."""
 
     def __init__(self, registry: CollectorRegistry, ep_rank: int) -> None:
-        labels, values = ("ep_rank",), (str(ep_rank),)
-        self.rows = Counter(
-            "mobula_ep_rank_tokens_total", "Rows of hidden states received and computed.", labels, registry=registry
-        ).labels(*values)
-        self.assignments = Counter(
-            "mobula_ep_rank_assignments_total", "(row, expert) pairs computed.", labels, registry=registry
-        ).labels(*values)
-        self.forwards = Counter(
-            "mobula_expert_forwards_total", "Forwards answered with partial sums.", labels, registry=registry
-        ).labels(*values)
-        self.queue_seconds = Histogram(
+        self._labels = {"ep_rank": str(ep_rank)}
+        self.num_rows = 0
+        self.num_assignments = 0
+        self.num_forwards = 0
+        self.weight_bytes = 0
+        self.num_units = 0
+        self.queue_seconds = TallyHistogram(
             "mobula_expert_queue_seconds",
             "From a forward's arrival until its computation began.",
-            labels,
-            buckets=_SECONDS_BUCKETS,
-            registry=registry,
-        ).labels(*values)
-        self.compute_seconds = Histogram(
+            self._labels,
+            _SECONDS_BUCKETS,
+        )
+        self.compute_seconds = TallyHistogram(
             "mobula_expert_compute_seconds",
             "Time of one computation, which may answer several forwards.",
-            labels,
-            buckets=_SECONDS_BUCKETS,
-            registry=registry,
-        ).labels(*values)
-        self.batched_calls = Histogram(
+            self._labels,
+            _SECONDS_BUCKETS,
+        )
+        self.batched_calls = TallyHistogram(
             "mobula_expert_batched_calls",
             "Forwards that one computation answered.",
-            labels,
-            buckets=_BATCHED_CALLS_BUCKETS,
-            registry=registry,
-        ).labels(*values)
-        self.weight_bytes = Gauge(
-            "mobula_expert_weight_bytes", "Bytes of expert weights held.", labels, registry=registry
-        ).labels(*values)
-        self.units = Gauge("mobula_expert_units", "Placement units held.", labels, registry=registry).labels(*values)
+            self._labels,
+            _BATCHED_CALLS_BUCKETS,
+        )
+        registry.register(self)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing in advance, so that registering does not collect."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """The series of the counts."""
+        counters = (
+            ("mobula_ep_rank_tokens", "Rows of hidden states received and computed.", self.num_rows),
+            ("mobula_ep_rank_assignments", "(row, expert) pairs computed.", self.num_assignments),
+            ("mobula_expert_forwards", "Forwards answered with partial sums.", self.num_forwards),
+        )
+        gauges = (
+            ("mobula_expert_weight_bytes", "Bytes of expert weights held.", self.weight_bytes),
+            ("mobula_expert_units", "Placement units held.", self.num_units),
+        )
+        names, values = tuple(self._labels), tuple(self._labels.values())
+        for name, documentation, count in counters:
+            counter = CounterMetricFamily(name, documentation, labels=names)
+            counter.add_metric(values, count)
+            yield counter
+        for name, documentation, value in gauges:
+            gauge = GaugeMetricFamily(name, documentation, labels=names)
+            gauge.add_metric(values, value)
+            yield gauge
+        yield self.queue_seconds.metric()
+        yield self.compute_seconds.metric()
+        yield self.batched_calls.metric()

@@ -175,15 +175,16 @@ class ExpertShard:
         merged = merge([waiting.forward for waiting in batch])
         sums = self._ffn(merged, layer.experts, batch[0].out if len(batch) == 1 else None)
         self._load.count(layer.layer_id, len(batch), merged)
+        metrics = self._metrics
         for waiting in batch:
-            self._metrics.queue_seconds.observe((started_ns - waiting.arrived_ns) / 1e9)
-        self._metrics.compute_seconds.observe((time.monotonic_ns() - started_ns) / 1e9)
-        self._metrics.batched_calls.observe(len(batch))
-        self._metrics.forwards.inc(len(batch))
-        self._metrics.rows.inc(merged.num_rows)
-        self._metrics.assignments.inc(merged.num_assignments)
+            metrics.queue_seconds.observe((started_ns - waiting.arrived_ns) / 1e9)
+        metrics.compute_seconds.observe((time.monotonic_ns() - started_ns) / 1e9)
+        metrics.batched_calls.observe(len(batch))
+        metrics.num_forwards += len(batch)
+        metrics.num_rows += merged.num_rows
+        metrics.num_assignments += merged.num_assignments
         return sums
 
     def _show_weights(self) -> None:
-        self._metrics.weight_bytes.set(self._store.weight_bytes)
-        self._metrics.units.set(self._store.num_units)
+        self._metrics.weight_bytes = self._store.weight_bytes
+        self._metrics.num_units = self._store.num_units

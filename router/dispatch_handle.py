@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
@@ -131,7 +132,7 @@ class DispatchHandle:
         self._error: MobulaError | None = None
         self._expert_to_unit: Int64Array
         self._plan: DispatchPlan
-        self._partial_sums: Tensor
+        self._partial_sums: npt.NDArray[np.float32]
 
     @property
     def plan(self) -> DispatchPlan:
@@ -149,11 +150,13 @@ class DispatchHandle:
             routing.expert_map.unit_to_ep_ranks[row], next(self._context.turns), self._avoid(routing)
         )
         self._plan = plan_dispatch(len(self._layer.hidden_states), assignments, ep_ranks)
-        hidden_states = self._layer.hidden_states
-        self._partial_sums = hidden_states.new_empty((self._plan.num_partial_sums + 1, hidden_states.shape[1]))
-        self._partial_sums[-1] = 0.0
         for message in self._plan.messages:
             self._send(message, routing, number=1)
+        # What is left does not delay the shards; answers are told in `wait` at the earliest.
+        shape = self._plan.num_partial_sums + 1, self._layer.hidden_states.shape[1]
+        self._partial_sums = np.empty(shape, dtype=np.float32)
+        self._partial_sums[-1] = 0.0
+        _ = self._plan.partial_sum_of_row  # cached
 
     def wait(self) -> Tensor:
         """The sum of each row's partial sums, [num_tokens, hidden_size] fp32.
@@ -254,7 +257,7 @@ class DispatchHandle:
         message, header = attempt.message, answer.header
         if header.HasField("error"):
             raise from_code(header.error.code, header.error.message)
-        dtype = self._partial_sums.dtype
+        dtype = self._layer.hidden_states.dtype
         if header.num_partial_sums != message.num_partial_sums or dtype_from_wire(header.dtype) != dtype:
             raise InternalError(
                 f"the answer has {header.num_partial_sums} partial sums of dtype {header.dtype}, expected "
@@ -263,7 +266,7 @@ class DispatchHandle:
         reader = PayloadReader(answer.payload)
         sums = reader.take((message.num_partial_sums, self._partial_sums.shape[1]), dtype)
         reader.finish()
-        self._partial_sums.index_copy_(0, torch.from_numpy(message.partial_sums), sums)
+        self._partial_sums[message.partial_sums] = sums.float().numpy()
         num_bytes = header.ByteSize() + answer.payload.nbytes
         assert attempt.call
         self._context.metrics.count_received(message.ep_rank, num_bytes, attempt.call.carrier)

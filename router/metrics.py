@@ -8,11 +8,12 @@ from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from protos.histogram import TallyHistogram
 from router.completions import Carrier
 
 _LATENCY_BUCKETS_S = (
@@ -47,13 +48,12 @@ class RouterMetrics(Collector):
         self._num_violations = 0
         self._placement_version = 0
         self._max_ranks_per_token = 0
-        self._latency = Histogram(
+        self._latency = TallyHistogram(
             "mobula_dispatch_latency_seconds",
             "From the dispatch of a layer's rows until their sums were complete.",
-            ("dp_rank",),
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
-        ).labels(self._dp_rank)
+            {"dp_rank": self._dp_rank},
+            _LATENCY_BUCKETS_S,
+        )
         registry.register(self)
 
     def set_placement(self, placement_version: int, max_ranks_per_token: int) -> None:
@@ -118,6 +118,7 @@ class RouterMetrics(Collector):
         for ep_rank, num_rows in sorted(self._rows.copy().items()):
             rows.add_metric((dp_rank, str(ep_rank)), num_rows)
         yield rows
+        yield self._latency.metric()
         yield self._ranks_per_token()
         violations = CounterMetricFamily(
             "mobula_device_limit_violations",

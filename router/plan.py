@@ -191,17 +191,17 @@ def plan_messages(assignments: Assignments, unit_ep_ranks: Int64Array) -> tuple[
     return tuple(messages)
 
 
-def sum_partials(plan: DispatchPlan, partial_sums: Tensor) -> Tensor:
+def sum_partials(plan: DispatchPlan, partial_sums: npt.NDArray[np.float32]) -> Tensor:
     """Adds each row's partial sums in ascending order of their unit, in fp32.
 
     partial_sums: [num_partial_sums + 1, hidden_size], zeros in the last row. Returns [num_tokens, hidden_size] fp32.
     The k-th addition takes the k-th unit of every row, or the zeros for rows that have none, which changes no bit: a
     sum that starts at +0.0 is never -0.0.
     """
-    total = torch.zeros(plan.num_tokens, partial_sums.shape[1], dtype=torch.float32)
+    total = np.zeros((plan.num_tokens, partial_sums.shape[1]), dtype=np.float32)
     for kth in plan.partial_sum_of_row:
-        total += partial_sums.index_select(0, torch.from_numpy(kth))
-    return total
+        total += partial_sums.take(kth, axis=0)
+    return torch.from_numpy(total)
 
 
 def _run_starts(values: Int64Array) -> npt.NDArray[np.bool_]:

@@ -1,4 +1,5 @@
 import re
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -95,8 +96,8 @@ def test_counted_load_is_what_was_computed(shard):
         ({"partial_sums": [1, 1, 2, 3]}, "invalid", "do not number"),
         ({"num_partial_sums": 4}, "invalid", "num_partial_sums is 4, the assignments have 3"),
         ({"num_partial_sums": 4_000_000_000}, "invalid", "num_partial_sums is 4000000000"),
-        ({"num_rows": 3}, "invalid", "payload has"),
-        ({"num_rows": 4_000_000_000}, "invalid", "payload has"),
+        ({"num_rows": 3}, "invalid", "bytes too few"),
+        ({"num_rows": 4_000_000_000}, "invalid", "bytes too few"),
         ({"num_assignments": 3}, "invalid", "bytes too many"),
         ({"hidden_states": torch.ones(2, MODEL.hidden_size + 1)}, "invalid", "bytes too many"),
         ({"num_assignments": 0, "weights": torch.ones(0), "rows": [], "expert_ids": [], "partial_sums": []},
@@ -144,3 +145,28 @@ def test_nan_goes_through_to_its_own_partial_sums(shard):
     answer = expert_pb2.ForwardResponse.FromString(shard.forward(forward_frame(hidden_states=hidden_states)).result(30))
     sums = torch.frombuffer(bytearray(answer.payload), dtype=torch.float32).view(3, -1)
     assert sums.isnan().any(dim=-1).tolist() == [False, False, True]
+
+
+def test_a_sender_that_changes_its_indices_after_they_were_checked_changes_nothing():
+    shard = expert_shard(MAP, 0, MODEL)  # not started: the forward waits
+    header, payload = decode_frame(expert_pb2.ForwardHeader, forward_frame())
+    memory = memoryview(bytearray(payload))
+    outcomes = []
+    waiting = shard.submit(header, memory, outcomes.append)
+    memory[2 * MODEL.hidden_size * 4 :] = b"\xff" * (4 * 16)
+    assert waiting.forward.rows.tolist() == [0, 0, 0, 1]
+    assert waiting.forward.expert_ids.tolist() == [0, 1, 4, 4]
+    assert waiting.forward.weights.tolist() == [1.0] * 4
+    shard.start()
+    shard.stop()
+    assert outcomes[0].partial_sums.isfinite().all()
+
+
+def test_an_answer_is_computed_in_the_memory_that_the_caller_gave(shard):
+    header, payload = decode_frame(expert_pb2.ForwardHeader, forward_frame())
+    expected = decode_frame(expert_pb2.ForwardResult, shard.forward(forward_frame()).result(30))[1]
+    memory = memoryview(bytearray(len(expected)))
+    done = Future()
+    shard.submit(header, payload, done.set_result, memory)
+    assert done.result(30).partial_sums.shape == (3, MODEL.hidden_size)
+    assert memory == expected
