@@ -18,6 +18,9 @@ from cluster import bundled_model
 from cluster.checkpoint import Checkpoint
 from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
 from cluster.model_config import ModelConfig
+from cluster.quantization import IntQuantization
+from experts.kernels.library import native
+from experts.quantized_matrix import MatrixFormat
 from experts.weight_store import ExpertModel
 from protos.rpc import MAX_FRAME_BYTES
 from router.expert_map import ExpertMap
@@ -26,6 +29,7 @@ from router.placement import PlacementRequest, place_units
 TOKENIZER_FILE = "tokenizer.json"
 OPTIONAL_TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 DTYPES = {DTypeName.FLOAT32: torch.float32, DTypeName.BFLOAT16: torch.bfloat16}
+KERNEL_GROUP_COLUMNS = 32  # the kernels take integers in groups of a multiple of this
 PROCESS_BYTES = 400 * 2**20  # of a process with torch and Ray before it has weights
 
 
@@ -49,6 +53,27 @@ class ServedModel:
             moe_intermediate_size=decoder.moe_intermediate_size,
             dtype=self.dtype,
         )
+
+    @property
+    def expert_format(self) -> MatrixFormat | None:
+        """The form of the routed experts in the checkpoint; None for plain numbers. Reads a header if asked."""
+        decoder = self.config.decoder
+        if not isinstance(self.config.quantization, IntQuantization) or not decoder.moe_layer_ids:
+            return None
+        return self.checkpoint.matrix_format(next(iter(decoder.expert_weight_shapes(decoder.moe_layer_ids[0], 0))))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one routed expert as a shard keeps it: integers where there are kernels for them, else multiplied out."""
+        kept = self.expert_format
+        shapes = [(rows, columns) for rows, columns in self.config.decoder.expert_weight_shapes(0, 0).values()]
+        if (
+            kept is None
+            or native() is None
+            or any((kept.group_size or columns) % KERNEL_GROUP_COLUMNS for _, columns in shapes)
+        ):
+            return self.expert_model.expert_bytes
+        return sum(kept.nbytes(rows, columns) for rows, columns in shapes)
 
     def tokenizer_folder(self) -> Path:
         """The folder with the tokenizer's files, fetched if they are on a hub. Raises InvalidCheckpoint."""
@@ -81,9 +106,10 @@ class ServingPlan:
         decoder, gate = self.model.config.decoder, self.model.config.decoder.gate
         limit = self.expert_map.max_ranks_per_token(gate)
         table = Table(box=None, show_header=False, padding=(0, 2))
-        table.add_row(
-            "model", f"{self.model.model_id} ({self.model.config.model_type}, {_dtype_name(self.model.dtype)})"
-        )
+        numbers = _dtype_name(self.model.dtype)
+        if self.model.expert_format is not None:
+            numbers += f", experts {self.model.expert_format}"
+        table.add_row("model", f"{self.model.model_id} ({self.model.config.model_type}, {numbers})")
         table.add_row(
             "layers",
             f"{decoder.num_hidden_layers}, of which {len(decoder.moe_layer_ids)} with {gate.n_routed_experts} routed "
@@ -133,7 +159,7 @@ def check(config: MobulaConfig) -> ServingPlan:
     """The plan. Raises ConfigError, InvalidCheckpoint, UnsupportedModel or PlacementError, naming what is wrong."""
     model = open_model(config)
     decoder = model.config.decoder
-    expert_bytes = model.expert_model.expert_bytes
+    expert_bytes = model.expert_bytes
     shards = config.expert_shards
     request = PlacementRequest(
         moe_layer_ids=decoder.moe_layer_ids,

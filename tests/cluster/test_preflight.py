@@ -1,18 +1,22 @@
 """What is refused before anything is started, by name."""
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
-from cluster import preflight
-from cluster.checkpoint import InvalidCheckpoint
+from cluster import convert, preflight
+from cluster.checkpoint import Checkpoint, InvalidCheckpoint
 from cluster.config import ConfigError, parse_config
 from cluster.json_fields import UnsupportedModel
 from cluster.preflight import check
 from router.placement import PlacementError
 from tests.checkpoints import write_checkpoint
+from tests.quantized_checkpoints import write_fp8_checkpoint
 
 
 @pytest.fixture
@@ -91,4 +95,33 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     tokenizer["model"]["vocab"] |= {f"extra{number}": size + number for number in range(4096)}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError, match="not of one checkpoint"):
+        plan_of(folder)
+
+
+def test_quantised_experts_are_counted_as_they_are_kept_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path / "plain", "v2", dtype=torch.bfloat16)
+    plain = plan_of(folder)
+    (tmp_path / "int4").mkdir()
+    convert.plan(Checkpoint.open(folder), 4).write(tmp_path / "int4", lambda _: None)
+    monkeypatch.setattr(preflight, "native", lambda: None)
+    assert plan_of(tmp_path / "int4").shard_weight_bytes == plain.shard_weight_bytes, "without kernels: multiplied out"
+    monkeypatch.setattr(preflight, "native", lambda: "kernels")
+    plan = plan_of(tmp_path / "int4")
+    per_number = 0.5 + 4 / 32  # bytes: four bits and a share of the group's scale
+    assert sum(plan.shard_weight_bytes) == sum(plain.shard_weight_bytes) / 2 * per_number
+    assert plan.worker_weight_bytes == plain.worker_weight_bytes
+    console = Console(file=StringIO(), width=200)
+    console.print(plan.describe())
+    assert "bfloat16, experts int4 (groups of 32)" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_quantised_part_that_is_missing_is_found_before_the_start(tmp_path: Path) -> None:
+    folder = write_fp8_checkpoint(tmp_path, "v3")
+    assert plan_of(folder).model.expert_format is None
+    path = folder / "model.safetensors"
+    name = b"model.layers.3.mlp.experts.31.up_proj.weight_scale_inv"
+    path.write_bytes(path.read_bytes().replace(name, b"x" * len(name)))
+    with pytest.raises(InvalidCheckpoint, match=r"experts\.31\.up_proj\.weight has dtype float8_e4m3fn"):
         plan_of(folder)
