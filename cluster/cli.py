@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from cluster import checkpoint_command
 from cluster.client import DEFAULT_ADDRESS, InferenceClient
 from cluster.views import experts_view
 from protos import generation_pb2
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Serves DeepSeek-V2-class models with attention and experts in separate processes.",
 )
+app.add_typer(checkpoint_command.app, name="checkpoint")
 console = Console()
 Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 ConfigFile = Annotated[
