@@ -13,10 +13,12 @@ class AttentionMetadata:
     slot_mapping: Tensor  # [num_tokens] int64, block_id * block_size + offset, where each row's latent is written
     query_start_loc: tuple[int, ...]  # num_seqs + 1; sequence i has rows query_start_loc[i] to query_start_loc[i + 1]
     seq_lens: tuple[int, ...]  # num_seqs; tokens of context, this step's rows included
+    num_prompt_tokens: tuple[int, ...]  # num_seqs; tokens of the whole prompt, what follows was generated
     block_tables: Tensor  # [num_seqs, max_num_blocks] int32, padded with 0
 
     def __post_init__(self) -> None:
         assert len(self.query_start_loc) == len(self.seq_lens) + 1 == self.block_tables.shape[0] + 1
+        assert len(self.num_prompt_tokens) == len(self.seq_lens)
         assert self.query_start_loc[0] == 0
         assert self.query_start_loc[-1] == self.positions.shape[0] == self.slot_mapping.shape[0]
         assert all(0 < self.query_len(i) <= seq_len for i, seq_len in enumerate(self.seq_lens))

@@ -1,24 +1,45 @@
-"""Which form of MLA each sequence of a step takes, decided once a step for all layers. No tensor is computed here
-but indices."""
+"""Which form of MLA each row of a step takes, decided once a step for all layers. Computes nothing but indices."""
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from attention.attention_metadata import AttentionMetadata
-from attention.mla_config import MlaConfig
 
-QUERIES_PER_PIECE = 64  # rows of one sequence in one absorbed call; bounds the scores in memory
+QUERIES_PER_PIECE = 64  # rows of one sequence in one absorbed call of torch; bounds the scores in memory
 
 
 class MlaForm(Enum):
-    """How attention over latents is computed; the results agree but for rounding."""
+    """How attention over latents is computed; the results agree but for rounding.
 
-    CHEAPER = "cheaper"  # per sequence, by MlaConfig.is_absorption_cheaper
-    ABSORBED = "absorbed"  # always: then how a prompt is cut into chunks does not change a bit of the result
+    Naive costs less for many rows (for DeepSeek-V2 and a long context from 170 rows on), absorbed for few.
+    """
+
+    BY_POSITION = "by_position"  # prompt tokens naive, generated ones absorbed: what else is in a step changes nothing
+    ABSORBED = "absorbed"  # always
     NAIVE = "naive"  # always
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSpan:
+    """Neighbouring rows of one sequence that take the same form."""
+
+    seq_index: int
+    start_row: int
+    end_row: int
+    seq_len: int  # context up to and including the last of these rows
+
+    @property
+    def num_rows(self) -> int:
+        return self.end_row - self.start_row
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens before the first of these rows."""
+        return self.seq_len - self.num_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,65 +53,81 @@ class AbsorbedBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NaiveSequence:
-    """One sequence's rows."""
+class AbsorbedRows:
+    """All absorbed rows, each on its own."""
 
-    start_row: int
-    end_row: int
-    block_table: Tensor  # [max_num_blocks] int32
-    seq_len: int
-
-    @property
-    def num_context_tokens(self) -> int:
-        """Tokens before this step's."""
-        return self.seq_len - (self.end_row - self.start_row)
+    rows: Tensor | slice  # [num_rows] int64, into the step's rows; a slice where they are neighbours
+    seq_indices: Tensor  # [num_rows] int32
+    context_lens: Tensor  # [num_rows] int32, tokens that each row sees
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True)
 class AttentionPlan:
-    """Every row of the step is in exactly one of the two."""
+    """Every row of the step is in exactly one span."""
 
-    absorbed: tuple[AbsorbedBatch, ...]
-    naive: tuple[NaiveSequence, ...]
+    metadata: AttentionMetadata
+    naive: tuple[RowSpan, ...]
+    absorbed: tuple[RowSpan, ...]
 
     @classmethod
-    def build(cls, metadata: AttentionMetadata, config: MlaConfig, form: MlaForm) -> "AttentionPlan":
-        pieces: dict[int, list[_Piece]] = {}  # by number of rows
-        naive = []
+    def build(cls, metadata: AttentionMetadata, form: MlaForm) -> "AttentionPlan":
+        naive, absorbed = [], []
         for seq_index, seq_len in enumerate(metadata.seq_lens):
             start_row, end_row = metadata.query_start_loc[seq_index : seq_index + 2]
-            is_absorbed = form is MlaForm.ABSORBED or (
-                form is MlaForm.CHEAPER and config.is_absorption_cheaper(end_row - start_row, seq_len)
-            )
-            if not is_absorbed:
-                block_table = metadata.block_tables[seq_index]
+            match form:
+                case MlaForm.BY_POSITION:
+                    num_generated = max(0, seq_len - metadata.num_prompt_tokens[seq_index])
+                    num_absorbed = min(num_generated, end_row - start_row)
+                case MlaForm.ABSORBED:
+                    num_absorbed = end_row - start_row
+                case MlaForm.NAIVE:
+                    num_absorbed = 0
+            middle = end_row - num_absorbed
+            if start_row < middle:
                 naive.append(
-                    NaiveSequence(start_row=start_row, end_row=end_row, block_table=block_table, seq_len=seq_len)
+                    RowSpan(seq_index=seq_index, start_row=start_row, end_row=middle, seq_len=seq_len - num_absorbed)
                 )
-                continue
-            for start in range(start_row, end_row, QUERIES_PER_PIECE):
-                end = min(start + QUERIES_PER_PIECE, end_row)
-                piece = _Piece(seq_index=seq_index, start_row=start, seq_len=seq_len - (end_row - end))
-                pieces.setdefault(end - start, []).append(piece)
-        absorbed = tuple(_batch(pieces[query_len], query_len, metadata) for query_len in sorted(pieces))
-        return cls(absorbed=absorbed, naive=tuple(naive))
+            if middle < end_row:
+                absorbed.append(RowSpan(seq_index=seq_index, start_row=middle, end_row=end_row, seq_len=seq_len))
+        return cls(metadata, tuple(naive), tuple(absorbed))
 
+    @cached_property
+    def absorbed_rows(self) -> AbsorbedRows | None:
+        """For kernels that take rows one by one; None where there are none."""
+        spans = self.absorbed
+        if not spans:
+            return None
+        rows = [row for span in spans for row in range(span.start_row, span.end_row)]
+        seq_indices = [span.seq_index for span in spans for _ in range(span.num_rows)]
+        context_lens = [n for span in spans for n in range(span.num_context_tokens + 1, span.seq_len + 1)]
+        are_neighbours = rows[-1] - rows[0] == len(rows) - 1
+        return AbsorbedRows(
+            rows=slice(rows[0], rows[-1] + 1) if are_neighbours else torch.tensor(rows),
+            seq_indices=torch.tensor(seq_indices, dtype=torch.int32),
+            context_lens=torch.tensor(context_lens, dtype=torch.int32),
+        )
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
-    seq_index: int
-    start_row: int
-    seq_len: int
+    @cached_property
+    def absorbed_batches(self) -> tuple[AbsorbedBatch, ...]:
+        """For torch: pieces of equal length together."""
+        pieces: dict[int, list[RowSpan]] = {}  # by number of rows
+        for span in self.absorbed:
+            for start in range(span.start_row, span.end_row, QUERIES_PER_PIECE):
+                end = min(start + QUERIES_PER_PIECE, span.end_row)
+                piece = RowSpan(
+                    seq_index=span.seq_index, start_row=start, end_row=end, seq_len=span.seq_len - (span.end_row - end)
+                )
+                pieces.setdefault(piece.num_rows, []).append(piece)
+        return tuple(self._batch(pieces[query_len], query_len) for query_len in sorted(pieces))
 
-
-def _batch(pieces: list[_Piece], query_len: int, metadata: AttentionMetadata) -> AbsorbedBatch:
-    device = metadata.block_tables.device
-    start_rows = torch.tensor([piece.start_row for piece in pieces], device=device)
-    rows = (start_rows.unsqueeze(-1) + torch.arange(query_len, device=device)).flatten()
-    seq_indices = torch.tensor([piece.seq_index for piece in pieces], device=device)
-    return AbsorbedBatch(
-        rows=rows,
-        query_len=query_len,
-        block_tables=metadata.block_tables[seq_indices],
-        seq_lens=tuple(piece.seq_len for piece in pieces),
-    )
+    def _batch(self, pieces: list[RowSpan], query_len: int) -> AbsorbedBatch:
+        block_tables = self.metadata.block_tables
+        start_rows = torch.tensor([piece.start_row for piece in pieces], device=block_tables.device)
+        rows = (start_rows.unsqueeze(-1) + torch.arange(query_len, device=block_tables.device)).flatten()
+        seq_indices = torch.tensor([piece.seq_index for piece in pieces], device=block_tables.device)
+        return AbsorbedBatch(
+            rows=rows,
+            query_len=query_len,
+            block_tables=block_tables[seq_indices],
+            seq_lens=tuple(piece.seq_len for piece in pieces),
+        )

@@ -3,7 +3,7 @@
 A layer of one forward:
 1. norm, attention over the latent cache (mla.py), residual;
 2. norm; a dense layer runs its MLP; a mixture layer
-3. chooses experts (router/gate.py, fp32) and dispatches its rows;
+3. chooses experts (router/gate.py, in fp32) and dispatches its rows;
 4. runs the shared experts meanwhile;
 5. combines: fp32 sum of routed and shared, cast once, residual.
 """
@@ -17,13 +17,14 @@ from torch import Tensor
 from attention.attention_backend import AttentionBackend
 from attention.attention_metadata import AttentionMetadata
 from attention.attention_plan import AttentionPlan, MlaForm
-from attention.decoder_weights import DecoderConfig, DecoderWeights, LayerWeights, MoeWeights
+from attention.decoder_weights import DecoderConfig, DecoderWeights, MoeWeights
+from attention.expert_choice import choose_experts
+from attention.kernel_mla import KernelMla, KernelMlaWeights
 from attention.latent_cache import LatentCache
-from attention.layers import SwiGlu, linear, pad_rows, rms_norm
+from attention.layers import rms_norm
 from attention.mla import Mla
 from attention.rotary import RotaryEmbedding
 from attention.torch_backend import TorchBackend
-from router.gate import router_logits, select_experts
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderWeights", "ExpertDispatcher"]
 
@@ -54,49 +55,48 @@ class Decoder:
         dispatcher: ExpertDispatcher,
         latent_cache: LatentCache,
         attention_backend: AttentionBackend | None = None,
-        mla_form: MlaForm = MlaForm.CHEAPER,
+        mla_form: MlaForm = MlaForm.BY_POSITION,
     ) -> None:
         self.config = config
         self._weights = weights
         self._dispatcher = dispatcher
-        self._latent_cache = latent_cache
         self._mla_form = mla_form
         self._rotary = RotaryEmbedding(config.rotary, weights.embedding.device)
         backend = TorchBackend() if attention_backend is None else attention_backend
         self._attention = [
-            Mla(config.mla, layer.attention, config.softmax_scale, backend, layer_id)
+            KernelMla(config.mla, layer.attention, config.softmax_scale, latent_cache, layer_id)
+            if isinstance(layer.attention, KernelMlaWeights)
+            else Mla(config.mla, layer.attention, config.softmax_scale, backend, latent_cache, layer_id)
             for layer_id, layer in enumerate(weights.layers)
         ]
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Hidden states after the final norm: [num_tokens, hidden_size]. token_ids: [num_tokens] int64."""
-        plan = AttentionPlan.build(metadata, self.config.mla, self._mla_form)
+        plan = AttentionPlan.build(metadata, self._mla_form)
         rotation = self._rotary.at(metadata.positions)
         hidden_states = F.embedding(token_ids, self._weights.embedding)
         for layer_id, layer in enumerate(self._weights.layers):
             normed = rms_norm(hidden_states, layer.attention_norm, self.config.rms_norm_eps)
-            hidden_states = hidden_states + self._attention[layer_id].forward(
-                normed, rotation, metadata.slot_mapping, plan, self._latent_cache
-            )
-            hidden_states = hidden_states + self._feed_forward(layer_id, layer, hidden_states)
+            hidden_states = self._attention[layer_id].forward(normed, rotation, plan, hidden_states)
+            normed = rms_norm(hidden_states, layer.mlp_norm, self.config.rms_norm_eps)
+            if isinstance(layer.mlp, MoeWeights):
+                hidden_states = self._mixture(layer_id, layer.mlp, normed, hidden_states)
+            else:
+                hidden_states = hidden_states + layer.mlp(normed, hidden_states.dtype)
         return rms_norm(hidden_states, self._weights.norm, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [n, hidden_size] as forward returns them. Returns [n, vocab_size] fp32."""
-        return linear(hidden_states, self._weights.lm_head).float()
+        return self._weights.lm_head(hidden_states, out_dtype=torch.float32)
 
-    def _feed_forward(self, layer_id: int, layer: LayerWeights, hidden_states: Tensor) -> Tensor:
-        normed = rms_norm(hidden_states, layer.mlp_norm, self.config.rms_norm_eps)
-        if isinstance(layer.mlp, SwiGlu):
-            return layer.mlp.forward(normed)
-        return self._mixture(layer_id, layer.mlp, normed)
-
-    def _mixture(self, layer_id: int, moe: MoeWeights, hidden_states: Tensor) -> Tensor:
-        logits = router_logits(pad_rows(hidden_states.float()), moe.gate)[: hidden_states.shape[0]]
-        topk_weights, topk_ids = select_experts(logits, self.config.gate, moe.correction_bias)
-        handle = self._dispatcher.dispatch(layer_id, hidden_states, topk_weights, topk_ids)
-        shared = None if moe.shared_experts is None else moe.shared_experts.forward(hidden_states)
-        routed = self._dispatcher.combine(handle)  # [num_tokens, hidden_size] fp32
-        return (routed if shared is None else routed + shared.float()).to(hidden_states.dtype)
+    def _mixture(self, layer_id: int, moe: MoeWeights, normed: Tensor, residual: Tensor) -> Tensor:
+        """Routed and shared experts of the normed rows, and the residual: summed in fp32, cast once."""
+        topk_weights, topk_ids = choose_experts(normed, moe.gate, self.config.gate, moe.correction_bias)
+        handle = self._dispatcher.dispatch(layer_id, normed, topk_weights, topk_ids)
+        shared = None if moe.shared_experts is None else moe.shared_experts(normed, torch.float32)
+        output = self._dispatcher.combine(handle)  # [num_tokens, hidden_size] fp32
+        if shared is not None:
+            output = output.add_(shared)
+        return output.add_(residual).to(residual.dtype)

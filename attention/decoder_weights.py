@@ -3,13 +3,13 @@
 The routed experts' weights are not here: attention workers do not hold them.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from torch import Tensor
 
-from attention.layers import SwiGlu, WeightReader, WeightTarget
+from attention.kernel_mla import KernelMlaWeights, can_use_kernels
+from attention.layers import Mlp, Projection, TorchProjection, WeightReader, WeightTarget
 from attention.mla import MlaWeights
 from attention.mla_config import MlaConfig
 from attention.rotary import RotaryConfig
@@ -104,18 +104,18 @@ class DecoderConfig:
 class MoeWeights:
     """A mixture layer without its routed experts."""
 
-    gate: Tensor  # [n_routed_experts, hidden_size] fp32
+    gate: Projection  # to [n_routed_experts], fp32
     correction_bias: Tensor | None  # [n_routed_experts] fp32
-    shared_experts: SwiGlu | None
+    shared_experts: Mlp | None
 
     @classmethod
     def read(cls, target: WeightTarget, prefix: str, config: DecoderConfig) -> "MoeWeights":
         """prefix: "model.layers.1.mlp"."""
         bias = target.read_fp32(f"{prefix}.gate.e_score_correction_bias") if config.has_correction_bias else None
         return cls(
-            gate=target.read_fp32(f"{prefix}.gate.weight"),
+            gate=target.project([target.read_fp32(f"{prefix}.gate.weight")]),
             correction_bias=bias,
-            shared_experts=SwiGlu.read(target, f"{prefix}.shared_experts") if config.n_shared_experts else None,
+            shared_experts=target.mlp(f"{prefix}.shared_experts") if config.n_shared_experts else None,
         )
 
 
@@ -124,19 +124,21 @@ class LayerWeights:
     """One decoder layer."""
 
     attention_norm: Tensor  # [hidden_size], input_layernorm
-    attention: MlaWeights
+    attention: MlaWeights | KernelMlaWeights
     mlp_norm: Tensor  # [hidden_size], post_attention_layernorm
-    mlp: SwiGlu | MoeWeights
+    mlp: Mlp | MoeWeights
 
     @classmethod
     def read(cls, target: WeightTarget, layer_id: int, config: DecoderConfig) -> "LayerWeights":
         prefix = f"model.layers.{layer_id}"
         is_moe = layer_id in config.moe_layer_ids
+        has_kernels = target.use_kernels and can_use_kernels(config.mla)
+        attention = KernelMlaWeights if has_kernels else MlaWeights
         return cls(
             attention_norm=target.read(f"{prefix}.input_layernorm.weight"),
-            attention=MlaWeights.read(target, f"{prefix}.self_attn", config.mla),
+            attention=attention.read(target, f"{prefix}.self_attn", config.mla),
             mlp_norm=target.read(f"{prefix}.post_attention_layernorm.weight"),
-            mlp=MoeWeights.read(target, f"{prefix}.mlp", config) if is_moe else SwiGlu.read(target, f"{prefix}.mlp"),
+            mlp=MoeWeights.read(target, f"{prefix}.mlp", config) if is_moe else target.mlp(f"{prefix}.mlp"),
         )
 
 
@@ -147,38 +149,40 @@ class DecoderWeights:
     embedding: Tensor  # [vocab_size, hidden_size]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [hidden_size]
-    lm_head: Tensor  # [vocab_size, hidden_size]; the embedding itself when they are tied
+    lm_head: Projection  # to [vocab_size]; torch shares the embedding's memory when they are tied
 
     @property
     def weight_bytes(self) -> int:
-        """Of all tensors, each counted once."""
-        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in _tensors(self)}
-        return sum(tensors.values())
+        """Of all weights, each counted once."""
+        return sum(_bytes_by_owner(self).values())
 
     @classmethod
     def read(
         cls, reader: WeightReader, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> "DecoderWeights":
         """Reads one tensor at a time: memory never exceeds what is kept by more than the largest tensor."""
-        target = WeightTarget(reader=reader, dtype=dtype, device=torch.device(device))
+        target = WeightTarget.best(reader, dtype, device)
         embedding = target.read("model.embed_tokens.weight")
         return cls(
             embedding=embedding,
             layers=tuple(LayerWeights.read(target, layer_id, config) for layer_id in range(config.num_hidden_layers)),
             norm=target.read("model.norm.weight"),
-            lm_head=embedding if config.tie_word_embeddings else target.read("lm_head.weight"),
+            lm_head=target.project([embedding]) if config.tie_word_embeddings else target.projection("lm_head.weight"),
         )
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def _bytes_by_owner(value: object) -> dict[int, int]:
+    """Bytes of every weight below `value`; tensors by their memory, so that shared ones count once."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+        return {value.data_ptr(): value.nbytes}
+    if isinstance(value, TorchProjection):
+        return {value.weight.data_ptr(): value.nbytes}
+    if isinstance(value, tuple):
+        return {owner: size for item in value for owner, size in _bytes_by_owner(item).items()}
+    if is_dataclass(value):
+        return _bytes_by_owner(tuple(getattr(value, field.name) for field in fields(value)))
+    size = getattr(value, "nbytes", None)
+    return {} if size is None else {id(value): size}
 
 
 def _attention_shapes(prefix: str, mla: MlaConfig) -> dict[str, tuple[int, ...]]:

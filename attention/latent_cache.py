@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROW_MULTIPLE = 32  # numbers; 576 is one, so the published models lose nothing
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentCacheConfig:
@@ -33,9 +35,14 @@ class LatentCacheConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def row_width(self) -> int:
+        """Numbers from one row to the next: rows are padded with zeros to whole vectors of the kernels."""
+        return -(-self.latent_dim // ROW_MULTIPLE) * ROW_MULTIPLE
+
+    @property
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers."""
-        return self.num_layers * self.block_size * self.latent_dim * self.dtype.itemsize
+        return self.num_layers * self.block_size * self.row_width * self.dtype.itemsize
 
 
 class LatentCache:
@@ -44,7 +51,7 @@ class LatentCache:
     def __init__(self, config: LatentCacheConfig) -> None:
         self.config = config
         self.tensor = _zeros(
-            (config.num_layers, config.num_blocks, config.block_size, config.latent_dim), config.dtype, config.device
+            (config.num_layers, config.num_blocks, config.block_size, config.row_width), config.dtype, config.device
         )
 
     def bytes_per_block(self) -> int:
@@ -57,7 +64,9 @@ class LatentCache:
         qk_rope_head_dim], rotated.
         """
         rows = torch.cat((kv_c, k_pe), dim=-1).to(self.config.dtype)  # [num_tokens, latent_dim]
-        self.tensor[layer_id].view(-1, self.config.latent_dim).index_copy_(0, slot_mapping, rows)
+        self.tensor[layer_id].view(-1, self.config.row_width)[:, : self.config.latent_dim].index_copy_(
+            0, slot_mapping, rows
+        )
 
     def gather(self, layer_id: int, block_ids: Tensor) -> Tensor:
         """The latents of whole blocks, in the order of the ids.
@@ -65,7 +74,7 @@ class LatentCache:
         block_ids: [..., num_blocks] int. Returns a copy [..., num_blocks * block_size, latent_dim].
         """
         blocks = self.tensor[layer_id].index_select(0, block_ids.reshape(-1))
-        return blocks.view(*block_ids.shape[:-1], -1, self.config.latent_dim)
+        return blocks.view(*block_ids.shape[:-1], -1, self.config.row_width)[..., : self.config.latent_dim]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

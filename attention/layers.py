@@ -1,14 +1,21 @@
-"""The layers every decoder has: linear, RMS norm, SwiGLU MLP, and how their weights are read.
+"""The layers every decoder has: projections, RMS norm, SwiGLU MLP, and how their weights are read.
 
-A row's result depends on that row alone: other rows in the batch change no bit of it (see `pad_rows`).
+Each has two forms with one interface: the CPU kernels of experts/kernels where they are built, torch everywhere else.
+In the kernels a row's result depends on that row alone, to the bit; torch may round it otherwise beside others.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from experts.kernels.expert_set import ExpertSet, PackedExpert
+from experts.kernels.library import native
+from experts.kernels.linear import KernelLinear, kernel_rms_norm
+from experts.kernels.packed_matrix import can_pack, pack
 
 
 class WeightReader(Protocol):
@@ -19,13 +26,44 @@ class WeightReader(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
 
+class Projection(Protocol):
+    """x @ weight.T"""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weight."""
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x: [num_tokens, n]; residual: like the result, added to it. Returns [num_tokens, m] in `out_dtype` or x's."""
+        ...
+
+
+class Mlp(Protocol):
+    """A gated MLP: down(silu(gate(x)) * up(x)). Dense layers and shared experts are this."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights."""
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """x: [num_tokens, hidden_size]; returns the same shape."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightTarget:
-    """Reads weights into one dtype on one device."""
+    """Reads weights into one dtype on one device, in the form in which they will be used."""
 
     reader: WeightReader
     dtype: torch.dtype
     device: torch.device
+    use_kernels: bool = False
+
+    @classmethod
+    def best(cls, reader: WeightReader, dtype: torch.dtype, device: torch.device | str) -> "WeightTarget":
+        """With the CPU kernels where the device is the CPU and they are built."""
+        device = torch.device(device)
+        return cls(reader=reader, dtype=dtype, device=device, use_kernels=device.type == "cpu" and native() is not None)
 
     def read(self, name: str) -> Tensor:
         return self.reader.read(name).to(device=self.device, dtype=self.dtype)
@@ -33,54 +71,81 @@ class WeightTarget:
     def read_fp32(self, name: str) -> Tensor:
         return self.reader.read(name).to(device=self.device, dtype=torch.float32)
 
+    def projection(self, *names: str) -> Projection:
+        """The matrices one above the other; a kernel's parts start at multiples of 32 outputs (see `part_starts`)."""
+        return self.project([self.read(name) for name in names])
 
-def min_gemm_rows() -> int:
-    """Rows from which on a fp32 matrix product of the CPU sums every row alike.
+    def project(self, parts: Sequence[Tensor]) -> Projection:
+        """The same for matrices [m, n] that were read."""
+        if self.use_kernels and all(can_pack(part) for part in parts):
+            return KernelLinear(pack(parts))
+        return TorchProjection(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
 
-    MKL takes another kernel where a thread would get fewer than 4 rows. Measured for 1, 2, 3, 4, 8 and 16 threads: rows
-    of one thread agree from 4 on, of several from 12 or 28 on at the latest. bf16 products do not have this trait.
-    """
-    num_threads = torch.get_num_threads()
-    return 4 if num_threads == 1 else max(16, 2 * num_threads)
-
-
-def pad_rows(x: Tensor) -> Tensor:
-    """x with zero rows added below where its row count would change a row's bits. x: [..., num_tokens, n]."""
-    if x.dtype is not torch.float32 or x.device.type != "cpu":
-        return x
-    missing = min_gemm_rows() - x.shape[-2]
-    return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x: [num_tokens, n]; weight: [m, n]. Returns [num_tokens, m]."""
-    return F.linear(pad_rows(x), weight)[: x.shape[0]]
+    def mlp(self, prefix: str) -> Mlp:
+        """prefix: "model.layers.0.mlp" and the like."""
+        gate, up, down = (self.read(f"{prefix}.{name}.weight") for name in ("gate_proj", "up_proj", "down_proj"))
+        if self.use_kernels and can_pack(gate) and can_pack(down):
+            return KernelMlp(PackedExpert(w13=pack([gate, up]), w2=pack([down])), intermediate_size=gate.shape[0])
+        return TorchMlp(w13=torch.cat((gate, up)), w2=down)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalised in fp32, cast to x's dtype, then times the weight. x: [num_tokens, n]; weight: [n]."""
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+@dataclass(frozen=True, slots=True)
+class TorchProjection:
+    """Projection by torch."""
+
+    weight: Tensor  # [m, n]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+        product = F.linear(x.to(self.weight.dtype), self.weight)
+        if residual is not None:
+            product = residual + product
+        return product.to(out_dtype or x.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SwiGlu:
-    """A gated MLP: down(silu(gate(x)) * up(x)). Dense layers and shared experts are this."""
+class TorchMlp:
+    """Mlp by torch."""
 
     w13: Tensor  # [2 * intermediate_size, hidden_size], gate_proj over up_proj
     w2: Tensor  # [hidden_size, intermediate_size], down_proj
 
-    @classmethod
-    def read(cls, target: WeightTarget, prefix: str) -> "SwiGlu":
-        """prefix: "model.layers.0.mlp" and the like. One tensor is read at a time, into its place."""
-        intermediate_size, hidden_size = target.reader.shape(f"{prefix}.gate_proj.weight")
-        w13 = torch.empty(2 * intermediate_size, hidden_size, dtype=target.dtype, device=target.device)
-        w13[:intermediate_size].copy_(target.reader.read(f"{prefix}.gate_proj.weight"))
-        w13[intermediate_size:].copy_(target.reader.read(f"{prefix}.up_proj.weight"))
-        return cls(w13=w13, w2=target.read(f"{prefix}.down_proj.weight"))
+    @property
+    def nbytes(self) -> int:
+        return self.w13.nbytes + self.w2.nbytes
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, hidden_size]; returns the same shape and dtype."""
-        gate, up = linear(x, self.w13).chunk(2, dim=-1)  # [num_tokens, intermediate_size] each
-        return linear(F.silu(gate) * up, self.w2)
+    def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        gate, up = F.linear(x, self.w13).chunk(2, dim=-1)  # [num_tokens, intermediate_size] each
+        return F.linear(F.silu(gate) * up, self.w2).to(out_dtype)
+
+
+class KernelMlp:
+    """Mlp by the CPU kernels: the feed-forward of a set of one expert."""
+
+    def __init__(self, weights: PackedExpert, intermediate_size: int) -> None:
+        self._weights = weights
+        self._experts = ExpertSet({0: weights}, intermediate_size)
+
+    @property
+    def nbytes(self) -> int:
+        return self._weights.nbytes
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return self._experts.forward_dense(x.contiguous(), out_dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalised in fp32, cast to x's dtype, then times the weight. x: [num_tokens, n]; weight: [n]."""
+    if native() is not None and x.device.type == "cpu" and x.stride(-1) == 1:
+        return kernel_rms_norm(x, weight, eps)
+    return torch_rms_norm(x, weight, eps)
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm by torch."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight

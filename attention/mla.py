@@ -7,12 +7,13 @@ says, projects back. Knows nothing of sequences but their rows, and leaves the a
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention.attention_backend import AttentionBackend
-from attention.attention_plan import AbsorbedBatch, AttentionPlan, NaiveSequence
+from attention.attention_plan import AbsorbedBatch, AttentionPlan, RowSpan
 from attention.latent_cache import LatentCache
-from attention.layers import WeightTarget, linear, pad_rows, rms_norm
+from attention.layers import WeightTarget, rms_norm
 from attention.mla_config import MlaConfig
 from attention.rotary import Rotation
 
@@ -65,69 +66,73 @@ class Mla:
     """One layer's attention."""
 
     def __init__(
-        self, config: MlaConfig, weights: MlaWeights, softmax_scale: float, backend: AttentionBackend, layer_id: int
+        self,
+        config: MlaConfig,
+        weights: MlaWeights,
+        softmax_scale: float,
+        backend: AttentionBackend,
+        latent_cache: LatentCache,
+        layer_id: int,
     ) -> None:
         self._config = config
         self._weights = weights
         self._softmax_scale = softmax_scale
         self._backend = backend
+        self._latent_cache = latent_cache
         self._layer_id = layer_id
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        rotation: Rotation,
-        slot_mapping: Tensor,
-        plan: AttentionPlan,
-        latent_cache: LatentCache,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, rotation: Rotation, plan: AttentionPlan, residual: Tensor) -> Tensor:
         """Writes the rows' latents to the cache, then attends.
 
-        hidden_states: [num_tokens, hidden_size], normed; slot_mapping: [num_tokens] int64. Returns the same shape.
+        hidden_states: [num_tokens, hidden_size], normed; residual: the same shape, added to the result.
         """
-        kv_c, k_pe = linear(hidden_states, self._weights.kv_down).split(
+        kv_c, k_pe = F.linear(hidden_states, self._weights.kv_down).split(
             [self._config.kv_lora_rank, self._config.qk_rope_head_dim], dim=-1
         )
         kv_c = rms_norm(kv_c, self._weights.kv_norm, self._config.latent_norm_eps)
-        latent_cache.write(self._layer_id, slot_mapping, kv_c, rotation.apply(k_pe))
+        self._latent_cache.write(self._layer_id, plan.metadata.slot_mapping, kv_c, rotation.apply(k_pe))
 
         query = self._project_query(hidden_states)  # [num_tokens, num_heads, qk_head_dim]
         q_nope, q_pe = query.split([self._config.qk_nope_head_dim, self._config.qk_rope_head_dim], dim=-1)
         q_pe = rotation.apply(q_pe)
         attended = q_nope.new_empty(query.shape[0], self._config.num_attention_heads, self._config.v_head_dim)
-        for batch in plan.absorbed:
-            attended[batch.rows] = self._attend_absorbed(q_nope[batch.rows], q_pe[batch.rows], batch, latent_cache)
-        for sequence in plan.naive:
-            rows = slice(sequence.start_row, sequence.end_row)
-            attended[rows] = self._attend_naive(q_nope[rows], q_pe[rows], sequence, latent_cache)
-        return linear(attended.flatten(1), self._weights.output)
+        for batch in plan.absorbed_batches:
+            attended[batch.rows] = self._attend_absorbed(q_nope[batch.rows], q_pe[batch.rows], batch)
+        for span in plan.naive:
+            rows = slice(span.start_row, span.end_row)
+            block_table = plan.metadata.block_tables[span.seq_index]
+            attended[rows] = self._attend_naive(q_nope[rows], q_pe[rows], span, block_table)
+        return residual + F.linear(attended.flatten(1), self._weights.output)
 
     def _project_query(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states
         if self._weights.query_lora is not None:
-            x = linear(x, self._weights.query_lora.down)
+            x = F.linear(x, self._weights.query_lora.down)
             x = rms_norm(x, self._weights.query_lora.norm, self._config.latent_norm_eps)
-        return linear(x, self._weights.query).view(-1, self._config.num_attention_heads, self._config.qk_head_dim)
+        return F.linear(x, self._weights.query).view(-1, self._config.num_attention_heads, self._config.qk_head_dim)
 
-    def _attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, batch: AbsorbedBatch, latent_cache: LatentCache) -> Tensor:
+    def _attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, batch: AbsorbedBatch) -> Tensor:
         """q_nope: [rows, num_heads, nope]; q_pe: [rows, num_heads, rope]. Returns [rows, num_heads, v_head_dim]."""
-        num_rows = q_nope.shape[0]
-        q_c = (pad_rows(q_nope.transpose(0, 1)) @ self._weights.key_up)[:, :num_rows].transpose(0, 1)
+        q_c = (q_nope.transpose(0, 1) @ self._weights.key_up).transpose(0, 1)
         query = torch.cat((q_c, q_pe), dim=-1).float() * self._softmax_scale  # [rows, num_heads, latent_dim]
         latents = self._backend.attend_absorbed(
-            query.unflatten(0, (-1, batch.query_len)), latent_cache, self._layer_id, batch.block_tables, batch.seq_lens
+            query.unflatten(0, (-1, batch.query_len)),
+            self._latent_cache,
+            self._layer_id,
+            batch.block_tables,
+            batch.seq_lens,
         ).flatten(0, 1)  # [rows, num_heads, kv_lora_rank]
         latents = latents.to(q_nope.dtype).transpose(0, 1)
-        return (pad_rows(latents) @ self._weights.value_up.transpose(1, 2))[:, :num_rows].transpose(0, 1)
+        return (latents @ self._weights.value_up.transpose(1, 2)).transpose(0, 1)
 
-    def _attend_naive(self, q_nope: Tensor, q_pe: Tensor, sequence: NaiveSequence, latent_cache: LatentCache) -> Tensor:
+    def _attend_naive(self, q_nope: Tensor, q_pe: Tensor, span: RowSpan, block_table: Tensor) -> Tensor:
         """q_nope: [rows, num_heads, nope]; q_pe: [rows, num_heads, rope]. Returns [rows, num_heads, v_head_dim]."""
         query = torch.cat((q_nope, q_pe), dim=-1).float() * self._softmax_scale
-        key, value = self._expand(sequence, sequence.num_context_tokens, sequence.seq_len, latent_cache)
+        key, value = self._expand(block_table, span.num_context_tokens, span.seq_len)
         output, log_denominator = self._backend.attend_naive(query, key, value, is_causal=True)
-        for start in range(0, sequence.num_context_tokens, CONTEXT_TOKENS_PER_PIECE):
-            end = min(start + CONTEXT_TOKENS_PER_PIECE, sequence.num_context_tokens)
-            key, value = self._expand(sequence, start, end, latent_cache)
+        for start in range(0, span.num_context_tokens, CONTEXT_TOKENS_PER_PIECE):
+            end = min(start + CONTEXT_TOKENS_PER_PIECE, span.num_context_tokens)
+            key, value = self._expand(block_table, start, end)
             piece, piece_log_denominator = self._backend.attend_naive(query, key, value, is_causal=False)
             merged = torch.logaddexp(log_denominator, piece_log_denominator)  # [rows, num_heads]
             output = output * (log_denominator - merged).exp().unsqueeze(-1)
@@ -135,18 +140,18 @@ class Mla:
             log_denominator = merged
         return output.to(q_nope.dtype)
 
-    def _expand(
-        self, sequence: NaiveSequence, start: int, end: int, latent_cache: LatentCache
-    ) -> tuple[Tensor, Tensor]:
+    def _expand(self, block_table: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys [end - start, num_heads, qk_head_dim] and values [end - start, num_heads, v_head_dim] from the cache."""
-        block_size = latent_cache.config.block_size
+        block_size = self._latent_cache.config.block_size
         first_block = start // block_size
-        block_ids = sequence.block_table[first_block : -(-end // block_size)]
-        latents = latent_cache.gather(self._layer_id, block_ids)[start - first_block * block_size :][: end - start]
+        block_ids = block_table[first_block : -(-end // block_size)]
+        latents = self._latent_cache.gather(self._layer_id, block_ids)[start - first_block * block_size :][
+            : end - start
+        ]
         kv_c, k_pe = latents.to(self._weights.key_up.dtype).split(
             [self._config.kv_lora_rank, self._config.qk_rope_head_dim], dim=-1
         )
         heads = self._config.num_attention_heads
-        k_nope = linear(kv_c, self._weights.key_up.flatten(0, 1)).unflatten(-1, (heads, -1))
-        value = linear(kv_c, self._weights.value_up.flatten(0, 1)).unflatten(-1, (heads, -1))
+        k_nope = F.linear(kv_c, self._weights.key_up.flatten(0, 1)).unflatten(-1, (heads, -1))
+        value = F.linear(kv_c, self._weights.value_up.flatten(0, 1)).unflatten(-1, (heads, -1))
         return torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, heads, -1)), dim=-1), value

@@ -1,4 +1,4 @@
-"""The sizes of multi-head latent attention, and which of its two forms costs less."""
+"""The sizes of multi-head latent attention."""
 
 from dataclasses import dataclass
 
@@ -37,18 +37,3 @@ class MlaConfig:
     @property
     def latent_dim(self) -> int:
         return self.kv_lora_rank + self.qk_rope_head_dim
-
-    def is_absorption_cheaper(self, query_len: int, seq_len: int) -> bool:
-        """Whether the absorbed form needs fewer multiplications a head than the naive one.
-
-        naive:    seq_len * kv_lora_rank * (nope + v)     expanding the context into keys and values
-                  + query_len * seq_len * (nope + rope + v)
-        absorbed: query_len * kv_lora_rank * (nope + v)   into the latent space and back
-                  + query_len * seq_len * (2 * kv_lora_rank + rope)
-        For DeepSeek-V2 and a long context the two meet at 170 rows. A single row is always absorbed: single rows of
-        many sequences make one batch.
-        """
-        expansion = self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
-        naive = seq_len * expansion + query_len * seq_len * (self.qk_head_dim + self.v_head_dim)
-        absorbed = query_len * expansion + query_len * seq_len * (self.kv_lora_rank + self.latent_dim)
-        return query_len == 1 or absorbed < naive

@@ -65,6 +65,7 @@ def attention_metadata(batch: ScheduledBatch, block_size: int, device: torch.dev
         slot_mapping=(block_ids * block_size + positions % block_size).to(device),
         query_start_loc=(0, *ends.tolist()),
         seq_lens=tuple(scheduled.seq_len for scheduled in batch.sequences),
+        num_prompt_tokens=tuple(scheduled.sequence.num_prompt_tokens for scheduled in batch.sequences),
         block_tables=block_tables.to(device),
     )
 

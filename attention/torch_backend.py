@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from attention.latent_cache import LatentCache
-from attention.layers import pad_rows
 
 TILE_TOKENS = 256  # context tokens a step of the online softmax
 QUERIES_PER_PASS = 64  # rows of a naive query whose scores are in memory at once
@@ -67,7 +66,7 @@ class _OnlineSoftmax:
         """query: [num_seqs, query_len, num_heads, latent_dim]."""
         self._shape = query.shape
         self._kv_lora_rank = kv_lora_rank
-        self._query = pad_rows(query.float().flatten(1, 2))  # [num_seqs, rows, latent_dim]
+        self._query = query.float().flatten(1, 2)  # [num_seqs, rows, latent_dim]
         self._maximum = self._query.new_full(self._query.shape[:2], float("-inf"))
         self._denominator = torch.zeros_like(self._maximum)
         self._numerator = self._query.new_zeros(*self._query.shape[:2], kv_lora_rank)

@@ -2,6 +2,7 @@
 passes through it.
 """
 
+import sys
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,6 +21,7 @@ from router.expert_map import ExpertMap
 
 PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find the nodes; autoscaled clusters should have them first
 CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
+SWITCH_INTERVAL_S = 0.0005  # a thread that wakes for a forward waits so long at most for one that computes in Python
 ACTOR_THREADS = 4  # so that health is answered while weights are read
 
 
@@ -44,6 +46,22 @@ class RayProcess:
 
     def kill(self) -> None:
         ray.kill(self._actor, no_restart=True)
+
+
+class ShardActor(ShardRole):
+    """A shard in a process of its own."""
+
+    def __init__(self, config: MobulaConfig, ep_rank: int, host: str | None) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        super().__init__(config, ep_rank, host)
+
+
+class WorkerActor(WorkerRole):
+    """A worker in a process of its own."""
+
+    def __init__(self, config: MobulaConfig, dp_rank: int, host: str | None) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        super().__init__(config, dp_rank, host)
 
 
 class ControllerActor:
@@ -85,8 +103,8 @@ def booked_cpus(config: MobulaConfig) -> float:
 
 def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedProcess]:
     groups = {
-        RoleName.SHARD: (ShardRole, config.expert_shards, config.expert_shards.count),
-        RoleName.WORKER: (WorkerRole, config.attention_workers, config.attention_workers.count),
+        RoleName.SHARD: (ShardActor, config.expert_shards, config.expert_shards.count),
+        RoleName.WORKER: (WorkerActor, config.attention_workers, config.attention_workers.count),
     }
     processes = []
     for role, (role_class, actor_config, count) in groups.items():
@@ -118,7 +136,7 @@ def _place(role: RoleName, config: ActorConfig, count: int) -> PlacementGroup:
 
 
 def _options(config: ActorConfig) -> dict[str, Any]:
-    threads = str(config.num_threads)
+    threads = str(config.num_threads or 1)  # before torch is told, see compute_threads.py
     # Idle OpenMP threads must sleep: spinning ones take the cores of the other processes (a step takes 1.6 x as long).
     env = {
         "OMP_WAIT_POLICY": "passive",

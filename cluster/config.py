@@ -62,7 +62,7 @@ class ActorConfig(StrictModel):
 
     num_cpus: Annotated[float, Field(ge=0, le=1024)] = 1.0  # Ray's booking, not a limit
     num_gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
-    num_threads: Annotated[int, Field(ge=1, le=1024)] = 1  # torch's; threads x processes should not exceed the cores
+    num_threads: Annotated[int, Field(ge=1, le=256)] | None = None  # that compute; unset: a share of the cores
     strategy: PlacementStrategy = Field(default=PlacementStrategy.PACK, strict=False)
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that the actors' nodes must carry
 
@@ -72,9 +72,9 @@ class AttentionWorkersConfig(ActorConfig):
 
     count: Count = 2
     device: str = "cpu"
-    # "cheaper" takes the form of attention with fewer operations; with "absorbed" a request's bits do not depend on how
-    # its prompt was cut into chunks beside other requests, at up to 3.4 times the attention products of a prefill.
-    mla_form: MlaForm = Field(default=MlaForm.CHEAPER, strict=False)
+    # "by_position" computes prompt tokens in the naive form and generated ones in the absorbed one; in the CPU kernels
+    # a request's bits then do not depend on what else is in a step. "absorbed" and "naive" take one form for all.
+    mla_form: MlaForm = Field(default=MlaForm.BY_POSITION, strict=False)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
 

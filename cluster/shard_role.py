@@ -1,7 +1,6 @@
 """An expert shard's process: reads its placement units and answers forwards."""
 
-import torch
-
+from cluster.compute_threads import compute_with, share_of_cores
 from cluster.config import MobulaConfig
 from cluster.preflight import open_model
 from cluster.role import Role
@@ -22,7 +21,8 @@ class ShardRole(Role):
         self._server: ExpertServer | None = None
 
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
-        torch.set_num_threads(self._config.expert_shards.num_threads)
+        shards = self._config.expert_shards
+        compute_with(shards.num_threads or share_of_cores(shards.count))
         model = open_model(self._config)
         units = [Unit(*unit) for unit in expert_map.units_of(self._ep_rank)]
         for unit in units:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import grpc
 import grpc.aio
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
@@ -20,6 +19,7 @@ from attention.request import GenerationDefaults, RequestReader
 from attention.servicer import SERVICE, InferenceServicer
 from attention.tokenizer import Tokenizer
 from attention.worker_report import WorkerReport
+from cluster.compute_threads import compute_with, share_of_cores
 from cluster.config import MobulaConfig
 from cluster.preflight import ServedModel, cache_config, open_model
 from cluster.process import ProcessHealth
@@ -53,7 +53,7 @@ class WorkerRole(Role):
 
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
         workers = self._config.attention_workers
-        torch.set_num_threads(workers.num_threads)
+        compute_with(workers.num_threads or share_of_cores(workers.count))
         model = open_model(self._config)
         decoder_config = model.config.decoder
         model.checkpoint.check_role(decoder_config.weight_shapes())

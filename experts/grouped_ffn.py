@@ -1,9 +1,11 @@
 """The routed experts' mathematics: SwiGLU of each expert over its rows, weighted and summed within placement units.
 
-Pure tensor mathematics; knows nothing of wires, batches or where weights come from.
+Pure tensor mathematics; knows nothing of wires, batches or where weights come from. In torch, for every device, and the
+oracle of the CPU kernels, which take over where they are built.
 
-A row's result depends on that row and its experts alone, to the bit: not on the other rows, not on which units lie on
-the shard, not on what was merged into one computation.
+In the kernels a row's result depends on that row and its experts alone, to the bit: not on the other rows, not on which
+units lie on the shard, not on what was merged into one computation. torch's products may round a row otherwise beside
+other rows.
 """
 
 from collections.abc import Mapping
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from experts.kernels.expert_set import ExpertSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +27,10 @@ class ExpertWeights:
 
     w13: Tensor
     w2: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.w13.nbytes + self.w2.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +58,21 @@ class ForwardInput:
         return len(self.weights)
 
 
-def grouped_ffn(forward: ForwardInput, experts: Mapping[int, ExpertWeights], out: Tensor | None = None) -> Tensor:
+def grouped_ffn(
+    forward: ForwardInput, experts: Mapping[int, ExpertWeights] | ExpertSet, out: Tensor | None = None
+) -> Tensor:
     """The partial sums, [num_partial_sums, hidden_size] in the activations' dtype.
 
     Each is the sum over its assignments of weight * expert(row), in ascending order of the expert, in fp32.
-    `experts` has every logical expert that the forward names. out: written and returned if given; contiguous.
+    experts: has every logical expert that the forward names; an ExpertSet is computed by the CPU kernels. out: written
+    and returned if given; contiguous.
     """
     hidden_states = forward.hidden_states
+    if isinstance(experts, ExpertSet):
+        if out is None:
+            out = hidden_states.new_empty(forward.num_partial_sums, hidden_states.shape[1])
+        indices = (forward.rows.int(), forward.expert_ids.int(), forward.partial_sums.int())
+        return experts.forward(hidden_states, forward.weights, *indices, out)
     sums = torch.zeros(forward.num_partial_sums, hidden_states.shape[1])  # fp32
     order = forward.expert_ids.argsort(stable=True)
     num_rows_per_expert = forward.expert_ids.bincount().tolist()
@@ -74,20 +90,8 @@ def grouped_ffn(forward: ForwardInput, experts: Mapping[int, ExpertWeights], out
 
 def expert_ffn(hidden_states: Tensor, weights: ExpertWeights) -> Tensor:
     """SwiGLU: w2(silu(gate(x)) * up(x)). [num_rows, hidden_size] -> the same."""
-    num_rows = len(hidden_states)
-    if hidden_states.dtype == torch.float32:
-        hidden_states = F.pad(hidden_states, (0, 0, 0, max(0, _min_fp32_rows() - num_rows)))
     gate, up = F.linear(hidden_states, weights.w13).chunk(2, dim=-1)  # [num_rows, moe_intermediate_size] each
-    return F.linear(F.silu(gate) * up, weights.w2)[:num_rows]
-
-
-def _min_fp32_rows() -> int:
-    """Rows from which on MKL's fp32 product sums every row alike; attention/layers.py has the measurements.
-
-    The bf16 product does not depend on the number of rows, and padding it would cost time for nothing.
-    """
-    num_threads = torch.get_num_threads()
-    return 4 if num_threads == 1 else max(16, 2 * num_threads)
+    return F.linear(F.silu(gate) * up, weights.w2)
 
 
 def merge(forwards: list[ForwardInput]) -> ForwardInput:

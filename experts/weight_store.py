@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 
 from experts.grouped_ffn import ExpertWeights
+from experts.kernels.expert_set import ExpertSet, PackedExpert
+from experts.kernels.library import native
+from experts.kernels.packed_matrix import can_pack, pack
+from experts.quantized_matrix import QuantizedMatrix
 from protos.errors import StalePlacement
 
 
 class WeightReader(Protocol):
-    """Gives tensors of a checkpoint by their published names."""
+    """Gives the matrices of a checkpoint by their published names."""
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in the checkpoint's dtype."""
+    def read_matrix(self, name: str) -> Tensor | QuantizedMatrix:
+        """One matrix [outputs, inputs], in the checkpoint's dtype or as small integers."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape, without reading it."""
@@ -56,39 +60,38 @@ class ExpertModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitWeights:
-    """One unit's weights, back to back.
-
-    w13: [num_experts, 2 * moe_intermediate_size, hidden_size]; w2: [num_experts, hidden_size, moe_intermediate_size].
-    """
+    """One unit's weights, in the order of its expert ids."""
 
     unit: Unit
-    w13: Tensor
-    w2: Tensor
+    experts: tuple[ExpertWeights | PackedExpert, ...]
 
     @property
     def weight_bytes(self) -> int:
-        return self.w13.nbytes + self.w2.nbytes
+        return sum(expert.nbytes for expert in self.experts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
     """What a shard holds of one layer under one version.
 
-    experts: by logical expert id. expert_to_unit: [n_routed_experts] int64, -1 for experts that are not held.
+    experts: by logical expert id, as grouped_ffn takes them. expert_to_unit: [n_routed_experts] int64, -1 for experts
+    that are not held.
     """
 
     placement_version: int
     layer_id: int
-    experts: Mapping[int, ExpertWeights]
+    experts: Mapping[int, ExpertWeights] | ExpertSet
     expert_to_unit: Tensor
 
 
 class WeightStore:
     """Reads and keeps units. See the module's docstring for threads."""
 
-    def __init__(self, model: ExpertModel, reader: WeightReader) -> None:
+    def __init__(self, model: ExpertModel, reader: WeightReader, *, use_kernels: bool = True) -> None:
+        """use_kernels: pack weights for the CPU kernels where these are built; otherwise torch computes."""
         self._model = model
         self._reader = reader
+        self._use_kernels = use_kernels and native() is not None
         self._units: dict[Unit, UnitWeights] = {}  # this and the next are the control thread's
         self._units_of_version: dict[int, tuple[Unit, ...]] = {}
         self._served: Mapping[int, Mapping[int, LayerWeights]] = MappingProxyType({})  # by version and layer
@@ -148,38 +151,54 @@ class WeightStore:
         return layers.get(layer_id)
 
     def _layer(self, placement_version: int, layer_id: int, units: list[Unit]) -> LayerWeights:
-        experts = {}
+        experts: dict[int, ExpertWeights | PackedExpert] = {}
         expert_to_unit = torch.full((self._model.n_routed_experts,), -1)
         for unit in units:
-            weights = self._units[unit]
             expert_to_unit[list(unit.expert_ids)] = unit.unit_id
-            for index, expert_id in enumerate(unit.expert_ids):
-                experts[expert_id] = ExpertWeights(w13=weights.w13[index], w2=weights.w2[index])
+            experts.update(zip(unit.expert_ids, self._units[unit].experts, strict=True))
         return LayerWeights(
             placement_version=placement_version,
             layer_id=layer_id,
-            experts=MappingProxyType(experts),
+            experts=_as_grouped_ffn_takes_them(experts, self._model.moe_intermediate_size),
             expert_to_unit=expert_to_unit,
         )
 
     def _read(self, unit: Unit) -> UnitWeights:
-        model = self._model
-        hidden_size, intermediate_size = model.hidden_size, model.moe_intermediate_size
-        num_experts = len(unit.expert_ids)
-        w13 = torch.empty(num_experts, 2 * intermediate_size, hidden_size, dtype=model.dtype)
-        w2 = torch.empty(num_experts, hidden_size, intermediate_size, dtype=model.dtype)
-        for index, expert_id in enumerate(unit.expert_ids):
-            prefix = f"model.layers.{unit.layer_id}.mlp.experts.{expert_id}"
-            self._copy(f"{prefix}.gate_proj.weight", w13[index, :intermediate_size])
-            self._copy(f"{prefix}.up_proj.weight", w13[index, intermediate_size:])
-            self._copy(f"{prefix}.down_proj.weight", w2[index])
-        return UnitWeights(unit=unit, w13=w13, w2=w2)
+        return UnitWeights(
+            unit=unit, experts=tuple(self._read_expert(unit.layer_id, expert_id) for expert_id in unit.expert_ids)
+        )
 
-    def _copy(self, name: str, target: Tensor) -> None:
+    def _read_expert(self, layer_id: int, expert_id: int) -> ExpertWeights | PackedExpert:
+        """One matrix at a time, straight into its place."""
+        hidden_size, inner = self._model.hidden_size, self._model.moe_intermediate_size
+        prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
+        gate = self._matrix(f"{prefix}.gate_proj.weight", (inner, hidden_size))
+        up = self._matrix(f"{prefix}.up_proj.weight", (inner, hidden_size))
+        down = self._matrix(f"{prefix}.down_proj.weight", (hidden_size, inner))
+        if self._use_kernels and all(can_pack(matrix) for matrix in (gate, up, down)):
+            return PackedExpert(w13=pack([gate, up]), w2=pack([down]))
+        gate, up, down = (
+            matrix.dequantize().to(self._model.dtype) if isinstance(matrix, QuantizedMatrix) else matrix
+            for matrix in (gate, up, down)
+        )
+        return ExpertWeights(w13=torch.cat((gate, up)), w2=down)
+
+    def _matrix(self, name: str, expected: tuple[int, int]) -> Tensor | QuantizedMatrix:
         shape = tuple(self._reader.shape(name))
-        if shape != tuple(target.shape):
+        if shape != expected:
             raise WeightShapeError(
-                f"{name} is {list(shape)} in the checkpoint, its config.json says {list(target.shape)}; "
+                f"{name} is {list(shape)} in the checkpoint, its config.json says {list(expected)}; "
                 "the two are not of one model"
             )
-        target.copy_(self._reader.read(name))
+        matrix = self._reader.read_matrix(name)
+        return matrix if isinstance(matrix, QuantizedMatrix) else matrix.to(self._model.dtype)
+
+
+def _as_grouped_ffn_takes_them(
+    experts: dict[int, ExpertWeights | PackedExpert], intermediate_size: int
+) -> Mapping[int, ExpertWeights] | ExpertSet:
+    packed = {expert_id: expert for expert_id, expert in experts.items() if isinstance(expert, PackedExpert)}
+    if packed:
+        assert len(packed) == len(experts), "all experts of a model are of one kind"
+        return ExpertSet(packed, intermediate_size)
+    return MappingProxyType({i: expert for i, expert in experts.items() if isinstance(expert, ExpertWeights)})

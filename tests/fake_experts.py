@@ -12,10 +12,10 @@ from torch import Tensor
 
 from experts.batcher import ForwardOutput
 from experts.forward_frame import answer_frame
-from experts.grouped_ffn import ExpertWeights, expert_ffn
+from experts.grouped_ffn import ForwardInput, grouped_ffn
 from experts.metrics import ShardMetrics
 from experts.shard import ExpertShard, ShardConfig
-from experts.weight_store import ExpertModel, Unit
+from experts.weight_store import ExpertModel, Unit, WeightStore
 from protos import expert_pb2
 from protos.codec import PayloadReader, decode_frame, dtype_from_wire
 from protos.errors import MobulaError, ShardUnavailable
@@ -176,24 +176,25 @@ def small_model(dtype: torch.dtype = torch.float32, hidden_size: int = 48) -> Ex
 
 
 def reference_sums(rows: Rows, layer_id: int, expert_to_unit: np.ndarray, model: ExpertModel) -> Tensor:
-    """One row, one expert at a time: what every placement must give to the bit. [num_tokens, hidden_size] fp32."""
-    reader = RandomReader(model)
-
-    def expert(expert_id: int) -> ExpertWeights:
-        prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
-        names = (f"{prefix}.{name}_proj.weight" for name in ("gate", "up", "down"))
-        gate, up, down = (reader.read(name).to(model.dtype) for name in names)
-        return ExpertWeights(w13=torch.cat((gate, up)), w2=down)
-
+    """One row and one unit at a time: what every placement must give to the bit. [num_tokens, hidden_size] fp32."""
+    store = WeightStore(model, RandomReader(model))
+    store.activate(1, [Unit(layer_id, 0, tuple(range(model.n_routed_experts)))])
+    experts = store.layer(1, layer_id).experts
     total = torch.zeros(rows.hidden_states.shape)
-    for row, (weights, expert_ids) in enumerate(zip(rows.topk_weights, rows.topk_ids.tolist(), strict=True)):
+    for row, (weights, expert_ids) in enumerate(zip(rows.topk_weights, rows.topk_ids, strict=True)):
         units = expert_to_unit[expert_ids]
         for unit in sorted(set(units.tolist())):
-            partial = torch.zeros(rows.hidden_states.shape[1])
-            for place in np.flatnonzero(units == unit).tolist():
-                output = expert_ffn(rows.hidden_states[row : row + 1], expert(expert_ids[place]))[0]
-                partial += output.float() * weights[place]
-            total[row] += partial.to(model.dtype).float()
+            places = torch.from_numpy(np.flatnonzero(units == unit))
+            zeros = torch.zeros(len(places), dtype=torch.int32)
+            forward = ForwardInput(
+                hidden_states=rows.hidden_states[row : row + 1],
+                weights=weights[places],
+                rows=zeros,
+                expert_ids=expert_ids[places].int(),
+                partial_sums=zeros,
+                num_partial_sums=1,
+            )
+            total[row] += grouped_ffn(forward, experts)[0].float()
     return total
 
 

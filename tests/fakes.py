@@ -1,35 +1,44 @@
 """Stand-ins for the parts a test is not about."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attention.decoder import DecoderConfig
-from attention.layers import WeightReader, linear
+from experts.grouped_ffn import ForwardInput, grouped_ffn
+from experts.weight_store import ExpertModel, Unit, WeightReader, WeightStore
 
 
 class LocalExperts:
-    """An ExpertDispatcher without shards: every routed expert lies here and answers at once."""
+    """An ExpertDispatcher without shards: every routed expert lies here, in one unit, and answers at once."""
 
     def __init__(self, reader: WeightReader, config: DecoderConfig, dtype: torch.dtype = torch.float32) -> None:
-        self._experts = {
-            (layer_id, expert_id): [
-                reader.read(name).to(dtype) for name in config.expert_weight_shapes(layer_id, expert_id)
-            ]
-            for layer_id in config.moe_layer_ids
-            for expert_id in range(config.gate.n_routed_experts)
-        }
+        self._store = WeightStore(
+            ExpertModel(
+                moe_layer_ids=config.moe_layer_ids,
+                n_routed_experts=config.gate.n_routed_experts,
+                hidden_size=config.hidden_size,
+                moe_intermediate_size=config.moe_intermediate_size,
+                dtype=dtype,
+            ),
+            reader,
+        )
+        all_experts = tuple(range(config.gate.n_routed_experts))
+        self._store.activate(1, [Unit(layer_id, 0, all_experts) for layer_id in config.moe_layer_ids])
 
     def dispatch(self, layer_id: int, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """The handle is the answer: each row's weighted sum, fp32, experts added in ascending order."""
-        output = torch.zeros(hidden_states.shape, dtype=torch.float32)
-        for expert_id in topk_ids.unique().tolist():
-            rows, places = (topk_ids == expert_id).nonzero(as_tuple=True)
-            gate, up, down = self._experts[layer_id, expert_id]
-            x = hidden_states[rows]
-            answer = linear(F.silu(linear(x, gate)) * linear(x, up), down)
-            output[rows] += answer.float() * topk_weights[rows, places].unsqueeze(-1)
-        return output
+        layer = self._store.layer(1, layer_id)
+        assert layer is not None
+        rows = torch.arange(len(hidden_states), dtype=torch.int32).repeat_interleave(topk_ids.shape[1])
+        forward = ForwardInput(
+            hidden_states=hidden_states.contiguous(),
+            weights=topk_weights.flatten(),
+            rows=rows,
+            expert_ids=topk_ids.flatten().int(),
+            partial_sums=rows,
+            num_partial_sums=len(hidden_states),
+        )
+        return grouped_ffn(forward, layer.experts).float()
 
     def combine(self, handle: Tensor) -> Tensor:
         return handle

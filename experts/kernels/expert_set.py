@@ -1,4 +1,4 @@
-"""A set of experts whose feed-forward the kernels compute: all routed experts of a layer on a shard, or one dense MLP."""
+"""Experts whose feed-forward the kernels compute: all routed experts of a layer on a shard, or one dense MLP."""
 
 import ctypes
 from collections.abc import Mapping

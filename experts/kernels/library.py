@@ -1,4 +1,4 @@
-"""The compiled library: found, its functions declared, its threads set. Called through ctypes, which lets go of the GIL.
+"""The compiled library: found, its functions declared, its threads set. ctypes lets go of the GIL while it is called.
 
 Every pointer that a call takes must stay alive until it returns; the wrappers of the single kernels see to that.
 """
@@ -25,6 +25,7 @@ class Format(IntEnum):
     INT4 = 3
 
 
+_CALLS = ("linear", "heads", "experts", "rms_norm", "select_experts", "mla_prepare", "mla_decode", "mla_prefill")
 _FORMATS = {torch.float32: Format.FLOAT32, torch.bfloat16: Format.BFLOAT16}
 
 
@@ -84,7 +85,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 def probe_read_bandwidth(num_repeats: int = 1) -> float:
     """Bytes a second that the kernels' threads read from memory: the best of `num_repeats`."""
     data = torch.ones(PROBE_BYTES, dtype=torch.uint8)
-    return max(require().mobula_probe_read(data.data_ptr(), PROBE_BYTES) for _ in range(num_repeats))
+    return max(float(require().mobula_probe_read(data.data_ptr(), PROBE_BYTES)) for _ in range(num_repeats))
 
 
 def probe_peak(number_format: Format, iterations: int = 20000) -> float:
@@ -98,7 +99,16 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.mobula_use_instruction_set.argtypes = [c_char_p]
     library.mobula_set_num_threads.argtypes = [c_int]
     library.mobula_num_threads.restype = c_int
-    for name in ("linear", "heads", "experts", "rms_norm", "select_experts", "mla_prepare", "mla_decode", "mla_prefill"):
+    for name in (
+        "linear",
+        "heads",
+        "experts",
+        "rms_norm",
+        "select_experts",
+        "mla_prepare",
+        "mla_decode",
+        "mla_prefill",
+    ):
         function = getattr(library, f"mobula_{name}")
         function.argtypes = [c_void_p]
         function.restype = None

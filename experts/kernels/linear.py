@@ -111,9 +111,9 @@ class KernelHeads:
         return self._address
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x: [num_rows, num_heads, num_inputs], numbers of a head contiguous. Returns [num_rows, num_heads, num_outputs].
+        """x: [num_rows, num_heads, num_inputs], numbers of a head contiguous.
 
-        out: written in place when given; a view of the same shape may be.
+        Returns [num_rows, num_heads, num_outputs]. out: written in place when given; a view of this shape may be.
         """
         first = self.weights[0]
         if out is None:
@@ -140,7 +140,7 @@ def kernel_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
     number_format = format_of(x.dtype)
     call = _NormCall(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.stride(0), x.shape[1], x.shape[0], x.shape[1], number_format, eps
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), *x.shape, number_format, eps
     )  # fmt: skip
     require().mobula_rms_norm(ctypes.addressof(call))
     return out

@@ -1,4 +1,4 @@
-"""A weight matrix in the kernels' layout (native/kernels.h). Packed once, when it is loaded; float32, bfloat16, int8, int4."""
+"""A weight matrix in the kernels' layout (native/kernels.h), packed once, when it is loaded."""
 
 import ctypes
 from collections.abc import Sequence

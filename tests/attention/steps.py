@@ -23,6 +23,7 @@ class Rows:
 
     token_ids: list[int]
     block_ids: list[int]
+    num_prompt_tokens: int
     num_computed_tokens: int = 0
     logits: list[Tensor] = field(default_factory=list)
 
@@ -35,7 +36,7 @@ class StepRunner:
         folder: Path,
         *,
         dtype: torch.dtype = torch.float32,
-        form: MlaForm = MlaForm.CHEAPER,
+        form: MlaForm = MlaForm.BY_POSITION,
         num_blocks: int = 256,
         seed: int = 0,
     ) -> None:
@@ -52,10 +53,11 @@ class StepRunner:
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)
 
-    def sequence(self, token_ids: list[int]) -> Rows:
+    def sequence(self, token_ids: list[int], num_prompt_tokens: int | None = None) -> Rows:
+        """num_prompt_tokens: all if unset; the rest count as generated."""
         num_blocks = -(-len(token_ids) // BLOCK_SIZE)
         taken, self._free = self._free[:num_blocks], self._free[num_blocks:]
-        return Rows(token_ids, taken)
+        return Rows(token_ids, taken, len(token_ids) if num_prompt_tokens is None else num_prompt_tokens)
 
     def step(self, rows: list[tuple[Rows, int]]) -> None:
         """Runs the next tokens of each sequence, as many as said; their logits are kept with the sequence."""
@@ -75,6 +77,7 @@ class StepRunner:
             slot_mapping=torch.tensor(slots),
             query_start_loc=tuple(loc),
             seq_lens=tuple(sequence.num_computed_tokens for sequence, _ in rows),
+            num_prompt_tokens=tuple(sequence.num_prompt_tokens for sequence, _ in rows),
             block_tables=torch.tensor(tables, dtype=torch.int32),
         )
         logits = self.decoder.logits(self.decoder.forward(torch.tensor(token_ids), metadata))

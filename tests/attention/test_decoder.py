@@ -5,12 +5,16 @@ import pytest
 import torch
 
 from attention.attention_plan import MlaForm
+from experts.kernels.library import native
 from tests.attention.steps import StepRunner, random_token_ids, relative_error
 from tests.checkpoints import write_checkpoint
 from tests.reference import Reference
 from tests.test_reference import published_logits
 
 SHAPES = ("v2", "v2_lite", "v3")
+needs_kernels = pytest.mark.skipif(
+    native() is None, reason="the CPU kernels are not built; torch rounds rows otherwise beside others"
+)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -21,7 +25,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("form", MlaForm)
 def test_a_whole_prompt_and_then_single_tokens_give_the_logits_of_the_reference(folder: Path, form: MlaForm) -> None:
     runner = StepRunner(folder, form=form)
-    sequence = runner.sequence(random_token_ids(90, seed=1))
+    sequence = runner.sequence(random_token_ids(90, seed=1), num_prompt_tokens=80)
     runner.step([(sequence, 80)])
     for _ in range(10):
         runner.step([(sequence, 1)])
@@ -32,7 +36,7 @@ def test_a_whole_prompt_and_then_single_tokens_give_the_logits_of_the_reference(
 @pytest.mark.parametrize("form", MlaForm)
 def test_sequences_in_random_chunks_side_by_side_give_the_logits_of_the_reference(folder: Path, form: MlaForm) -> None:
     runner, rng = StepRunner(folder, form=form), random.Random(7)
-    sequences = [runner.sequence(random_token_ids(n, seed=n)) for n in (1, 16, 77, 300, 610)]
+    sequences = [runner.sequence(random_token_ids(n, seed=n), n - n // 3) for n in (1, 16, 77, 300, 610)]
     while unfinished := [s for s in sequences if s.num_computed_tokens < len(s.token_ids)]:
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
         left = [len(s.token_ids) - s.num_computed_tokens for s in chosen]
@@ -42,11 +46,12 @@ def test_sequences_in_random_chunks_side_by_side_give_the_logits_of_the_referenc
         assert relative_error(torch.cat(sequence.logits), reference.logits(sequence.token_ids)) < 1e-4
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_other_sequences_of_a_batch_change_no_bit_of_a_sequence(folder: Path, dtype: torch.dtype) -> None:
     def logits_of_first(num_others: int) -> torch.Tensor:
         runner = StepRunner(folder, dtype=dtype)
-        first = runner.sequence(random_token_ids(60, seed=1))
+        first = runner.sequence(random_token_ids(60, seed=1), num_prompt_tokens=40)
         others = [runner.sequence(random_token_ids(40 + 90 * i, seed=2 + i)) for i in range(num_others)]
         runner.step([(other, len(other.token_ids) - 20) for other in others] + [(first, 40)])
         for _ in range(20):
@@ -58,11 +63,13 @@ def test_the_other_sequences_of_a_batch_change_no_bit_of_a_sequence(folder: Path
     assert torch.equal(logits_of_first(5), alone)
 
 
+@needs_kernels
+@pytest.mark.parametrize("form", MlaForm)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_absorbed_throughout_the_cutting_into_chunks_changes_no_bit(folder: Path, dtype: torch.dtype) -> None:
+def test_the_cutting_into_chunks_changes_no_bit(folder: Path, dtype: torch.dtype, form: MlaForm) -> None:
     def logits(chunks: list[int]) -> torch.Tensor:
-        runner = StepRunner(folder, dtype=dtype, form=MlaForm.ABSORBED)
-        sequence = runner.sequence(random_token_ids(330, seed=5))
+        runner = StepRunner(folder, dtype=dtype, form=form)
+        sequence = runner.sequence(random_token_ids(330, seed=5), num_prompt_tokens=250)
         for chunk in chunks:
             runner.step([(sequence, chunk)])
         return torch.cat(sequence.logits)

@@ -25,19 +25,10 @@ CONFIG = MlaConfig(
     qk_rope_head_dim=8,
     v_head_dim=10,
 )
-DEEPSEEK_V2 = MlaConfig(
-    hidden_size=5120,
-    num_attention_heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-)
 BLOCK_SIZE, NUM_BLOCKS = 16, 200
 
 
-def layer(config: MlaConfig, seed: int = 0) -> Mla:
+def layer(config: MlaConfig, cache: LatentCache, seed: int = 0) -> Mla:
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> Tensor:
@@ -58,7 +49,7 @@ def layer(config: MlaConfig, seed: int = 0) -> Mla:
             "a.q_b_proj.weight": matrix(heads * config.qk_head_dim, config.q_lora_rank),
         }
     target = WeightTarget(reader=DictReader(tensors), dtype=torch.float32, device=torch.device("cpu"))
-    return Mla(config, MlaWeights.read(target, "a", config), config.qk_head_dim**-0.5, TorchBackend(), 0)
+    return Mla(config, MlaWeights.read(target, "a", config), config.qk_head_dim**-0.5, TorchBackend(), cache, 0)
 
 
 def empty_cache(config: MlaConfig) -> LatentCache:
@@ -74,8 +65,9 @@ def empty_cache(config: MlaConfig) -> LatentCache:
     )
 
 
-def run(mla: Mla, config: MlaConfig, cache: LatentCache, x: Tensor, chunks: list[int], form: MlaForm) -> Tensor:
+def run(config: MlaConfig, cache: LatentCache, x: Tensor, chunks: list[int], form: MlaForm) -> Tensor:
     """Attention of one sequence in chunks; its blocks lie backwards in the cache."""
+    mla = layer(config, cache)
     table = torch.arange(NUM_BLOCKS - 1, -1, -1, dtype=torch.int32)
     outputs, start = [], 0
     for chunk in chunks:
@@ -85,11 +77,13 @@ def run(mla: Mla, config: MlaConfig, cache: LatentCache, x: Tensor, chunks: list
             slot_mapping=table[positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE,
             query_start_loc=(0, chunk),
             seq_lens=(start + chunk,),
+            num_prompt_tokens=(len(x) // 2,),
             block_tables=table.unsqueeze(0),
         )
         rotation = RotaryEmbedding(RotaryConfig(head_dim=config.qk_rope_head_dim)).at(positions)
-        plan = AttentionPlan.build(metadata, config, form)
-        outputs.append(mla.forward(x[start : start + chunk], rotation, metadata.slot_mapping, plan, cache))
+        plan = AttentionPlan.build(metadata, form)
+        rows = x[start : start + chunk]
+        outputs.append(mla.forward(rows, rotation, plan, residual=torch.zeros_like(rows)))
         start += chunk
     return torch.cat(outputs)
 
@@ -98,31 +92,19 @@ def run(mla: Mla, config: MlaConfig, cache: LatentCache, x: Tensor, chunks: list
 @pytest.mark.parametrize("chunks", [[1] * 40, [300], [1, 255, 2, 256, 64, 1], [2500, 13]])
 def test_absorbed_and_naive_agree(q_lora_rank: int | None, chunks: list[int]) -> None:
     config = replace(CONFIG, q_lora_rank=q_lora_rank)
-    mla, x = layer(config), torch.randn(sum(chunks), config.hidden_size)
-    naive = run(mla, config, empty_cache(config), x, [sum(chunks)], MlaForm.NAIVE)
+    x = torch.randn(sum(chunks), config.hidden_size)
+    naive = run(config, empty_cache(config), x, [sum(chunks)], MlaForm.NAIVE)
     for form in MlaForm:
-        torch.testing.assert_close(run(mla, config, empty_cache(config), x, chunks, form), naive, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run(config, empty_cache(config), x, chunks, form), naive, rtol=1e-4, atol=1e-5)
 
 
 def test_what_another_sequence_left_in_a_block_does_not_leak_even_if_it_is_nan() -> None:
-    mla, x = layer(CONFIG), torch.randn(20, CONFIG.hidden_size)
+    x = torch.randn(20, CONFIG.hidden_size)
     for form in MlaForm:
         clean, soiled = empty_cache(CONFIG), empty_cache(CONFIG)
-        soiled.tensor.fill_(float("nan"))
-        expected = run(mla, CONFIG, clean, x, [5, 1, 14], form)
-        assert torch.equal(run(mla, CONFIG, soiled, x, [5, 1, 14], form), expected)
-
-
-def test_one_row_is_absorbed_and_a_long_prompt_is_not() -> None:
-    assert DEEPSEEK_V2.is_absorption_cheaper(1, 1)
-    assert DEEPSEEK_V2.is_absorption_cheaper(1, 100_000)
-    assert not DEEPSEEK_V2.is_absorption_cheaper(2048, 2048)
-    assert not DEEPSEEK_V2.is_absorption_cheaper(2048, 100_000)
-
-
-def test_the_two_forms_cost_the_same_at_170_rows_of_a_long_context_of_deepseek_v2() -> None:
-    assert DEEPSEEK_V2.is_absorption_cheaper(170, 100_000)
-    assert not DEEPSEEK_V2.is_absorption_cheaper(172, 100_000)
+        soiled.tensor[..., : CONFIG.latent_dim] = float("nan")
+        expected = run(CONFIG, clean, x, [5, 1, 14], form)
+        assert torch.equal(run(CONFIG, soiled, x, [5, 1, 14], form), expected)
 
 
 def test_every_row_is_planned_once() -> None:
@@ -131,15 +113,20 @@ def test_every_row_is_planned_once() -> None:
         slot_mapping=torch.arange(400),
         query_start_loc=(0, 1, 3, 300, 301, 400),
         seq_lens=(10, 2, 297, 1, 5000),
+        num_prompt_tokens=(5, 2, 100, 1, 6000),
         block_tables=torch.zeros(5, 400, dtype=torch.int32),
     )
     for form in MlaForm:
-        plan = AttentionPlan.build(metadata, DEEPSEEK_V2, form)
-        rows = [row for batch in plan.absorbed for row in batch.rows.tolist()]
-        rows += [row for sequence in plan.naive for row in range(sequence.start_row, sequence.end_row)]
+        plan = AttentionPlan.build(metadata, form)
+        naive_rows = [row for span in plan.naive for row in range(span.start_row, span.end_row)]
+        rows = naive_rows + [row for batch in plan.absorbed_batches for row in batch.rows.tolist()]
         assert sorted(rows) == list(range(400))
         assert form is not MlaForm.ABSORBED or not plan.naive
         assert form is not MlaForm.NAIVE or not plan.absorbed
+        if form is MlaForm.BY_POSITION:  # the first has 1 generated row, the third 197 and is in the middle
+            assert naive_rows == [1, 2, *range(3, 103), 300, *range(301, 400)]
+        if plan.absorbed_rows is not None:
+            assert len(plan.absorbed_rows.context_lens) == 400 - len(naive_rows)
 
 
 def test_naive_attention_is_that_of_torch() -> None:

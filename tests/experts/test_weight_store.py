@@ -11,7 +11,7 @@ FIRST, SECOND = Unit(1, 0, (0, 1)), Unit(4, 3, (6, 7))
 def test_a_units_tensors_are_read_once_by_their_published_names():
     model = small_model()
     reader = RandomReader(model)
-    store = WeightStore(model, reader)
+    store = WeightStore(model, reader, use_kernels=False)
     store.activate(1, [FIRST])
     assert reader.names_read == [
         f"model.layers.1.mlp.experts.{expert_id}.{name}_proj.weight"
@@ -28,7 +28,7 @@ def test_a_units_tensors_are_read_once_by_their_published_names():
 
 def test_weights_are_kept_in_the_models_dtype_and_their_bytes_counted():
     model = small_model(torch.bfloat16)
-    store = WeightStore(model, RandomReader(model))
+    store = WeightStore(model, RandomReader(model), use_kernels=False)
     store.activate(1, [FIRST, SECOND])
     assert store.layer(1, 4).experts[6].w2.dtype == torch.bfloat16
     assert store.weight_bytes == 4 * model.expert_bytes == 4 * 3 * 48 * 24 * 2
@@ -47,7 +47,7 @@ def test_a_layer_knows_the_unit_of_each_expert_it_holds_and_no_other():
 def test_two_versions_are_served_at_once_and_share_what_both_hold():
     model = small_model()
     reader = RandomReader(model)
-    store = WeightStore(model, reader)
+    store = WeightStore(model, reader, use_kernels=False)
     store.activate(1, [FIRST])
     store.stage([SECOND])
     num_read = len(reader.names_read)

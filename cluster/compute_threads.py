@@ -1,0 +1,26 @@
+"""How many threads a process computes with, and telling the libraries so."""
+
+import os
+
+import torch
+
+from experts.kernels.library import native, set_num_threads
+
+MAX_THREADS = 32  # by default; more are slower to wake than a decode step's products are to compute
+MIN_THREADS = 2  # by default, where there are as many cores: one busy process uses the cores of idle ones
+
+
+def share_of_cores(num_processes: int) -> int:
+    """Threads for each of `num_processes` of one kind on this machine.
+
+    Workers and shards take turns more than they run at once, so each kind shares out all the cores. The kernels'
+    threads sleep when they have nothing to do and take their work in small pieces: more threads than cores cost little.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return min(MAX_THREADS, max(min(MIN_THREADS, cores), cores // num_processes))
+
+
+def compute_with(num_threads: int) -> None:
+    """The kernels get the threads; torch, which then computes little, gets one. Without the kernels torch gets all."""
+    set_num_threads(num_threads)
+    torch.set_num_threads(num_threads if native() is None else 1)
