@@ -21,10 +21,9 @@ lint: $(VENV)/.installed-test
 
 check: lint test
 
+# e.g. make bench ONLY=wire,kernels OUT=bench.json
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m tests.bench.layer_time $(ARGS)
-	$(BIN)/python -m tests.bench.load_memory $(ARGS)
-	$(BIN)/python -m tests.bench.round_trip
+	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 protos: $(VENV)/.installed-test
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
