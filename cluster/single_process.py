@@ -18,9 +18,9 @@ from attention.model_runner import attention_metadata
 from attention.sampling_params import SamplingParams
 from attention.scheduler import ScheduledBatch, ScheduledSequence
 from attention.sequence import Sequence as TokenSequence
+from cluster.compute_threads import compute_with, share_of_cores
 from cluster.config import MobulaConfig
 from cluster.preflight import ServingPlan, cache_config, check
-from experts.kernels.library import set_num_threads
 from experts.metrics import ShardMetrics
 from experts.shard import ExpertShard, ShardConfig
 from experts.weight_store import Unit
@@ -45,8 +45,7 @@ class SingleProcess:
         """
         self.plan: ServingPlan = check(config)
         workers = config.attention_workers
-        torch.set_num_threads(workers.num_threads)
-        set_num_threads(workers.num_threads)
+        compute_with(workers.num_threads or share_of_cores(1))
         model, expert_map = self.plan.model, self.plan.expert_map
         decoder_config = model.config.decoder
         registry = CollectorRegistry()
