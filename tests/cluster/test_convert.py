@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,35 @@ def test_another_group_size_than_the_configuration_says_is_a_wrong_shape(tmp_pat
         broken.check_role(broken.model_config().decoder.expert_weight_shapes(1, 3))
     with pytest.raises(InvalidCheckpoint, match=r"weight_scale has shape"):
         broken.read_matrix("model.layers.1.mlp.experts.3.gate_proj.weight")
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+import torch
+from cluster.checkpoint import Checkpoint
+from cluster.convert import plan
+from experts.quantized_matrix import QuantizedMatrix
+
+def resident_bytes(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+torch.set_num_threads(1)
+QuantizedMatrix.quantize(torch.ones(64, 64), 4, 32)
+conversion = plan(Checkpoint.open(sys.argv[1]), 4)
+baseline = resident_bytes("VmRSS:")
+conversion.write(Path(sys.argv[2]), lambda num_bytes: None)
+print(resident_bytes("VmHWM:") - baseline)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_checkpoint(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 2048, "hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 4}
+    source = write_checkpoint(tmp_path / "source", "v2_lite", dtype=torch.bfloat16, **sizes)
+    assert (source / "model.safetensors").stat().st_size > 80e6
+    (tmp_path / "made").mkdir()
+    command = [sys.executable, "-c", CONVERT, str(source), str(tmp_path / "made")]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(answer.stdout) < 20e6
