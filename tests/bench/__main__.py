@@ -1,6 +1,7 @@
 """`make bench`: measures part after part, prints one table, writes the rows as JSON.
 
-    python -m tests.bench [--only wire,kernels,...] [--models lite4,tiny] [--out bench.json] [--no-peers] [--quick]
+    python -m tests.bench [--only wire,kernels,...] [--models lite4,tiny] [--formats bf16,int8,int4] [--out bench.json]
+                          [--no-peers] [--quick]
 
 What a part cannot measure stands in its row's place with the reason; the exit status is 1 if there was any.
 """
@@ -9,6 +10,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.bench import checkpoints
-from tests.bench.row import Options, Row, Unmeasurable, dump
+from tests.bench.row import FORMATS, Options, Row, Unmeasurable, dump
 from tests.bench.table import table_of
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[Options, Path | None]:
     )
     parser.add_argument("--only", default="", help=f"parts, with commas; all: {','.join(PARTS)}")
     parser.add_argument("--models", default="", help=f"checkpoints or folders, with commas; unset: {','.join(MODELS)}")
+    parser.add_argument("--formats", default="", help=f"of experts, with commas; all: {','.join(FORMATS)}")
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="those that are installed")
     parser.add_argument("--quick", action="store_true", help="fewer cells and repeats, and no large checkpoint")
@@ -48,6 +51,9 @@ def parse_options(arguments: Sequence[str]) -> tuple[Options, Path | None]:
     only = _names(parsed.only) or PARTS
     if unknown := [part for part in only if part not in (*PARTS, *NOT_BUILT)]:
         parser.error(f"no part {', '.join(unknown)}; parts are {', '.join((*PARTS, *NOT_BUILT))}")
+    formats = _names(parsed.formats) or FORMATS
+    if unknown := [kind for kind in formats if kind not in FORMATS]:
+        parser.error(f"no format {', '.join(unknown)}; formats are {', '.join(FORMATS)}")
     num_cores = len(os.sched_getaffinity(0))
     if not 0 <= parsed.cores <= num_cores:
         parser.error(f"--cores is {parsed.cores}, this machine has {num_cores}")
@@ -55,6 +61,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[Options, Path | None]:
     options = Options(
         only=only,
         models=_names(parsed.models) or (MODELS[1:] if parsed.quick else MODELS),
+        formats=formats,
         folder=parsed.folder or checkpoints.default_folder(),
         num_threads=parsed.cores or num_cores,
         has_peers=parsed.peers,
@@ -82,6 +89,7 @@ def measure(part: str, options: Options) -> Iterator[Row]:
 def main() -> int:
     """0 when every row was measured."""
     logging.basicConfig(level=logging.ERROR)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped
     options, out = parse_options(sys.argv[1:])
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.num_threads])  # children keep to them
     torch.set_num_threads(1)  # the client's; probes and kernels ask for their own

@@ -27,12 +27,10 @@ from rich.progress import track
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster import bundled_model
-from tests.bench.row import Unmeasurable
+from tests.bench.row import FORMATS, PLAIN, Unmeasurable
 
 FOLDER_VARIABLE = "MOBULA_BENCH_DIR"
 BUNDLED = "bundled"
-PLAIN, INT8, INT4 = "bf16", "int8", "int4"
-FORMATS = (PLAIN, INT8, INT4)
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>")
 TOKENIZER_CHARACTERS = 12_000_000  # of Python's own sources; enough for 16,384 tokens
 SPARE_BYTES = 2 * 2**30  # left free on the disk

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from tests.bench.checkpoints import PLAIN
 from tests.bench.limits import counted_distinct
 from tests.bench.load_client import LoadClient
 from tests.bench.measured_model import MeasuredModel, measured_models
@@ -16,7 +15,7 @@ NUM_STEPS = 32
 
 def rows(options: Options) -> Iterator[Row]:
     """By model and context, and the growth from the shortest to each longer one."""
-    for model in measured_models(options, (PLAIN,)):
+    for model in measured_models(options, options.formats[:1]):
         if not isinstance(model, MeasuredModel):
             name, kind, why = model
             yield Row.missing(NAME, {"model": name, "format": kind}, why)

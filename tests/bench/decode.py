@@ -6,7 +6,6 @@ Steady state: counted only while every sequence is decoding. Then what it costs 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.bench.checkpoints import FORMATS
 from tests.bench.limits import counted_distinct
 from tests.bench.load_client import LoadClient
 from tests.bench.measured_model import MeasuredModel, measured_models
@@ -25,7 +24,7 @@ VARIANT_BATCH, VARIANT_CONTEXT, VARIANT_STEPS = 8, 128, 48
 def rows(options: Options) -> Iterator[Row]:
     """By model and format: the batches; for the first format of a model, the variants of the system too."""
     seen = set()
-    for model in measured_models(options, FORMATS):
+    for model in measured_models(options, options.formats):
         if not isinstance(model, MeasuredModel):
             name, kind, why = model
             yield Row.missing(NAME, {"model": name, "format": kind}, why)

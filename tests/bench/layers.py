@@ -19,7 +19,6 @@ from cluster.process import ProcessState
 from cluster.role import Role
 from cluster.shard_role import ShardRole
 from cluster.worker_role import WorkerRole
-from tests.bench.checkpoints import PLAIN
 from tests.bench.load_client import LoadClient
 from tests.bench.measured_model import MeasuredModel, measured_models
 from tests.bench.row import Options, Row, Unmeasurable
@@ -37,7 +36,7 @@ TRANSPORTS: dict[str, dict[str, Any]] = {"shared memory": {}, "gRPC": {"shared_m
 
 def rows(options: Options) -> Iterator[Row]:
     """By model, transport, step and part."""
-    for model in measured_models(options, (PLAIN,)):
+    for model in measured_models(options, options.formats[:1]):
         if not isinstance(model, MeasuredModel):
             name, kind, why = model
             yield Row.missing(NAME, {"model": name, "format": kind}, why)

@@ -12,11 +12,10 @@ from cluster.preflight import check
 from cluster.process import ProcessHealth, ProcessState
 from cluster.shard_role import ShardRole
 from cluster.worker_role import WorkerRole
-from tests.bench.checkpoints import FORMATS
 from tests.bench.load_client import LoadClient
 from tests.bench.measured_model import MeasuredModel, measured_models
 from tests.bench.peers.peer import RunningPeer
-from tests.bench.row import Options, Row, Unmeasurable
+from tests.bench.row import PLAIN, Options, Row, Unmeasurable
 from tests.bench.served_system import ServedSystem
 
 NAME = "memory"
@@ -28,7 +27,7 @@ LOAD_TIMEOUT_S = 120.0
 
 def rows(options: Options) -> Iterator[Row]:
     """By model and format."""
-    for model in measured_models(options, FORMATS[:1] if options.is_quick else FORMATS):
+    for model in measured_models(options, options.formats[:1]):
         if not isinstance(model, MeasuredModel):
             name, kind, why = model
             yield Row.missing(NAME, {"model": name, "format": kind}, why)
@@ -36,7 +35,7 @@ def rows(options: Options) -> Iterator[Row]:
         try:
             options.check_time(30.0)
             yield from _serving(model, options)
-            if model.kind == FORMATS[0]:
+            if model.kind == PLAIN:
                 yield from _loading(model, options)
         except Unmeasurable as error:
             yield Row.missing(NAME, model.params, str(error))

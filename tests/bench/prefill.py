@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 
-from tests.bench.checkpoints import FORMATS
 from tests.bench.load_client import LoadClient
 from tests.bench.measured_model import MeasuredModel, measured_models
 from tests.bench.peers.peer import RunningPeer
@@ -17,7 +16,7 @@ MAX_PEER_TOKENS = 2048
 
 def rows(options: Options) -> Iterator[Row]:
     """By model, format and length of the prompt."""
-    for model in measured_models(options, FORMATS):
+    for model in measured_models(options, options.formats):
         if not isinstance(model, MeasuredModel):
             name, kind, why = model
             yield Row.missing(NAME, {"model": name, "format": kind}, why)

@@ -14,6 +14,8 @@ from typing import Any, Self
 
 Param = str | int | float
 
+PLAIN, INT8, INT4 = "bf16", "int8", "int4"
+FORMATS = (PLAIN, INT8, INT4)  # of experts' weights
 READ_PROBE = "read GB/s"  # params under which a row says what the machine gave in the same minutes
 PEAK_PROBE = "peak GOP/s"
 PROBES = (READ_PROBE, PEAK_PROBE)
@@ -105,12 +107,14 @@ class Row:
 class Options:
     """What the user asked for, and how a part says what it is doing.
 
-    models: names of checkpoints (checkpoints.SHAPES, "bundled") or folders. folder: where made checkpoints are kept.
+    models: names of checkpoints (checkpoints.SHAPES, "bundled") or folders. formats: of their experts; start-up and
+    memory are measured in the first one. folder: where made checkpoints are kept.
     num_threads: cores that the bench may use. deadline_s: on time.monotonic, after which no measurement begins.
     """
 
     only: tuple[str, ...]
     models: tuple[str, ...]
+    formats: tuple[str, ...] = FORMATS
     folder: Path
     num_threads: int
     has_peers: bool = True

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from tests.bench.checkpoints import FORMATS
 from tests.bench.measured_model import MeasuredModel, measured_models
 from tests.bench.peers.peer import RunningPeer
 from tests.bench.probe import Probe
@@ -13,7 +12,7 @@ NAME = "startup"
 
 def rows(options: Options) -> Iterator[Row]:
     """By model and format. A peer starts once: from its start until it can answer."""
-    for model in measured_models(options, FORMATS[:1] if options.is_quick else FORMATS):
+    for model in measured_models(options, options.formats[:1]):
         if not isinstance(model, MeasuredModel):
             name, kind, why = model
             yield Row.missing(NAME, {"model": name, "format": kind}, why)

@@ -56,7 +56,7 @@ def test_parts_and_models_are_named_with_commas() -> None:
     assert options.num_threads == 1
 
 
-@pytest.mark.parametrize("arguments", [["--only", "warp"], ["--cores", "100000"], ["--quack"]])
+@pytest.mark.parametrize("arguments", [["--only", "warp"], ["--formats", "int3"], ["--cores", "100000"], ["--quack"]])
 def test_what_is_not_understood_ends_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         bench.parse_options(arguments)

@@ -16,9 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.bench.checkpoints import PLAIN
 from tests.bench.process import BenchProcess
-from tests.bench.row import Options, Unmeasurable
+from tests.bench.row import PLAIN, Options, Unmeasurable
 
 TRANSFORMERS, VLLM, LLAMA = "transformers", "vLLM", "llama.cpp"
 VARIABLES = {
