@@ -4,18 +4,21 @@
 2. `new_folder` gives a place beside the destination, which takes the destination's name only when all went well.
 3. `Conversion.write` fills it: experts quantised, everything else as it is, and the files that belong to the weights.
 
-Memory is bounded by the largest tensor. Knows nothing of the terminal.
+Memory is bounded by a few tensors. Knows nothing of the terminal.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cluster.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
@@ -27,6 +30,7 @@ from experts.quantized_matrix import CannotQuantize, MatrixFormat, QuantizedMatr
 
 GROUP_SIZES = (128, 64, 32, 16)  # the first that divides the experts' sizes is taken
 MAX_FILE_BYTES = 4 * 10**9
+MAX_THREADS = 16  # each holds a tensor; more would write no faster
 EXPERT_MATRIX = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight")
 FILES_BESIDE = (  # whatever of these the source has is copied
     *(
@@ -58,8 +62,10 @@ class Conversion:
         """Of all tensors of the result."""
         return sum(header.num_bytes for tensors in self.groups.values() for header in tensors.values())
 
-    def write(self, folder: Path, on_written: Callable[[int], None]) -> None:
+    def write(self, folder: Path, on_written: Callable[[int], None], num_threads: int | None = None) -> None:
         """Fills an empty folder. on_written is told the bytes of each tensor.
+
+        num_threads: tensors that are in memory at a time are few more; unset: as many as there are cores, at most 16.
 
         Raises InvalidCheckpoint, CannotConvert or OSError; what is in the folder is then of no use.
         """
@@ -74,15 +80,34 @@ class Conversion:
                 stack.enter_context(SafetensorsWriter(folder / file_name, tensors))
                 for file_name, tensors in zip(file_names, files, strict=True)
             ]
-            for name, tensors in self.groups.items():
-                written = {name: self.source.read(name)} if name in tensors else self._quantize(name)
-                for part_name, tensor in written.items():
-                    writers[file_of[part_name]].write(part_name, tensor)
-                on_written(sum(header.num_bytes for header in tensors.values()))
+            parts = self._parts(num_threads or min(MAX_THREADS, os.cpu_count() or 1))
+            for written in stack.enter_context(closing(parts)):
+                for name, tensor in written.items():
+                    writers[file_of[name]].write(name, tensor)
+                on_written(sum(tensor.nbytes for tensor in written.values()))
         if len(files) > 1:
             weight_map = {name: file_names[index] for name, index in sorted(file_of.items())}
             _write_json(folder / INDEX_FILE, {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map})
         self._write_files_beside(folder)
+
+    def _parts(self, num_threads: int) -> Generator[dict[str, Tensor], None, None]:
+        """What is written for each tensor of the source, in order. A thread each: torch's own would share out every
+        small operation and wait for one another more than they compute.
+        """
+        pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
+        coming: deque[Future[dict[str, Tensor]]] = deque()
+        try:
+            for name, tensors in self.groups.items():
+                coming.append(pool.submit(self._read if name in tensors else self._quantize, name))
+                if len(coming) > num_threads:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        return {name: self.source.read(name)}
 
     def _quantize(self, name: str) -> dict[str, Tensor]:
         group_size = self.matrix_format.group_size

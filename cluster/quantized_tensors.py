@@ -7,6 +7,7 @@ Knows no files. A file's bytes are little-endian, as this machine's are taken to
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,10 @@ from cluster.quantization import BLOCK_SIZE, Fp8Quantization, IntLayout, Quantiz
 from experts.quantized_matrix import MatrixFormat, QuantizedMatrix
 
 PACKED, SCALE, SHAPE, FP8_SCALE = "_packed", "_scale", "_shape", "_scale_inv"  # after the published name
+# By byte; looking up is several times as fast as computing. The two numbers of four bits in a byte, as two int8; the
+# float8_e4m3fn that a byte is, as fp32.
+PAIRS = np.array([[(byte & 15) - 8, (byte >> 4) - 8] for byte in range(256)], dtype=np.int8).view(np.int16)[:, 0]
+FLOATS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -82,11 +87,8 @@ def unpack(parts: Mapping[str, Tensor], matrix_format: MatrixFormat) -> Quantize
     elif matrix_format.num_bits == 8:
         values = (parts[PACKED].view(torch.uint8) ^ 0x80).view(torch.int8)
     else:
-        packed = parts[PACKED].view(torch.uint8)  # [num_rows, num_columns / 2]
-        numbers = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=torch.uint8)
-        torch.bitwise_and(packed, 0x0F, out=numbers[:, 0::2])
-        torch.bitwise_right_shift(packed, 4, out=numbers[:, 1::2])
-        values = numbers.view(torch.int8).sub_(8)
+        packed = parts[PACKED].view(torch.uint8).numpy()  # [num_rows, num_columns / 2]
+        values = torch.from_numpy(PAIRS[packed].view(np.int8))
     return QuantizedMatrix(
         values=values,
         scales=parts[SCALE].float(),
@@ -104,5 +106,5 @@ def dequantize_blocks(weight: Tensor, scales: Tensor) -> Tensor:
     for block, start in enumerate(range(0, num_rows, BLOCK_SIZE)):
         rows = slice(start, min(start + BLOCK_SIZE, num_rows))
         scale = scales[block].repeat_interleave(BLOCK_SIZE)[:num_columns]
-        result[rows] = weight[rows].float().mul_(scale)
+        result[rows] = torch.from_numpy(FLOATS[weight[rows].view(torch.uint8).numpy()]).mul_(scale)
     return result

@@ -13,6 +13,7 @@ VALUE_RANGES = {8: (-127, 127), 4: (-8, 7)}  # what quantize writes, by num_bits
 # Scales tried for int4, as multiples of the least one that clips nothing by more than half a step. Five of them take
 # the mean squared error of normally distributed weights to 0.80 of that of amax / 7; a finer grid gains 1 % more.
 INT4_TRIALS = (1.0, 1.025, 1.05, 1.075, 1.1)
+BLOCK_NUMBERS = 2**18  # quantised at a time: what is made on the way stays in the processor's cache
 MIN_SCALE = 2.0**-126  # the least normal float: processors may take a smaller one for zero
 
 
@@ -92,16 +93,16 @@ class QuantizedMatrix:
         num_groups = _num_groups(weight.shape[1], group_size)
         if num_bits not in VALUE_RANGES:
             raise CannotQuantize(f"num_bits is {num_bits}, supported are {sorted(VALUE_RANGES)}")
-        groups = weight.float().view(weight.shape[0], num_groups, group_size)
-        if not bool(groups.isfinite().all()):
-            count = int((~groups.isfinite()).sum())
-            raise CannotQuantize(f"{count} of {weight.numel()} numbers are NaN or infinite; the weights are broken")
-        lowest, highest = VALUE_RANGES[num_bits]
-        least = torch.maximum(groups.amax(dim=-1) / (highest + 0.5), groups.amin(dim=-1) / (lowest - 0.5))
-        scales = _next_bfloat16(least.clamp_(min=MIN_SCALE))  # [num_rows, num_groups]
-        if num_bits == 4:
-            scales = _best_scales(groups, scales, num_bits)
-        values = _round(groups, scales, num_bits).to(torch.int8).view(weight.shape)
+        values = torch.empty(weight.shape, dtype=torch.int8)
+        scales = torch.empty(weight.shape[0], num_groups)
+        num_rows = max(1, BLOCK_NUMBERS // max(1, weight.shape[1]))
+        for start in range(0, weight.shape[0], num_rows):
+            rows = slice(start, start + num_rows)
+            groups = weight[rows].float().view(-1, num_groups, group_size)
+            scales[rows] = _scales(groups, num_bits)
+            lowest, highest = VALUE_RANGES[num_bits]
+            rounded = (groups / scales[rows].unsqueeze(-1)).round_().clamp_(lowest, highest)
+            values[rows] = rounded.view(-1, weight.shape[1]).to(torch.int8)
         return cls(values=values, scales=scales, num_bits=num_bits, group_size=group_size)
 
 
@@ -111,20 +112,23 @@ def _num_groups(num_columns: int, group_size: int) -> int:
     return num_columns // group_size
 
 
-def _round(groups: Tensor, scales: Tensor, num_bits: int) -> Tensor:
-    """[num_rows, num_groups, group_size] fp32, whole numbers."""
+def _scales(groups: Tensor, num_bits: int) -> Tensor:
+    """The scale of each group. groups: [num_rows, num_groups, group_size] fp32; returns [num_rows, num_groups]."""
     lowest, highest = VALUE_RANGES[num_bits]
-    return (groups / scales.unsqueeze(-1)).round_().clamp_(lowest, highest)
-
-
-def _best_scales(groups: Tensor, least: Tensor, num_bits: int) -> Tensor:
-    """Of the trials the one with the least squared error, in each group by itself."""
+    largest, smallest = groups.amax(dim=-1), groups.amin(dim=-1)
+    if not bool((largest.isfinite() & smallest.isfinite()).all()):  # NaN is neither above nor below: it comes through
+        raise CannotQuantize("some of its numbers are NaN or infinite; the weights are broken")
+    least = torch.maximum(largest / (highest + 0.5), smallest / (lowest - 0.5)).clamp_(min=MIN_SCALE)
+    if num_bits == 8:
+        return _next_bfloat16(least)
+    # In units of `least`: squares of very small or large weights would leave fp32's range.
+    relative = groups / least.unsqueeze(-1)
     best_scales, best_errors = least, torch.full_like(least, torch.inf)
     for trial in INT4_TRIALS:
         scales = _next_bfloat16(least * trial)
-        rounded = _round(groups, scales, num_bits).mul_(scales.unsqueeze(-1))
-        # Relative to the scale: squares of very small or large weights would leave fp32's range.
-        errors = rounded.sub_(groups).div_(least.unsqueeze(-1)).square_().sum(dim=-1)  # [num_rows, num_groups]
+        step = (scales / least).unsqueeze(-1)
+        rounded = (relative / step).round_().clamp_(lowest, highest)
+        errors = torch.linalg.vector_norm(rounded.mul_(step).sub_(relative), dim=-1)
         is_better = errors < best_errors
         best_scales, best_errors = scales.where(is_better, best_scales), errors.where(is_better, best_errors)
     return best_scales

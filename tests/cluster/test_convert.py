@@ -111,7 +111,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     data[entry.start : entry.start + 2] = b"\xc0\x7f"  # a NaN in bfloat16
     path.write_bytes(data)
     (tmp_path / "made").mkdir()
-    with pytest.raises(CannotConvert, match=r"experts\.3\.down_proj\.weight: 1 of 2048 numbers are NaN"):
+    with pytest.raises(CannotConvert, match=r"experts\.3\.down_proj\.weight: some of its numbers are NaN"):
         conversion.write(tmp_path / "made", lambda _: None)
 
 
@@ -203,7 +203,7 @@ torch.set_num_threads(1)
 QuantizedMatrix.quantize(torch.ones(64, 64), 4, 32)
 conversion = plan(Checkpoint.open(sys.argv[1]), 4)
 baseline = resident_bytes("VmRSS:")
-conversion.write(Path(sys.argv[2]), lambda num_bytes: None)
+conversion.write(Path(sys.argv[2]), lambda num_bytes: None, num_threads=2)
 print(resident_bytes("VmHWM:") - baseline)
 """
 
@@ -216,4 +216,4 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_checkpoint(tmp_p
     (tmp_path / "made").mkdir()
     command = [sys.executable, "-c", CONVERT, str(source), str(tmp_path / "made")]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(answer.stdout) < 20e6
+    assert int(answer.stdout) < 30e6

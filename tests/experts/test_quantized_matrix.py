@@ -76,10 +76,10 @@ def test_four_bits_are_closer_than_the_largest_number_divided_by_seven():
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_not_finite_are_refused_and_counted(broken):
+def test_numbers_that_are_not_finite_are_refused(broken):
     weight = torch.ones(2, 32)
     weight[1, 3] = broken
-    with pytest.raises(CannotQuantize, match="1 of 64 numbers are NaN or infinite"):
+    with pytest.raises(CannotQuantize, match="some of its numbers are NaN or infinite"):
         QuantizedMatrix.quantize(weight, 8, 32)
 
 
