@@ -31,6 +31,7 @@ NUM_SHARDS = 2
 BATCH, CONTEXT, NUM_STEPS = 8, 128, 48
 NUM_PROMPT_TOKENS, NUM_PROMPTS = 512, 3
 TIMEOUT_S = 120.0
+MIN_SHARE = 0.005  # of a step; parts with less have no row
 TRANSPORTS: dict[str, dict[str, Any]] = {"shared memory": {}, "gRPC": {"shared_memory_mib": 0}}  # keys of the router
 
 
@@ -71,6 +72,8 @@ def _part_rows(steps: list[dict[str, float]], params: dict[str, Any]) -> Iterato
     parts = sorted({part for step in steps for part in step}, key=lambda part: -_median(steps, part))
     for part in parts:
         share = statistics.median(step.get(part, 0.0) / total for step, total in zip(steps, totals, strict=True))
+        if share < MIN_SHARE:
+            continue
         samples = [1e3 * step.get(part, 0.0) for step in steps]
         yield Row.of(NAME, params | {"part": part, "share": f"{share:.1%}"}, samples, "ms")
     outside = [
