@@ -1,6 +1,8 @@
 """One step's rows as attention needs to see them. Built by the model runner from what the scheduler chose."""
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -34,3 +36,28 @@ class AttentionMetadata:
     def query_len(self, seq_index: int) -> int:
         """Rows that sequence brings in this step."""
         return self.query_start_loc[seq_index + 1] - self.query_start_loc[seq_index]
+
+    def split(self, count: int) -> list[tuple[slice, "AttentionMetadata"]]:
+        """The rows in `count` nearly equal parts, in order: where each lies and how attention sees it.
+
+        A sequence may be cut: its later rows' part must then write and attend after the earlier rows' one.
+        """
+        if count == 1:
+            return [(slice(0, self.num_tokens), self)]
+        bounds = [self.num_tokens * i // count for i in range(count + 1)]
+        return [(slice(start, end), self._rows(start, end)) for start, end in pairwise(bounds)]
+
+    def _rows(self, start: int, end: int) -> "AttentionMetadata":
+        """Of the rows from `start` to `end`, at least one."""
+        loc = self.query_start_loc
+        first = bisect_right(loc, start) - 1
+        last = bisect_left(loc, end)  # sequences first to last - 1 have rows here
+        starts = [max(loc[i], start) - start for i in range(first, last)]
+        return AttentionMetadata(
+            positions=self.positions[start:end],
+            slot_mapping=self.slot_mapping[start:end],
+            query_start_loc=(*starts, end - start),
+            seq_lens=tuple(self.seq_lens[i] - max(0, loc[i + 1] - end) for i in range(first, last)),
+            num_prompt_tokens=self.num_prompt_tokens[first:last],
+            block_tables=self.block_tables[first:last],
+        )

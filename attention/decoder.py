@@ -1,11 +1,11 @@
 """The decoder: token ids to hidden states to logits. The routed experts are elsewhere, behind ExpertDispatcher.
 
-A layer of one forward:
+A layer of one forward, for each micro-batch in turn (micro_batch.py):
 1. norm, attention over the latent cache (mla.py), residual;
 2. norm; a dense layer runs its MLP; a mixture layer
 3. chooses experts (router/gate.py, in fp32) and dispatches its rows;
-4. runs the shared experts meanwhile;
-5. combines: fp32 sum of routed and shared, cast once, residual.
+4. runs the shared experts meanwhile, and the other micro-batches;
+5. before its next layer combines: fp32 sum of routed, shared and residual, cast once.
 """
 
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from attention.expert_choice import choose_experts
 from attention.kernel_mla import KernelMla, KernelMlaWeights
 from attention.latent_cache import LatentCache
 from attention.layers import rms_norm
+from attention.micro_batch import MicroBatch, MicroBatchCount
 from attention.mla import Mla
 from attention.rotary import RotaryEmbedding
 from attention.torch_backend import TorchBackend
@@ -41,7 +42,11 @@ class ExpertDispatcher(Protocol):
         ...
 
     def combine(self, handle: Any) -> Tensor:
-        """Waits. Returns the routed experts' weighted sums: [num_tokens, hidden_size] fp32."""
+        """Waits. Returns the routed experts' weighted sums: [num_tokens, hidden_size] fp32, the caller's to change."""
+        ...
+
+    def abandon(self, handle: Any) -> None:
+        """Gives up what was dispatched and not combined."""
         ...
 
 
@@ -56,11 +61,15 @@ class Decoder:
         latent_cache: LatentCache,
         attention_backend: AttentionBackend | None = None,
         mla_form: MlaForm = MlaForm.BY_POSITION,
+        num_micro_batches: int | None = None,
     ) -> None:
+        """num_micro_batches: of each step; unset: as measured."""
         self.config = config
         self._weights = weights
         self._dispatcher = dispatcher
         self._mla_form = mla_form
+        self._micro_batch_count = MicroBatchCount(num_micro_batches)
+        self._dtype = weights.embedding.dtype
         self._rotary = RotaryEmbedding(config.rotary, weights.embedding.device)
         backend = TorchBackend() if attention_backend is None else attention_backend
         self._attention = [
@@ -73,30 +82,56 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Hidden states after the final norm: [num_tokens, hidden_size]. token_ids: [num_tokens] int64."""
-        plan = AttentionPlan.build(metadata, self._mla_form)
-        rotation = self._rotary.at(metadata.positions)
-        hidden_states = F.embedding(token_ids, self._weights.embedding)
-        for layer_id, layer in enumerate(self._weights.layers):
-            normed = rms_norm(hidden_states, layer.attention_norm, self.config.rms_norm_eps)
-            hidden_states = self._attention[layer_id].forward(normed, rotation, plan, hidden_states)
-            normed = rms_norm(hidden_states, layer.mlp_norm, self.config.rms_norm_eps)
-            if isinstance(layer.mlp, MoeWeights):
-                hidden_states = self._mixture(layer_id, layer.mlp, normed, hidden_states)
-            else:
-                hidden_states = hidden_states + layer.mlp(normed, hidden_states.dtype)
-        return rms_norm(hidden_states, self._weights.norm, self.config.rms_norm_eps)
+        count = self._micro_batch_count.choose(metadata.num_tokens)
+        started_s = self._micro_batch_count.now_s()
+        micro_batches = [self._micro_batch(token_ids[rows], part) for rows, part in metadata.split(count)]
+        try:
+            for layer_id in range(self.config.num_hidden_layers):
+                for micro_batch in micro_batches:
+                    self._layer(layer_id, micro_batch)
+            outputs = [self._output(micro_batch) for micro_batch in micro_batches]
+        except Exception:
+            for micro_batch in micro_batches:
+                if micro_batch.routed is not None:
+                    self._dispatcher.abandon(micro_batch.routed)
+            raise
+        self._micro_batch_count.record(metadata.num_tokens, count, self._micro_batch_count.now_s() - started_s)
+        return outputs[0] if count == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [n, hidden_size] as forward returns them. Returns [n, vocab_size] fp32."""
         return self._weights.lm_head(hidden_states, out_dtype=torch.float32)
 
-    def _mixture(self, layer_id: int, moe: MoeWeights, normed: Tensor, residual: Tensor) -> Tensor:
-        """Routed and shared experts of the normed rows, and the residual: summed in fp32, cast once."""
-        topk_weights, topk_ids = choose_experts(normed, moe.gate, self.config.gate, moe.correction_bias)
-        handle = self._dispatcher.dispatch(layer_id, normed, topk_weights, topk_ids)
-        shared = None if moe.shared_experts is None else moe.shared_experts(normed, torch.float32)
-        output = self._dispatcher.combine(handle)  # [num_tokens, hidden_size] fp32
-        if shared is not None:
-            output = output.add_(shared)
-        return output.add_(residual).to(residual.dtype)
+    def _micro_batch(self, token_ids: Tensor, metadata: AttentionMetadata) -> MicroBatch:
+        return MicroBatch(
+            plan=AttentionPlan.build(metadata, self._mla_form),
+            rotation=self._rotary.at(metadata.positions),
+            hidden_states=F.embedding(token_ids, self._weights.embedding),
+        )
+
+    def _layer(self, layer_id: int, rows: MicroBatch) -> None:
+        """From the layer before, whose routed experts may still be away, to this one's dispatch."""
+        layer, eps = self._weights.layers[layer_id], self.config.rms_norm_eps
+        hidden_states = self._combined(rows)
+        normed = rms_norm(hidden_states, layer.attention_norm, eps)
+        hidden_states = self._attention[layer_id].forward(normed, rows.rotation, rows.plan, hidden_states)
+        normed = rms_norm(hidden_states, layer.mlp_norm, eps)
+        if not isinstance(layer.mlp, MoeWeights):
+            rows.hidden_states = hidden_states + layer.mlp(normed, hidden_states.dtype)
+            return
+        topk_weights, topk_ids = choose_experts(normed, layer.mlp.gate, self.config.gate, layer.mlp.correction_bias)
+        rows.routed = self._dispatcher.dispatch(layer_id, normed, topk_weights, topk_ids)
+        rows.hidden_states = hidden_states.float()
+        if layer.mlp.shared_experts is not None:
+            rows.hidden_states = layer.mlp.shared_experts(normed, torch.float32).add_(rows.hidden_states)
+
+    def _combined(self, rows: MicroBatch) -> Tensor:
+        """The hidden states with what the routed experts add: summed in fp32, cast once."""
+        if rows.routed is None:
+            return rows.hidden_states
+        routed, rows.routed = rows.routed, None
+        return self._dispatcher.combine(routed).add_(rows.hidden_states).to(self._dtype)
+
+    def _output(self, rows: MicroBatch) -> Tensor:
+        return rms_norm(self._combined(rows), self._weights.norm, self.config.rms_norm_eps)

@@ -75,6 +75,7 @@ class AttentionWorkersConfig(ActorConfig):
     # "by_position" computes prompt tokens in the naive form and generated ones in the absorbed one; in the CPU kernels
     # a request's bits then do not depend on what else is in a step. "absorbed" and "naive" take one form for all.
     mla_form: MlaForm = Field(default=MlaForm.BY_POSITION, strict=False)
+    num_micro_batches: Annotated[int, Field(ge=1, le=8)] | None = None  # of a step, for ping-pong; unset: as measured
     engine: EngineConfig = Field(default_factory=EngineConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
 

@@ -70,7 +70,14 @@ class WorkerRole(Role):
         )
         cache = LatentCache(cache_config(self._config, model))
         runner = ModelRunner(
-            Decoder(decoder_config, weights, router, cache, mla_form=workers.mla_form),
+            Decoder(
+                decoder_config,
+                weights,
+                router,
+                cache,
+                mla_form=workers.mla_form,
+                num_micro_batches=workers.num_micro_batches,
+            ),
             block_size=workers.engine.block_size,
             device=workers.device,
         )

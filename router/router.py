@@ -102,6 +102,11 @@ class Router:
         self._metrics.observe_latency(time.monotonic() - handle.started_s)
         return combined.to(handle.device)
 
+    def abandon(self, handle: DispatchHandle) -> None:
+        """Gives up a handle that will not be combined."""
+        handle.is_combined = True
+        handle.abandon()
+
     def update_placement(self, expert_map: ExpertMap, addresses: Mapping[int, str]) -> None:
         """From now on rows go where `expert_map` says; connections to unchanged addresses stay.
 

@@ -38,6 +38,7 @@ class StepRunner:
         dtype: torch.dtype = torch.float32,
         form: MlaForm = MlaForm.BY_POSITION,
         num_blocks: int = 256,
+        num_micro_batches: int | None = 1,
         seed: int = 0,
     ) -> None:
         checkpoint = Checkpoint.open(folder)
@@ -49,6 +50,7 @@ class StepRunner:
             LocalExperts(checkpoint, self.config, dtype),
             self.cache,
             mla_form=form,
+            num_micro_batches=num_micro_batches,
         )
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)
