@@ -140,6 +140,7 @@ class Deployment:
             ray.init(address=self.config.ray.address, **settings)
             return
         num_cpus = max(os.cpu_count() or 1, int(booked_cpus(self.config)) + 1)
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other program starve ours
         ray.init(
             address="local",
             num_cpus=num_cpus,
