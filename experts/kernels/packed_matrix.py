@@ -12,6 +12,7 @@ from experts.quantized_matrix import QuantizedMatrix
 
 PANEL_OUTPUTS = 32  # outputs of a panel; the last panel is padded
 ALIGNMENT = 64  # bytes of a cache line
+GROUP_MULTIPLE = 16  # inputs that share a scale come in whole vectors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,7 +48,7 @@ class PackedMatrix:
 def can_pack(weight: Tensor | QuantizedMatrix) -> bool:
     """Whether the kernels take a matrix of this kind and size."""
     if isinstance(weight, QuantizedMatrix):
-        return weight.group_size % 32 == 0
+        return weight.group_size % GROUP_MULTIPLE == 0
     return weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0)
 
 
