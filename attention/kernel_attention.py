@@ -2,9 +2,10 @@
 the naive one.
 
 A row's result depends on its query and the tokens it sees, to the bit; not on other rows, threads, block ids or how a
-prompt is cut. Activations and cache are float32 or bfloat16, each as it likes. `cache` is one layer's in all functions,
-[num_blocks, block_size, row_width], row_width at least kv_lora_rank + qk_rope_head_dim. Raises ValueError for sizes that
-the kernels do not take, RuntimeError where they are not built.
+prompt is cut. Activations and cache are float32 or bfloat16, each as it likes. `cache` is one layer's everywhere,
+[num_blocks, block_size, row_width], row_width at least kv_lora_rank + qk_rope_head_dim; what stands behind does not
+matter. kv_lora_rank, qk_nope_head_dim and qk_rope_head_dim are even, else ValueError is raised; RuntimeError where the
+kernels are not built.
 """
 
 import ctypes
@@ -136,9 +137,9 @@ def mla_decode(
     """The absorbed form: every row attends to the latents of the first tokens of its sequence.
 
     query: [num_rows, num_heads, kv_lora_rank + qk_rope_head_dim], q_c | q_pe, rotated, heads contiguous; block_tables:
-    [num_seqs, max_num_blocks] int32; seq_indices: [num_rows] int32, each row's sequence; context_lens: [num_rows] int32,
-    tokens that the row sees, 1 or more; scale: of the scores, in fp32. Several rows may be of one sequence. What lies
-    behind a row's context does not matter, even if it is NaN. Returns [num_rows, num_heads, kv_lora_rank] in the
+    [num_seqs, max_num_blocks] int32; seq_indices: [num_rows] int32, each row's sequence; context_lens: [num_rows]
+    int32, tokens that the row sees, 1 or more; scale: of the scores, in fp32. Several rows may be of one sequence. What
+    lies behind a row's context does not matter, even if it is NaN. Returns [num_rows, num_heads, kv_lora_rank] in the
     query's dtype.
     """
     num_rows, num_heads, latent_dim = query.shape

@@ -16,10 +16,11 @@ namespace {
 constexpr int kBlockTokens = 64;
 constexpr int kSlab = 64;  // units of a token that lie side by side
 constexpr int kSlabUnits = kBlockTokens * kSlab;
-constexpr int kMinSpan = 128, kMaxSpan = 2048, kSpansWanted = 16;  // tokens, tokens, of a row
+constexpr int kMinSpan = 256, kMaxSpan = 2048, kSpansWanted = 8;  // tokens, tokens, of a row
 constexpr int kMaxGroupsPerTask = 2;      // of heads: their queries and outputs stay in the second-level cache
 constexpr size_t kPartBytes = 64 << 20;   // of spans' results in memory at once, or one row's
 
+constexpr int kInputsPerFetch = 4;
 constexpr bool kIsWide = Simd::kVectorsPerTile == 4;  // 32 vector registers
 
 inline int span_tokens(int context_len) {
@@ -30,11 +31,17 @@ inline int span_tokens(int context_len) {
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// Where to prefetch from while a product is computed.
+struct Fetch {
+  const char *first, *second;
+};
+
 // sums[m][16 * j...] (+)= x[m][i] * w[i][16 * j...] over i < k, one accumulator from the first i to the last. `decay`, if
-// given, multiplies what is there: one factor for each m.
+// given, multiplies what is there: one factor for each m. Meanwhile cache lines from `fetch` on are asked for, one every
+// few inputs, as many as the processor keeps under way.
 template <class U, int M, int V, int kXRow, int kXStep, int kWStep>
 inline void accumulate(const typename U::Unit* x, const typename U::Unit* w, int k, float* sums, size_t sums_stride,
-                       bool is_first, const float* decay) {
+                       bool is_first, const float* decay, Fetch fetch) {
   typename Simd::Floats acc[M][V];
   if (is_first) {
 #pragma GCC unroll 16
@@ -52,7 +59,7 @@ inline void accumulate(const typename U::Unit* x, const typename U::Unit* w, int
       }
     }
   }
-  for (int i = 0; i < k; i++, x += kXStep, w += kWStep) {
+  const auto step = [&]() __attribute__((always_inline)) {
     typename U::Weights weights[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; j++) weights[j] = U::load(w + j * 16);
@@ -62,11 +69,59 @@ inline void accumulate(const typename U::Unit* x, const typename U::Unit* w, int
 #pragma GCC unroll 4
       for (int j = 0; j < V; j++) acc[m][j] = U::dot(acc[m][j], weights[j], input);
     }
+    x += kXStep;
+    w += kWStep;
+  };
+  int i = 0;
+  for (; i + kInputsPerFetch <= k; i += kInputsPerFetch) {
+    __builtin_prefetch(fetch.first, 0, 2);
+    __builtin_prefetch(fetch.second, 0, 2);
+    fetch.first += 64;
+    fetch.second += 64;
+#pragma GCC unroll 4
+    for (int j = 0; j < kInputsPerFetch; j++) step();
   }
+  for (; i < k; i++) step();
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
     for (int j = 0; j < V; j++) Simd::store(sums + m * sums_stride + j * 16, acc[m][j]);
+}
+
+// scores[token][head] of four tokens and four heads, both as rows of units; lanes are summed at the end. Needs the fewest
+// loads a product where there are only 16 heads. The units of a token lie in slabs, `slab_stride` apart.
+template <class U, class S>
+inline void score_tile(const typename U::Unit* const* tokens, size_t slab_stride, const typename U::Unit* queries,
+                       int query_stride, int units, float* scores, Fetch fetch) {
+  typename S::Floats acc[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) acc[i] = S::zero();
+  const typename U::Unit *t0 = tokens[0], *t1 = tokens[1], *t2 = tokens[2], *t3 = tokens[3];
+  for (int first = 0; first < units; first += kSlab) {
+    for (int i = 0; i < U::kNumbers; i++, fetch.first += 64, fetch.second += 64) {
+      __builtin_prefetch(fetch.first, 0, 2);
+      __builtin_prefetch(fetch.second, 0, 2);
+    }
+    const int last = units - first < kSlab ? units - first : kSlab;
+    for (int i = 0; i < last; i += 16) {
+      const typename U::Weights w0 = U::load(t0 + i), w1 = U::load(t1 + i), w2 = U::load(t2 + i), w3 = U::load(t3 + i);
+#pragma GCC unroll 4
+      for (int head = 0; head < 4; head++) {
+        const typename U::Weights query = U::load(queries + head * query_stride + first + i);
+        acc[head] = U::dot(acc[head], w0, query);
+        acc[4 + head] = U::dot(acc[4 + head], w1, query);
+        acc[8 + head] = U::dot(acc[8 + head], w2, query);
+        acc[12 + head] = U::dot(acc[12 + head], w3, query);
+      }
+    }
+    t0 += slab_stride;
+    t1 += slab_stride;
+    t2 += slab_stride;
+    t3 += slab_stride;
+  }
+  alignas(64) float sums[16];
+  S::store(sums, S::sum_each(acc));
+  for (int token = 0; token < 4; token++) memcpy(scores + token * 16, sums + 4 * token, 16);
 }
 
 struct Span {
@@ -80,7 +135,8 @@ struct DecodeWork {
   int first_row, num_groups, groups_per_task, lanes;
   int units;          // of a latent row
   int width;          // of an output row in `parts`: kv_lora_rank, padded
-  uint32_t* queries;  // [rows of the wave][num_groups][units][lanes]
+  int query_stride;   // units of a query, padded
+  uint32_t* queries;  // [rows of the wave][num_groups][units][lanes], or [lanes][query_stride] for score_tile
   float* parts;       // [spans][num_groups * lanes][width]
   float* stats;       // [spans][2][num_groups * lanes]: maximum, denominator
 };
@@ -97,19 +153,19 @@ void pack_queries_task(void* context, int task, int thread) {
   const MlaDecodeCall& call = *work.call;
   const int row = task / work.num_groups, group = task % work.num_groups;
   const int numbers = call.kv_lora_rank + call.rope_dim, lanes = work.lanes;
-  uint32_t* buffer = (uint32_t*)thread_scratch(thread, (size_t)lanes * work.units * 4);
-  uint32_t* to = work.queries + (size_t)task * work.units * lanes;
+  uint32_t* to = work.queries + (size_t)task * work.query_stride * lanes;
+  const bool is_direct = kIsWide && lanes == 16;
+  uint32_t* buffer = is_direct ? to : (uint32_t*)thread_scratch(thread, (size_t)lanes * work.units * 4);
+  const int stride = is_direct ? work.query_stride : work.units;
   for (int lane = 0; lane < lanes; lane++) {
     const int head = group * lanes + lane;
-    uint32_t* row_of_buffer = buffer + (size_t)lane * work.units;
-    if (head >= call.num_heads) {
-      memset(row_of_buffer, 0, (size_t)work.units * 4);
-      continue;
-    }
+    uint32_t* row_of_buffer = buffer + (size_t)lane * stride;
+    if (is_direct || head >= call.num_heads) memset(row_of_buffer, 0, (size_t)stride * 4);
+    if (head >= call.num_heads) continue;
     const size_t at = (size_t)(work.first_row + row) * call.query_row_stride + (size_t)head * call.query_head_stride;
     convert_row(call.query, call.query_format, at, row_of_buffer, U::kNumbers == 2 ? kBfloat16 : kFloat32, 0, numbers);
   }
-  transpose(buffer, work.units, lanes, work.units, to, lanes);
+  if (buffer != to) transpose(buffer, work.units, lanes, work.units, to, lanes);
 }
 
 // A block of tokens, staged. keys: [slabs][token][64 units]; values: the same memory for floats, for pairs
@@ -117,54 +173,65 @@ void pack_queries_task(void* context, int task, int thread) {
 template <class U>
 struct Stage {
   typename U::Unit *keys, *values;
-  int num_key_slabs, num_value_slabs;
+  int num_key_slabs, num_value_slabs, latent_dim, format;
+  const void* tokens[kBlockTokens];
+  int num_tokens;
 
-  void fill(const LatentRows& rows, int start, int n, int latent_dim) {
-    for (int token = 0; token < n; token++) {
-      const void* from = rows.at(start + token);
-      typename U::Unit* to = keys + token * kSlab;
-      constexpr int kStep = 16 * U::kNumbers;
-      int i = 0;
-      for (; i + kStep <= latent_dim; i += kStep) {
-        typename U::Unit* at = to + (size_t)(i / U::kNumbers / kSlab) * kSlabUnits + i / U::kNumbers % kSlab;
-        if constexpr (U::kNumbers == 2)
-          memcpy(at, (const uint16_t*)from + i, 64);
-        else
-          Simd::store(at, load_as_floats(from, rows.format, i));
-      }
-      if (i < latent_dim) {
-        typename U::Unit* at = to + (size_t)(i / U::kNumbers / kSlab) * kSlabUnits + i / U::kNumbers % kSlab;
-        memset(at, 0, 64);
-        convert_row(from, rows.format, i, at, U::kNumbers == 2 ? kBfloat16 : kFloat32, 0, latent_dim - i);
-      }
-    }
-    if constexpr (U::kNumbers == 2) fill_values(rows, start, n, latent_dim);
+  void open(const LatentRows& rows, int start, int end) {
+    num_tokens = end - start < kBlockTokens ? end - start : kBlockTokens;
+    for (int token = 0; token < num_tokens; token++) tokens[token] = rows.at(start + token);
   }
 
-  // Behind the last token stands a zero: nothing that lies there may matter.
-  void fill_values(const LatentRows& rows, int start, int n, int latent_dim) {
-    alignas(64) static const uint16_t zeros[kSlab] = {};
-    for (int token = 0; token < n; token += 2) {
-      const uint16_t* even = (const uint16_t*)rows.at(start + token);
-      const uint16_t* odd = token + 1 < n ? (const uint16_t*)rows.at(start + token + 1) : nullptr;
-      for (int slab = 0; slab < num_value_slabs; slab++) {
-        const int first = slab * kSlab, count = latent_dim - first < kSlab ? latent_dim - first : kSlab;
-        interleave(even + first, odd ? odd + first : zeros, (uint32_t*)values + (size_t)slab * (kSlabUnits / 2) + token / 2 * kSlab,
-                   count);
+  void fill_keys(int slab) {
+    constexpr int kNumbers = kSlab * U::kNumbers;
+    const int first = slab * kNumbers, count = latent_dim - first;
+    typename U::Unit* to = keys + (size_t)slab * kSlabUnits;
+    for (int token = 0; token < num_tokens; token++, to += kSlab) {
+      if (count < kNumbers) {
+        memset(to, 0, kSlab * 4);
+        convert_row(tokens[token], format, first, to, U::kNumbers == 2 ? kBfloat16 : kFloat32, 0, count);
+      } else if constexpr (U::kNumbers == 2) {
+        memcpy(to, (const uint16_t*)tokens[token] + first, kSlab * 4);
+      } else {
+#pragma GCC unroll 4
+        for (int i = 0; i < kSlab; i += 16) Simd::store(to + i, load_as_floats(tokens[token], format, first + i));
       }
+    }
+  }
+
+  // Only for pairs. Behind an odd last token stands a zero: nothing that lies there may matter.
+  void fill_values(int slab) {
+    alignas(64) static const uint16_t zeros[kSlab] = {};
+    const int first = slab * kSlab, count = latent_dim - first < kSlab ? latent_dim - first : kSlab;
+    uint32_t* to = (uint32_t*)values + (size_t)slab * (kSlabUnits / 2);
+    for (int token = 0; token < num_tokens; token += 2, to += kSlab) {
+      const uint16_t* even = (const uint16_t*)tokens[token] + first;
+      const uint16_t* odd = token + 1 < num_tokens ? (const uint16_t*)tokens[token + 1] + first : zeros;
+      if (count == kSlab)
+        interleave(even, odd, to, kSlab);
+      else
+        interleave(even, odd, to, count);
     }
   }
 };
 
-// Asks for the next block little by little, so that it arrives while this one is computed with.
+// Asks for the next block token by token, so that it arrives while this one is computed with.
 struct Fetcher {
   const LatentRows* rows;
-  int next, end, tokens_per_step, row_bytes;
-  void step() {
-    for (int i = 0; i < tokens_per_step && next < end; i++, next++) {
-      const char* from = (const char*)rows->at(next);
-      for (int byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
-    }
+  int next, end;
+  bool has_pairs;   // then a product takes half as long and asks for more
+  int lines;        // of a token
+  Fetch last;       // asked for again at the end, which costs nothing
+
+  // For a product that asks for `room` lines, half of them from either pointer.
+  Fetch take(int room) {
+    if (next >= end) return last;
+    last.first = last.second = (const char*)rows->at(next++);
+    if (has_pairs && room >= 2 * lines - 4 && next < end)
+      last.second = (const char*)rows->at(next++);
+    else if (lines > room / 2)
+      last.second += (lines - room / 2) * 64;
+    return last;
   }
 };
 
@@ -214,7 +281,7 @@ void span_task(void* context, int task, int thread) {
   const int last_group = first_group + work.groups_per_task < work.num_groups ? first_group + work.groups_per_task : work.num_groups;
   const Span span = work.spans[index];
   const LatentRows rows = latent_rows(call, span.row);
-  const int latent_dim = call.kv_lora_rank + call.rope_dim, padded_heads = work.num_groups * kLanes;
+  const int padded_heads = work.num_groups * kLanes;
 
   Stage<U> stage;
   stage.num_key_slabs = (work.units + kSlab - 1) / kSlab;
@@ -222,7 +289,13 @@ void span_task(void* context, int task, int thread) {
   const size_t value_units = U::kNumbers == 2 ? (size_t)stage.num_value_slabs * kSlabUnits / 2 : 0;
   stage.keys = (Unit*)thread_scratch(thread, ((size_t)stage.num_key_slabs * kSlabUnits + value_units) * 4);
   stage.values = U::kNumbers == 2 ? stage.keys + (size_t)stage.num_key_slabs * kSlabUnits : stage.keys;
+  constexpr bool kDotsRows = kIsWide && V == 1;
+  const bool is_in_place = U::kNumbers == 2 && work.units % 16 == 0;
   constexpr int kValueSlab = kSlabUnits / U::kNumbers;
+  stage.latent_dim = call.kv_lora_rank + call.rope_dim;
+  stage.format = call.cache_format;
+  const int room = 2 * U::kNumbers * stage.num_key_slabs;  // lines that one score_tile asks for
+  const int row_lines = (int)((stage.latent_dim * element_bytes(stage.format) + 63) / 64);
 
   float* maximum = work.stats + (size_t)index * 2 * padded_heads;
   float* denominator = maximum + padded_heads;
@@ -234,29 +307,46 @@ void span_task(void* context, int task, int thread) {
   alignas(64) float scores[kBlockTokens * kLanes];
   alignas(64) uint32_t pairs[kBlockTokens / 2 * kLanes];
   alignas(64) float decay[kLanes];
-  const int steps = (stage.num_key_slabs + stage.num_value_slabs) * (last_group - first_group);
   for (int start = span.start; start < span.end; start += kBlockTokens) {
-    const int n = span.end - start < kBlockTokens ? span.end - start : kBlockTokens;
+    stage.open(rows, start, span.end);
+    const int n = stage.num_tokens;
     const bool is_first = start == span.start;
-    stage.fill(rows, start, n, latent_dim);
     const int next_end = start + 2 * kBlockTokens < span.end ? start + 2 * kBlockTokens : span.end;
-    Fetcher fetcher = {&rows, start + kBlockTokens, next_end, (kBlockTokens + steps - 1) / steps,
-                       (int)(latent_dim * element_bytes(rows.format))};
+    const char* here = (const char*)stage.tokens[0];
+    Fetcher fetcher = {&rows, start + kBlockTokens, next_end, U::kNumbers == 2, row_lines, {here, here}};
     for (int group = first_group; group < last_group; group++) {
       const Unit* queries = (const Unit*)work.queries +
-                            ((size_t)(span.row - work.first_row) * work.num_groups + group) * work.units * kLanes;
-      for (int slab = 0; slab < stage.num_key_slabs; slab++) {
-        const int k = work.units - slab * kSlab < kSlab ? work.units - slab * kSlab : kSlab;
-        const Unit* keys = stage.keys + (size_t)slab * kSlabUnits;
-        for (int token = 0; token < n; token += kScoreRows)
-          accumulate<U, kScoreRows, V, kSlab, 1, kLanes>(keys + token * kSlab, queries + (size_t)slab * kSlab * kLanes, k,
-                                                         scores + token * kLanes, kLanes, slab == 0, nullptr);
-        fetcher.step();
+                            ((size_t)(span.row - work.first_row) * work.num_groups + group) * work.query_stride * kLanes;
+      if constexpr (kDotsRows) {
+        if (group == first_group && !is_in_place)
+          for (int slab = 0; slab < stage.num_key_slabs; slab++) stage.fill_keys(slab);
+        for (int token = 0; token < n; token += 4) {
+          const Unit* four[4];
+          for (int i = 0; i < 4; i++) {  // behind the last token, that token again
+            const int at = token + i < n ? token + i : n - 1;
+            four[i] = is_in_place ? (const Unit*)stage.tokens[at] : stage.keys + at * kSlab;
+          }
+          for (int head = 0; head < 16; head += 4)
+            score_tile<U, Simd>(four, is_in_place ? kSlab : kSlabUnits, queries + (size_t)head * work.query_stride,
+                                work.query_stride, work.units, scores + token * 16 + head,
+                                head % 8 ? fetcher.take(room) : fetcher.last);
+        }
+      } else {
+        for (int slab = 0; slab < stage.num_key_slabs; slab++) {
+          if (group == first_group) stage.fill_keys(slab);
+          const int k = work.units - slab * kSlab < kSlab ? work.units - slab * kSlab : kSlab;
+          const Unit* keys = stage.keys + (size_t)slab * kSlabUnits;
+          for (int token = 0; token < n; token += kScoreRows)
+            accumulate<U, kScoreRows, V, kSlab, 1, kLanes>(keys + token * kSlab, queries + (size_t)slab * kSlab * kLanes, k,
+                                                           scores + token * kLanes, kLanes, slab == 0, nullptr,
+                                                           fetcher.take(2 * k / kInputsPerFetch));
+        }
       }
       softmax_block<U, V>(scores, pairs, n, call.scale, maximum + group * kLanes, denominator + group * kLanes, decay);
       const Unit* weights = U::kNumbers == 2 ? (const Unit*)pairs : (const Unit*)scores;
       const int k = (n + U::kNumbers - 1) / U::kNumbers;
       for (int slab = 0; slab < stage.num_value_slabs; slab++) {
+        if (U::kNumbers == 2 && group == first_group) stage.fill_values(slab);
         const Unit* values = stage.values + (size_t)slab * kValueSlab;
         const int columns = work.width - slab * kSlab < kSlab ? work.width - slab * kSlab : kSlab;
         for (int lane = 0; lane < kLanes; lane += kOutRows)
@@ -264,8 +354,7 @@ void span_task(void* context, int task, int thread) {
             accumulate<U, kOutRows, kOutVectors, 1, kLanes, kSlab>(
                 weights + lane, values + column, k,
                 out + (size_t)(group * kLanes + lane) * work.width + slab * kSlab + column, work.width, is_first,
-                decay + lane);
-        fetcher.step();
+                decay + lane, fetcher.take(2 * k / kInputsPerFetch));
       }
     }
   }
@@ -325,6 +414,7 @@ void decode_as(const MlaDecodeCall& call) {
   work.lanes = 16 * V;
   work.num_groups = (call.num_heads + work.lanes - 1) / work.lanes;
   work.units = (call.kv_lora_rank + call.rope_dim) / U::kNumbers;
+  work.query_stride = round_up(work.units, 16);
   work.width = round_up(call.kv_lora_rank, 32);
   const size_t padded_heads = (size_t)work.num_groups * work.lanes;
   const size_t part_bytes = padded_heads * (work.width + 2) * 4;
@@ -337,7 +427,7 @@ void decode_as(const MlaDecodeCall& call) {
       num_spans += more;
       last++;
     } while (last < call.num_rows);
-    const size_t query_bytes = round_up(work.units * 4, 64) * padded_heads * (last - first);
+    const size_t query_bytes = (size_t)work.query_stride * 4 * padded_heads * (last - first);
     const size_t index_bytes = round_up((int)(sizeof(Span) * num_spans + sizeof(int) * (last - first + 1)), 64);
     uint8_t* memory = (uint8_t*)scratch(kMlaSlot, query_bytes + index_bytes + num_spans * part_bytes);
     work.queries = (uint32_t*)memory;
