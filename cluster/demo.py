@@ -15,6 +15,7 @@ from rich.markup import escape
 from cluster.client import Generation, InferenceClient
 from cluster.config import MobulaConfig
 from cluster.launch import Deployment
+from cluster.plan_view import plan_view
 from cluster.progress import StartProgress
 from cluster.serve import START_ERRORS
 from cluster.views import experts_view, kinds_view, streams_view, summary_view
@@ -54,7 +55,7 @@ def _run(config: MobulaConfig, console: Console) -> None:
     start = time.monotonic()
     deployment = Deployment(config)
     console.rule("[bold]1. start")
-    console.print(deployment.plan.describe())
+    console.print(plan_view(deployment.plan))
     with deployment:
         with StartProgress(console) as progress:
             status = deployment.wait_until_serving(progress.show)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from rich.console import RenderableType
-from rich.table import Table
 
 from attention.engine import CacheTooSmall
 from attention.latent_cache import LatentCacheConfig
@@ -17,8 +15,9 @@ from attention.tokenizer import BadTokenizer, Tokenizer
 from cluster import bundled_model
 from cluster.checkpoint import Checkpoint
 from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
-from cluster.model_config import ModelConfig
+from cluster.model_config import DTYPES, ModelConfig
 from cluster.quantization import IntQuantization
+from cluster.views import format_bytes
 from experts.kernels.library import native
 from experts.quantized_matrix import MatrixFormat
 from experts.weight_store import ExpertModel
@@ -28,7 +27,6 @@ from router.placement import PlacementRequest, place_units
 
 TOKENIZER_FILE = "tokenizer.json"
 OPTIONAL_TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-DTYPES = {DTypeName.FLOAT32: torch.float32, DTypeName.BFLOAT16: torch.bfloat16}
 KERNEL_GROUP_COLUMNS = 32  # the kernels take integers in groups of a multiple of this
 PROCESS_BYTES = 400 * 2**20  # of a process with torch and Ray before it has weights
 
@@ -101,32 +99,6 @@ class ServingPlan:
         workers = self.num_workers * (self.worker_weight_bytes + self.cache_bytes)
         return workers + sum(self.shard_weight_bytes) + num_processes * PROCESS_BYTES
 
-    def describe(self) -> RenderableType:
-        """A few lines for the terminal."""
-        decoder, gate = self.model.config.decoder, self.model.config.decoder.gate
-        limit = self.expert_map.max_ranks_per_token(gate)
-        table = Table(box=None, show_header=False, padding=(0, 2))
-        numbers = _dtype_name(self.model.dtype)
-        if self.model.expert_format is not None:
-            numbers += f", experts {self.model.expert_format}"
-        table.add_row("model", f"{self.model.model_id} ({self.model.config.model_type}, {numbers})")
-        table.add_row(
-            "layers",
-            f"{decoder.num_hidden_layers}, of which {len(decoder.moe_layer_ids)} with {gate.n_routed_experts} routed "
-            f"experts, {gate.num_experts_per_tok} per token",
-        )
-        table.add_row(
-            "workers",
-            f"{self.num_workers} x {_mib(self.worker_weight_bytes)} of weights + {_mib(self.cache_bytes)} latent "
-            f"cache, context {self.max_model_len} tokens",
-        )
-        table.add_row(
-            "shards",
-            f"{self.expert_map.ep_size} x {_mib(max(self.shard_weight_bytes))} of weights, "
-            f"{self.expert_map.num_units} placement units a layer; a token visits at most {limit} shards a layer",
-        )
-        return table
-
 
 def open_model(config: MobulaConfig) -> ServedModel:
     """The checkpoint and what its config.json says. Raises InvalidCheckpoint, UnsupportedModel."""
@@ -134,7 +106,7 @@ def open_model(config: MobulaConfig) -> ServedModel:
     checkpoint = Checkpoint.open(bundled_model.path() if is_bundled else config.model, config.revision)
     model_config = checkpoint.model_config()
     if config.dtype is not DTypeName.AUTO:
-        dtype = DTYPES[config.dtype]
+        dtype = DTYPES[config.dtype.value]
     else:  # the bundled model is small enough for float32, in which every CPU is fast
         dtype = torch.float32 if is_bundled else model_config.dtype
     return ServedModel(model_id=config.model, checkpoint=checkpoint, config=model_config, dtype=dtype)
@@ -228,21 +200,15 @@ def _check_frames(config: MobulaConfig, plan: ServingPlan) -> None:
 def _check_memory(plan: ServingPlan) -> None:
     available = psutil.virtual_memory().available
     if plan.total_bytes > available:
+        worker_bytes, shard_bytes = plan.worker_weight_bytes + plan.cache_bytes, sum(plan.shard_weight_bytes)
         raise ConfigError(
-            f"the system needs about {_mib(plan.total_bytes)} on this machine ({plan.num_workers} workers of "
-            f"{_mib(plan.worker_weight_bytes + plan.cache_bytes)}, {len(plan.shard_weight_bytes)} shards with "
-            f"{_mib(sum(plan.shard_weight_bytes))} together), {_mib(available)} are free; use fewer workers, a smaller "
+            f"the system needs about {format_bytes(plan.total_bytes)} on this machine ({plan.num_workers} workers of "
+            f"{format_bytes(worker_bytes)}, {len(plan.shard_weight_bytes)} shards with {format_bytes(shard_bytes)} "
+            f"together), {format_bytes(available)} are free; use fewer workers, a smaller "
             "attention_workers.engine.cache_gib, bfloat16, or more machines"
         )
 
 
+
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return dtype.itemsize * torch.Size(shape).numel()
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB" if count < 2**33 else f"{count / 2**30:,.1f} GiB"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ from cluster.config import ConfigError, MobulaConfig
 from cluster.controller import StartError
 from cluster.json_fields import UnsupportedModel
 from cluster.launch import Deployment
+from cluster.plan_view import plan_view
 from cluster.progress import StartProgress
 from router.placement import PlacementError
 
@@ -29,7 +30,7 @@ def serve_until_stopped(config: MobulaConfig, console: Console) -> bool:
     _treat_sigterm_as_ctrl_c()
     try:
         deployment = Deployment(config)
-        console.print(deployment.plan.describe())
+        console.print(plan_view(deployment.plan))
         with deployment:
             _treat_sigterm_as_ctrl_c()  # again: Ray, when it starts, puts its own handler in place
             with StartProgress(console) as progress:

@@ -13,6 +13,7 @@ from cluster import convert, preflight
 from cluster.checkpoint import Checkpoint, InvalidCheckpoint
 from cluster.config import ConfigError, parse_config
 from cluster.json_fields import UnsupportedModel
+from cluster.plan_view import plan_view
 from cluster.preflight import check
 from router.placement import PlacementError
 from tests.checkpoints import write_checkpoint
@@ -113,7 +114,7 @@ def test_quantised_experts_are_counted_as_they_are_kept_and_named(
     assert sum(plan.shard_weight_bytes) == sum(plain.shard_weight_bytes) / 2 * per_number
     assert plan.worker_weight_bytes == plain.worker_weight_bytes
     console = Console(file=StringIO(), width=200)
-    console.print(plan.describe())
+    console.print(plan_view(plan))
     assert "bfloat16, experts int4 (groups of 32)" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
