@@ -97,17 +97,17 @@ def check_assignments(
     _check_range("row", rows, limits.num_rows)
     _check_range("expert id", expert_ids, len(limits.expert_to_unit))
     units = limits.expert_to_unit[expert_ids]  # [A] int64
-    if units.min() < 0:
-        raise StalePlacement(
-            f"experts {sorted(set(expert_ids[units < 0].tolist()))} of layer {limits.layer_id} are not on this shard "
-            f"under placement version {limits.placement_version}; use the newest expert map"
-        )
     pairs = units * limits.num_rows + rows  # (unit, row) as one number
     keys = pairs * len(limits.expert_to_unit) + expert_ids
-    if not (keys[1:] > keys[:-1]).all():
+    if keys[0] < 0 or not (keys[1:] > keys[:-1]).all():  # unit -1 makes the first key negative, or the order wrong
+        if units.min() < 0:
+            raise StalePlacement(
+                f"experts {sorted(set(expert_ids[units < 0].tolist()))} of layer {limits.layer_id} are not on this "
+                f"shard under placement version {limits.placement_version}; use the newest expert map"
+            )
         raise InvalidRequest("assignments do not ascend by (unit, row, expert), or one occurs twice")
-    expected = (pairs[1:] != pairs[:-1]).cumsum(dtype=np.int32)  # of all but the first, which is 0
-    if partial_sums[0] != 0 or (partial_sums[1:] != expected).any():
+    is_next = pairs[1:] != pairs[:-1]
+    if partial_sums[0] != 0 or (partial_sums[1:] - partial_sums[:-1] != is_next).any():
         raise InvalidRequest("partial sums do not number the (unit, row) pairs of the assignments from 0")
     count = int(partial_sums[-1]) + 1
     if count != limits.num_partial_sums:
@@ -118,7 +118,7 @@ def check_assignments(
 
 
 def _check_range(name: str, values: Int32Array, limit: int) -> None:
-    highest = int(values.view(np.uint32).max())  # a negative number is a very high one
+    highest = values.view(np.uint32).max()  # a negative number is a very high one
     if highest >= limit:
         low = int(values.min())
         raise InvalidRequest(f"{name} {low if low < 0 else highest} is out of range, must be 0 to {limit - 1}")

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from router.expert_map import Int64Array
 
+ONE = np.int32(1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignments:
@@ -44,12 +46,14 @@ class Assignments:
 
     def select(self, chosen: Int64Array) -> "Assignments":
         """Those at the ascending indices `chosen` ([n] int64)."""
+        if len(chosen) == len(self):
+            return self
         return Assignments(
-            rows=self.rows[chosen],
-            expert_ids=self.expert_ids[chosen],
-            weights=self.weights[chosen],
-            partial_sums=self.partial_sums[chosen],
-            units=self.units[chosen],
+            rows=self.rows.take(chosen),
+            expert_ids=self.expert_ids.take(chosen),
+            weights=self.weights.take(chosen),
+            partial_sums=self.partial_sums.take(chosen),
+            units=self.units.take(chosen),
         )
 
 
@@ -129,9 +133,9 @@ class DispatchPlan:
         Rows with fewer have num_partial_sums, the index of a row of zeros, at the end.
         """
         order = self.partial_rows.argsort(kind="stable")  # by (row, unit), because partial sums are by (unit, row)
-        rows = self.partial_rows[order]
+        rows = self.partial_rows.take(order)
         num_units = np.bincount(rows, minlength=self.num_tokens)  # [num_tokens]
-        position = np.arange(len(rows)) - (num_units.cumsum() - num_units)[rows]
+        position = np.arange(len(rows)) - (num_units.cumsum() - num_units).take(rows)
         table = np.full((num_units.max(initial=0), self.num_tokens), self.num_partial_sums)
         table[position, rows] = order
         return table
@@ -172,19 +176,20 @@ def plan_dispatch(num_tokens: int, assignments: Assignments, unit_ep_ranks: Int6
 
 def plan_messages(assignments: Assignments, unit_ep_ranks: Int64Array) -> tuple[ShardMessage, ...]:
     """One message for each shard that gets any of `assignments`; also re-plans a message that failed."""
-    ep_ranks = unit_ep_ranks[assignments.units]  # [A]
+    ep_ranks = unit_ep_ranks.take(assignments.units)  # [A]
     messages = []
-    for ep_rank in np.flatnonzero(np.bincount(ep_ranks)).tolist():
-        mine = assignments.select(np.flatnonzero(ep_ranks == ep_rank))
-        is_sent = np.bincount(mine.rows) > 0  # [at most num_tokens]
+    for ep_rank in sorted(set(ep_ranks.tolist())):
+        mine = assignments.select((ep_ranks == ep_rank).nonzero()[0])
+        is_sent = np.zeros(mine.rows.max() + 1, dtype=np.bool_)
+        is_sent[mine.rows] = True
         starts = _run_starts(mine.partial_sums)
         messages.append(
             ShardMessage(
                 ep_rank=ep_rank,
-                row_ids=np.flatnonzero(is_sent),
+                row_ids=is_sent.nonzero()[0],
                 assignments=mine,
-                local_rows=(is_sent.cumsum(dtype=np.int32) - np.int32(1))[mine.rows],
-                local_partial_sums=starts.cumsum(dtype=np.int32) - np.int32(1),
+                local_rows=(is_sent.cumsum(dtype=np.int32) - ONE).take(mine.rows),
+                local_partial_sums=starts.cumsum(dtype=np.int32) - ONE,
                 partial_sums=mine.partial_sums[starts],
             )
         )
@@ -206,6 +211,7 @@ def sum_partials(plan: DispatchPlan, partial_sums: npt.NDArray[np.float32]) -> T
 
 def _run_starts(values: Int64Array) -> npt.NDArray[np.bool_]:
     """Whether each element differs from the one before it: [n]."""
-    starts = np.ones(len(values), dtype=np.bool_)
+    starts = np.empty(len(values), dtype=np.bool_)
+    starts[:1] = True
     np.not_equal(values[1:], values[:-1], out=starts[1:])
     return starts
