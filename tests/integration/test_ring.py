@@ -19,8 +19,9 @@ from protos import expert_pb2, ring
 from protos.errors import ShardUnavailable
 from protos.poller import Poller
 from router.completions import Carrier
+from router.grpc_transport import GrpcTransport
 from router.local_transport import LocalTransport
-from router.ring_transport import Ring, RingTransport
+from router.ring_transport import Ring, RingTransport, connect_to
 from router.router import Router
 from tests.fake_experts import expert_shard, grouped_gate, placed, random_rows, router_to, running_shards, small_model
 from tests.shard_host import Forwards, Host, combined, running_host, wait_until
@@ -99,7 +100,17 @@ def test_a_frame_that_does_not_fit_goes_over_the_stream():
         assert carriers(router) == {Carrier.RING, Carrier.GRPC}
 
 
-def test_a_ring_that_cannot_be_reached_is_done_without(host, monkeypatch):
+def test_without_shared_memory_a_shard_is_reached_over_the_stream_alone(host):
+    with running_shards(MAP, MODEL) as shards:
+        address = f"127.0.0.1:{host.serve(shards[0]).port}"
+        for mebibytes, kind in ((0, GrpcTransport), (1, RingTransport)):
+            transport = connect_to(host.thread.loop, Poller(), mebibytes)(address)
+            wait_until(lambda transport=transport: transport.is_connected)
+            assert type(transport) is kind
+            transport.close()
+
+
+def test_a_ring_that_cannot_be_reached_is_done_without(host):
     with running_shards(MAP, MODEL) as shards:
         server = host.serve(shards[0])
         server.ring.close()  # as if the worker were on another host: nothing listens under the name
