@@ -57,19 +57,13 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 struct ReadProbe {
-  const uint64_t* data;
-  size_t words_per_task;
+  const float* data;
+  size_t count_per_task;
 };
 
 void read_task(void* context, int task, int) {
   const ReadProbe& probe = *(const ReadProbe*)context;
-  const uint64_t* from = probe.data + task * probe.words_per_task;
-  uint64_t sums[16] = {};
-  for (size_t i = 0; i < probe.words_per_task; i += 16)
-    for (int j = 0; j < 16; j++) sums[j] += from[i + j];
-  uint64_t total = 0;
-  for (uint64_t sum : sums) total += sum;
-  volatile uint64_t sink = total;
+  volatile float sink = choice.table->read(probe.data + task * probe.count_per_task, probe.count_per_task);
   (void)sink;
 }
 
@@ -153,10 +147,10 @@ void mobula_mla_prefill(const MlaPrefillCall* call) {
 double mobula_probe_read(const void* data, size_t num_bytes) {
   std::lock_guard<std::mutex> lock(calls);
   const int tasks = 64 * num_threads();
-  ReadProbe probe = {(const uint64_t*)data, num_bytes / 8 / tasks / 16 * 16};
+  ReadProbe probe = {(const float*)data, num_bytes / 4 / tasks / 64 * 64};
   const auto start = std::chrono::steady_clock::now();
   parallel_for(tasks, read_task, &probe);
-  return 8.0 * probe.words_per_task * tasks / seconds_since(start);
+  return 4.0 * probe.count_per_task * tasks / seconds_since(start);
 }
 
 // Operations a second of all threads together.

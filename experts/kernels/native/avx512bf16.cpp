@@ -17,7 +17,7 @@
 #include "mla.h"
 
 const KernelTable* avx512bf16_table() {
-  static const KernelTable table = {linear, heads, experts, rms_norm, mla_prepare, mla_decode, mla_prefill, peak};
+  static const KernelTable table = {linear, heads, experts, rms_norm, mla_prepare, mla_decode, mla_prefill, peak, read_through};
   return &table;
 }
 #if defined(__clang__)

@@ -30,24 +30,39 @@ struct ExpertsWork {
   bool is_first_group, is_last_group;
 };
 
+// Panel `panel` of gate and up, and the one that a thread is likely to take next.
+template <class T>
+Panels gate_up_panels(const ExpertsWork<T>& work, const Matrix& matrix, int place, int panel) {
+  Panels panels = {&matrix, panel, work.inner_panels + panel};
+  const Matrix* next = &matrix;
+  int next_panel = panel + num_threads();  // the panels between are the other threads'
+  if (next_panel >= work.inner_panels) {
+    if (place + 1 >= work.last) return panels;
+    next = &work.call->experts[work.present[place + 1]].w13;
+    next_panel -= work.inner_panels;
+  }
+  if (next_panel >= work.inner_panels) return panels;
+  panels.next_first = panel_data(*next, next_panel);
+  panels.next_second = panel_data(*next, work.inner_panels + next_panel);
+  return panels;
+}
+
 template <class T>
 void gate_up_task(void* context, int task, int) {
   const ExpertsWork<T>& work = *(const ExpertsWork<T>*)context;
-  const int expert = work.present[work.first + task / work.inner_panels], panel = task % work.inner_panels;
+  const int place = work.first + task / work.inner_panels, panel = task % work.inner_panels;
+  const int expert = work.present[place];
   const Matrix& matrix = work.call->experts[expert].w13;
   const int start = work.starts[expert], num_rows = work.starts[expert + 1] - start;
-  const Panels panels = {&matrix, panel, work.inner_panels + panel};
-  for_tiles(num_rows, T::kRows, [&](int first, int height) {
+  const Panels panels = gate_up_panels(work, matrix, place, panel);
+  for_tiles(num_rows, T::kRows, [&](int tile, int num_tiles, int first, int height) {
     alignas(64) float product[kMaxRows * 2 * kPanelColumns];
     typename T::Row x[kMaxRows];
     for (int m = 0; m < height; m++) {
       const int assignment = work.order[start + first + m];
       x[m] = work.x[work.call->rows ? work.call->rows[assignment] : assignment];
     }
-    if (num_rows <= T::kRows)
-      multiply<T, true>(x, height, panels, 2, product);
-    else
-      multiply<T, false>(x, height, panels, 2, product);
+    multiply_tile<T>(x, tile, num_tiles, height, panels, 2, product);
     for (int m = 0; m < height; m++) {
       const float* row = product + m * 2 * kPanelColumns;
       const size_t at = (size_t)(start - work.group_start + first + m) * work.hidden_stride + panel * kPanelColumns;
@@ -82,14 +97,16 @@ void down_task(void* context, int task, int) {
       memset(work.sums + (size_t)i * hidden_size + first_column, 0, sizeof(float) * columns);
   for (int i = work.first; i < work.last; i++) {
     const int expert = work.present[i], start = work.starts[expert], num_rows = work.starts[expert + 1] - start;
-    const Panels panels = {&call.experts[expert].w2, panel, panel + 1};
-    for_tiles(num_rows, T::kRows, [&](int first, int height) {
+    Panels panels = {&call.experts[expert].w2, panel, panel + 1};
+    if (i + 1 < work.last) {
+      const Matrix& next = call.experts[work.present[i + 1]].w2;
+      panels.next_first = panel_data(next, panel);
+      panels.next_second = count == 2 ? panel_data(next, panel + 1) : nullptr;
+    }
+    for_tiles(num_rows, T::kRows, [&](int tile, int num_tiles, int first, int height) {
       alignas(64) float product[kMaxRows * 2 * kPanelColumns];
       const typename T::Row* x = work.hidden_rows + (start - work.group_start + first);
-      if (num_rows <= T::kRows)
-        multiply<T, true>(x, height, panels, count, product);
-      else
-        multiply<T, false>(x, height, panels, count, product);
+      multiply_tile<T>(x, tile, num_tiles, height, panels, count, product);
       for (int m = 0; m < height; m++) {
         const int assignment = work.order[start + first + m];
         const int sum = call.partial_sums ? call.partial_sums[assignment] : assignment;

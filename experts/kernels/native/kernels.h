@@ -126,6 +126,7 @@ struct KernelTable {
   void (*mla_decode)(const MlaDecodeCall*);
   void (*mla_prefill)(const MlaPrefillCall*);
   double (*peak)(int format, long iterations);  // operations of one thread
+  float (*read)(const float* data, size_t count);  // a sum, so that it is read; count is a multiple of 64
 };
 
 const KernelTable* avx512bf16_table();

@@ -45,14 +45,12 @@ void linear_task(void* context, int task, int) {
   const int count = left < work.panels_per_task ? left : work.panels_per_task;
   const int first_column = panel * kPanelColumns, width = count * kPanelColumns;
   const int columns = matrix.num_outputs - first_column < width ? matrix.num_outputs - first_column : width;
-  const Panels panels = {&matrix, panel, panel + 1};
-  for_tiles(num_rows, T::kRows, [&](int first, int height) {
+  const bool has_next = left > 2 * count;
+  const Panels panels = {&matrix, panel, panel + 1, has_next ? panel_data(matrix, panel + count) : nullptr,
+                         has_next ? panel_data(matrix, panel + count + 1) : nullptr};
+  for_tiles(num_rows, T::kRows, [&](int tile, int num_tiles, int first, int height) {
     alignas(64) float product[kMaxRows * 2 * kPanelColumns];
-    const typename T::Row* x = work.rows + first_row + first;
-    if (call.num_rows <= T::kRows)
-      multiply<T, true>(x, height, panels, count, product);
-    else
-      multiply<T, false>(x, height, panels, count, product);
+    multiply_tile<T>(work.rows + first_row + first, tile, num_tiles, height, panels, count, product);
     store_product(product, width, height, call.out, call.out_format,
                   (size_t)(first_row + first) * call.out_stride + first_column, call.out_stride, columns, call.residual);
   });
@@ -109,7 +107,7 @@ void heads_task(void* context, int task, int thread) {
     const int count = panels - panel < 2 ? 1 : 2, first_column = panel * kPanelColumns;
     const int width = count * kPanelColumns;
     const int columns = matrix.num_outputs - first_column < width ? matrix.num_outputs - first_column : width;
-    for_tiles(num_rows, T::kRows, [&](int first, int height) {
+    for_tiles(num_rows, T::kRows, [&](int, int, int first, int height) {
       alignas(64) float product[kMaxRows * 2 * kPanelColumns];
       multiply<T, false>(rows + first, height, {&matrix, panel, panel + 1}, count, product);
       store_product(product, width, height, call.out, call.out_format,

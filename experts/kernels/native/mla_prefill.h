@@ -27,15 +27,15 @@ template <class T>
 struct ValueTiles {
   using Row = typename T::Row;
   static constexpr int kRows = T::kRows;
-  template <int M, int V, bool kPrefetch>
+  template <int M, int V, int kPrefetch>
   static void run(const Row* x, const Panels& p, int half, float* out) {
     const size_t panel = kKeysPerTile * kPanelColumns;
     if constexpr (kHasPairs && sizeof(*x[0]) == 2) {
       const uint16_t* data = (const uint16_t*)p.matrix->data;
-      tile_bf16<M, V, kPrefetch>(x, data + p.first * panel, data + p.second * panel, half, p.matrix->num_inputs, out);
+      tile_bf16<M, V, kPrefetch>(x, data + p.first * panel, data + p.second * panel, half, p.matrix->num_inputs, Ahead<kPrefetch>(p, nullptr, nullptr), out);
     } else {
       const float* data = (const float*)p.matrix->data;
-      tile_float<M, V, kPrefetch>(x, data + p.first * panel, data + p.second * panel, half, p.matrix->num_inputs, out);
+      tile_float<M, V, kPrefetch>(x, data + p.first * panel, data + p.second * panel, half, p.matrix->num_inputs, Ahead<kPrefetch>(p, nullptr, nullptr), out);
     }
   }
 };
@@ -231,7 +231,7 @@ inline void attend_tile(const PrefillWork& work, int head, int tile, int block_s
   const Matrix keys = {work.keys + head * work.key_bytes, nullptr, U::kNumbers == 2 ? kBfloat16 : kFloat32, kPieceTokens,
                        head_dim, 0};
   for (int pair = 0; pair < kTilePanels / 2; pair++)
-    for_tiles(num_rows, T::kRows, [&](int offset, int height) {
+    for_tiles(num_rows, T::kRows, [&](int, int, int offset, int height) {
       const int row = first_row + offset, seen = visible(row + height - 1) - pair * 64;
       if (seen <= 0) return;
       const int panel = tile * kTilePanels + 2 * pair;
@@ -266,7 +266,7 @@ inline void attend_tile(const PrefillWork& work, int head, int tile, int block_s
                    0, 0};
   for (int panel = 0; panel < work.value_panels; panel += 2) {
     const int count = work.value_panels - panel < 2 ? 1 : 2;
-    for_tiles(num_rows, T::kRows, [&](int offset, int height) {
+    for_tiles(num_rows, T::kRows, [&](int, int, int offset, int height) {
       const int row = first_row + offset;
       values.num_inputs = (visible(row + height - 1) + U::kNumbers - 1) / U::kNumbers * U::kNumbers;
       typename T::Row x[kMaxRows];

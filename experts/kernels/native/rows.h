@@ -153,15 +153,19 @@ struct RowReader<Tiles<kInt8>> : QuantizedRows {};
 template <>
 struct RowReader<Tiles<kInt4>> : QuantizedRows {};
 
-// Calls `body(first, count)` for tiles of nearly equal height that cover num_rows.
+// Calls `body(tile, num_tiles, first, count)` for tiles of nearly equal height that cover num_rows.
 template <class Body>
 inline void for_tiles(int num_rows, int max_rows, Body body) {
   const int tiles = (num_rows + max_rows - 1) / max_rows;
   for (int i = 0, first = 0; i < tiles; i++) {
     const int count = (num_rows - first + tiles - i - 1) / (tiles - i);
-    body(first, count);
+    body(i, tiles, first, count);
     first += count;
   }
+}
+
+inline const void* panel_data(const Matrix& matrix, int panel) {
+  return (const char*)matrix.data + panel * panel_bytes(matrix);
 }
 
 }  // namespace

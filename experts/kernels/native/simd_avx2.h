@@ -145,6 +145,7 @@ struct Simd {
   static Ints add_ints(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 
   static void prefetch(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T0); }
+  static void prefetch_later(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T1); }  // not into L1
 };
 
 }  // namespace

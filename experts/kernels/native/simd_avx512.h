@@ -51,6 +51,33 @@ struct Simd {
                                       _mm512_shuffle_f32x4(quarter[2], quarter[3], 0xdd));
     return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
   }
+  // to[column][row] = from[row][column], 16 by 16.
+  static void transpose(const float* from, size_t from_stride, float* to, size_t to_stride) {
+    const auto low = [](Floats a, Floats b) { return _mm512_unpacklo_ps(a, b); };
+    const auto high = [](Floats a, Floats b) { return _mm512_unpackhi_ps(a, b); };
+    Floats rows[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {  // four rows to four columns of each quarter
+      const Floats a = load(from + (4 * i) * from_stride), b = load(from + (4 * i + 1) * from_stride);
+      const Floats c = load(from + (4 * i + 2) * from_stride), d = load(from + (4 * i + 3) * from_stride);
+      const __m512d ab = _mm512_castps_pd(low(a, b)), cd = _mm512_castps_pd(low(c, d));
+      const __m512d AB = _mm512_castps_pd(high(a, b)), CD = _mm512_castps_pd(high(c, d));
+      rows[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+      rows[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+      rows[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(AB, CD));
+      rows[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(AB, CD));
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const Floats even = _mm512_shuffle_f32x4(rows[j], rows[4 + j], 0x88), odd = _mm512_shuffle_f32x4(rows[j], rows[4 + j], 0xdd);
+      const Floats Even = _mm512_shuffle_f32x4(rows[8 + j], rows[12 + j], 0x88);
+      const Floats Odd = _mm512_shuffle_f32x4(rows[8 + j], rows[12 + j], 0xdd);
+      store(to + j * to_stride, _mm512_shuffle_f32x4(even, Even, 0x88));
+      store(to + (4 + j) * to_stride, _mm512_shuffle_f32x4(odd, Odd, 0x88));
+      store(to + (8 + j) * to_stride, _mm512_shuffle_f32x4(even, Even, 0xdd));
+      store(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(odd, Odd, 0xdd));
+    }
+  }
   static float largest(Floats a) { return _mm512_reduce_max_ps(a); }
   static Floats absolute(Floats a) { return _mm512_abs_ps(a); }
 
@@ -134,6 +161,7 @@ struct Simd {
   static Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 
   static void prefetch(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T0); }
+  static void prefetch_later(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T1); }  // not into L1
 };
 
 }  // namespace

@@ -168,6 +168,7 @@ struct Simd {
   }
 
   static void prefetch(const void*) {}
+  static void prefetch_later(const void*) {}
 };
 
 }  // namespace

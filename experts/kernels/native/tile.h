@@ -15,10 +15,39 @@ struct QuantizedRow {
   const int32_t* sums;     // [K / group_size], of the group's numbers
 };
 
-// Where a tile's panels lie: the first, and how many elements further the second, which need not be its neighbour.
+// The panels of a tile, which need not be neighbours, and where those lie that are wanted after them.
 struct Panels {
   const Matrix* matrix;
   int first, second;  // panel numbers; `second` is read only in tiles of two panels
+  const void* next_first = nullptr;
+  const void* next_second = nullptr;
+};
+
+// What a tile asks memory for while it computes. A panel's first tile would otherwise wait for memory and its other
+// tiles, which find it in cache, would leave memory idle.
+enum Prefetch {
+  kNothing = 0,
+  kAhead = 1,       // what it will read itself soon
+  kNextFirst = 2,   // the first panel that is wanted next
+  kNextSecond = 3,  // the second one
+};
+constexpr ptrdiff_t kAheadBytes = 2048;
+
+// Distances from a tile's panels to what is to be fetched while they are read.
+template <int kPrefetch>
+struct Ahead {
+  ptrdiff_t a, b;
+  Ahead(const Panels& p, const void* first, const void* second)
+      : a(kPrefetch == kNextFirst ? (const char*)p.next_first - (const char*)first : kAheadBytes),
+        b(kPrefetch == kNextSecond ? (const char*)p.next_second - (const char*)second : kAheadBytes) {}
+  void fetch_a(const void* at) const {
+    if (kPrefetch == kAhead) Simd::prefetch((const char*)at + a);
+    if (kPrefetch == kNextFirst) Simd::prefetch_later((const char*)at + a);
+  }
+  void fetch_b(const void* at) const {
+    if (kPrefetch == kAhead) Simd::prefetch((const char*)at + b);
+    if (kPrefetch == kNextSecond) Simd::prefetch_later((const char*)at + b);
+  }
 };
 
 inline size_t panel_bytes(const Matrix& m) {
@@ -36,9 +65,9 @@ inline int num_panels(int num_outputs) { return (num_outputs + kPanelColumns - 1
 // In the functions below V is the number of vectors of 16 columns, j / 2 their panel; `half` is the first vector's place
 // in its panel when V is 1. out: [M][16 * V].
 
-template <int M, int V, bool kPrefetch>
+template <int M, int V, int kPrefetch>
 inline void tile_bf16(const Simd::Bf16Input* const* x, const uint16_t* a, const uint16_t* b, int half, int k,
-                      float* out) {
+                      Ahead<kPrefetch> ahead, float* out) {
   typename Simd::Floats sums[M][V];
   for (int m = 0; m < M; m++)
     for (int j = 0; j < V; j++) sums[m][j] = Simd::zero();
@@ -49,9 +78,8 @@ inline void tile_bf16(const Simd::Bf16Input* const* x, const uint16_t* a, const 
     typename Simd::Bf16Weights w[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; j++) w[j] = Simd::load_pairs((j < 2 ? a : b) + (j & 1) * 32);
-    if (kPrefetch)
 #pragma GCC unroll 4
-      for (int j = 0; j < V; j++) Simd::prefetch((j < 2 ? a : b) + (j & 1) * 32 + 1024);
+    for (int j = 0; j < V; j++) j < 2 ? ahead.fetch_a(a + (j & 1) * 32) : ahead.fetch_b(b + (j & 1) * 32);
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++) {
       const Simd::Bf16Pair input = Simd::broadcast_pair(rows[m] + 2 * pair);
@@ -63,8 +91,9 @@ inline void tile_bf16(const Simd::Bf16Input* const* x, const uint16_t* a, const 
     for (int j = 0; j < V; j++) Simd::store(out + (m * V + j) * 16, sums[m][j]);
 }
 
-template <int M, int V, bool kPrefetch>
-inline void tile_float(const float* const* x, const float* a, const float* b, int half, int k, float* out) {
+template <int M, int V, int kPrefetch>
+inline void tile_float(const float* const* x, const float* a, const float* b, int half, int k, Ahead<kPrefetch> ahead,
+                       float* out) {
   typename Simd::Floats sums[M][V];
   for (int m = 0; m < M; m++)
     for (int j = 0; j < V; j++) sums[m][j] = Simd::zero();
@@ -75,9 +104,8 @@ inline void tile_float(const float* const* x, const float* a, const float* b, in
     typename Simd::Floats w[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; j++) w[j] = Simd::load((j < 2 ? a : b) + (j & 1) * 16);
-    if (kPrefetch)
 #pragma GCC unroll 4
-      for (int j = 0; j < V; j++) Simd::prefetch((j < 2 ? a : b) + (j & 1) * 16 + 512);
+    for (int j = 0; j < V; j++) j < 2 ? ahead.fetch_a(a + (j & 1) * 16) : ahead.fetch_b(b + (j & 1) * 16);
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++) {
       const typename Simd::Floats input = Simd::set1(rows[m][i]);
@@ -90,9 +118,9 @@ inline void tile_float(const float* const* x, const float* a, const float* b, in
 }
 
 // Integers within a group, fp32 over groups. The fp32 sums live in `out`: there are no registers for both.
-template <int M, int V, bool kPrefetch, bool kIsInt4>
+template <int M, int V, int kPrefetch, bool kIsInt4>
 inline void tile_bytes(const QuantizedRow* x, const uint8_t* a, const uint8_t* b, const float* scales_a,
-                       const float* scales_b, int half, int k, int group_size, float* out) {
+                       const float* scales_b, int half, int k, int group_size, Ahead<kPrefetch> ahead, float* out) {
   constexpr int kStep = kIsInt4 ? 64 : 128, kZeroPoint = kIsInt4 ? 8 : 128;
   for (int i = 0; i < M * V; i++) Simd::store(out + i * 16, Simd::zero());
   for (int group = 0; group * group_size < k; group++) {
@@ -113,16 +141,14 @@ inline void tile_bytes(const QuantizedRow* x, const uint8_t* a, const uint8_t* b
           const typename Simd::Ints both = Simd::load_bytes(j < 2 ? a : b);
           w[j] = ((j & 1) || half) ? Simd::high_nibbles(both) : Simd::low_nibbles(both);
         }
-        if (kPrefetch) {
-          Simd::prefetch(a + 1024);
-          if (V > 2) Simd::prefetch(b + 1024);
-        }
+        ahead.fetch_a(a);
+        if (V > 2) ahead.fetch_b(b);
       } else {
 #pragma GCC unroll 4
         for (int j = 0; j < V; j++) w[j] = Simd::load_bytes((j < 2 ? a : b) + ((j & 1) + half) * 64);
-        if (kPrefetch)
 #pragma GCC unroll 4
-          for (int j = 0; j < V; j++) Simd::prefetch((j < 2 ? a : b) + ((j & 1) + half) * 64 + 2048);
+        for (int j = 0; j < V; j++)
+          j < 2 ? ahead.fetch_a(a + ((j & 1) + half) * 64) : ahead.fetch_b(b + ((j & 1) + half) * 64);
       }
 #pragma GCC unroll 6
       for (int m = 0; m < M; m++) {
@@ -153,11 +179,12 @@ template <>
 struct Tiles<kBfloat16> {
   using Row = const Simd::Bf16Input*;
   static constexpr int kRows = Simd::kBf16Rows;
-  template <int M, int V, bool kPrefetch>
+  template <int M, int V, int kPrefetch>
   static void run(const Row* x, const Panels& p, int half, float* out) {
     const uint16_t* data = (const uint16_t*)p.matrix->data;
     const size_t panel = (size_t)p.matrix->num_inputs * kPanelColumns;
-    tile_bf16<M, V, kPrefetch>(x, data + p.first * panel, data + p.second * panel, half, p.matrix->num_inputs, out);
+    const auto *a = data + p.first * panel, *b = data + p.second * panel;
+    tile_bf16<M, V, kPrefetch>(x, a, b, half, p.matrix->num_inputs, Ahead<kPrefetch>(p, a, b), out);
   }
 };
 
@@ -165,11 +192,12 @@ template <>
 struct Tiles<kFloat32> {
   using Row = const float*;
   static constexpr int kRows = Simd::kFloatRows;
-  template <int M, int V, bool kPrefetch>
+  template <int M, int V, int kPrefetch>
   static void run(const Row* x, const Panels& p, int half, float* out) {
     const float* data = (const float*)p.matrix->data;
     const size_t panel = (size_t)p.matrix->num_inputs * kPanelColumns;
-    tile_float<M, V, kPrefetch>(x, data + p.first * panel, data + p.second * panel, half, p.matrix->num_inputs, out);
+    const auto *a = data + p.first * panel, *b = data + p.second * panel;
+    tile_float<M, V, kPrefetch>(x, a, b, half, p.matrix->num_inputs, Ahead<kPrefetch>(p, a, b), out);
   }
 };
 
@@ -177,14 +205,15 @@ template <bool kIsInt4>
 struct ByteTiles {
   using Row = QuantizedRow;
   static constexpr int kRows = Simd::kByteRows;
-  template <int M, int V, bool kPrefetch>
+  template <int M, int V, int kPrefetch>
   static void run(const Row* x, const Panels& p, int half, float* out) {
     const uint8_t* data = (const uint8_t*)p.matrix->data;
     const size_t panel = panel_bytes(*p.matrix);
     const size_t scales = (size_t)(p.matrix->num_inputs / p.matrix->group_size) * kPanelColumns;
-    tile_bytes<M, V, kPrefetch, kIsInt4>(x, data + p.first * panel, data + p.second * panel,
-                                         p.matrix->scales + p.first * scales, p.matrix->scales + p.second * scales,
-                                         half, p.matrix->num_inputs, p.matrix->group_size, out);
+    const uint8_t *a = data + p.first * panel, *b = data + p.second * panel;
+    tile_bytes<M, V, kPrefetch, kIsInt4>(x, a, b, p.matrix->scales + p.first * scales,
+                                         p.matrix->scales + p.second * scales, half, p.matrix->num_inputs,
+                                         p.matrix->group_size, Ahead<kPrefetch>(p, a, b), out);
   }
 };
 template <>
@@ -192,11 +221,12 @@ struct Tiles<kInt8> : ByteTiles<false> {};
 template <>
 struct Tiles<kInt4> : ByteTiles<true> {};
 
-template <class T, int V, bool kPrefetch>
+template <class T, int V, int kPrefetch>
 inline void run_rows(const typename T::Row* x, int num_rows, const Panels& p, int half, float* out) {
+  constexpr bool kIsFirstOfMany = kPrefetch >= kNextFirst;  // then tiles are at least half as high as they can be
   switch (num_rows) {
-    case 1: return T::template run<1, V, kPrefetch>(x, p, half, out);
-    case 2: return T::template run<2, V, kPrefetch>(x, p, half, out);
+    case 1: if constexpr (!kIsFirstOfMany || T::kRows <= 2) return T::template run<1, V, kPrefetch>(x, p, half, out);
+    case 2: if constexpr (!kIsFirstOfMany || T::kRows <= 4) return T::template run<2, V, kPrefetch>(x, p, half, out);
     case 3: if constexpr (T::kRows >= 3) return T::template run<3, V, kPrefetch>(x, p, half, out);
     case 4: if constexpr (T::kRows >= 4) return T::template run<4, V, kPrefetch>(x, p, half, out);
     case 5: if constexpr (T::kRows >= 5) return T::template run<5, V, kPrefetch>(x, p, half, out);
@@ -204,24 +234,36 @@ inline void run_rows(const typename T::Row* x, int num_rows, const Panels& p, in
   }
 }
 
-// Rows times one or two panels. num_rows <= T::kRows; out: [num_rows][32 * num_panels], in `out_stride` columns.
-template <class T, bool kPrefetch>
+// Rows times one or two panels. num_rows <= T::kRows; out: [num_rows][32 * count].
+template <class T, int kPrefetch>
 inline void multiply(const typename T::Row* x, int num_rows, const Panels& p, int count, float* out) {
   constexpr int kVectors = Simd::kVectorsPerTile;
   const int columns = count * kPanelColumns;
   if (kVectors == 4 && count == 2) return run_rows<T, 4, kPrefetch>(x, num_rows, p, 0, out);
+  // Narrower tiles fetch what follows their own panel, so the first tile of rows does so for both panels.
+  constexpr int kOwn = kPrefetch == kNextSecond ? kNothing : kPrefetch;
   alignas(64) float piece[kMaxRows * 32];
   for (int i = 0; i < count; i++) {
-    const Panels single = {p.matrix, i ? p.second : p.first, 0};
+    const Panels single = {p.matrix, i ? p.second : p.first, 0, i ? p.next_second : p.next_first, nullptr};
     for (int half = 0; half < 2; half++) {
       constexpr int kWide = kVectors >= 2 ? 2 : 1;
       if (kWide == 2 && half) break;
-      run_rows<T, kWide, kPrefetch>(x, num_rows, single, half, piece);
+      run_rows<T, kWide, kOwn>(x, num_rows, single, half, piece);
       for (int m = 0; m < num_rows; m++)
         for (int v = 0; v < kWide; v++)
           Simd::store(out + m * columns + i * kPanelColumns + (half + v) * 16, Simd::load(piece + (m * kWide + v) * 16));
     }
   }
+}
+
+// One tile of the several that cover a pair of panels: the first two share out the fetching of the next panels.
+template <class T>
+inline void multiply_tile(const typename T::Row* x, int tile, int num_tiles, int num_rows, const Panels& p, int count,
+                          float* out) {
+  if (num_tiles == 1) return multiply<T, kAhead>(x, num_rows, p, count, out);
+  if (tile == 0 && p.next_first) return multiply<T, kNextFirst>(x, num_rows, p, count, out);
+  if (tile == 1 && p.next_second) return multiply<T, kNextSecond>(x, num_rows, p, count, out);
+  multiply<T, kNothing>(x, num_rows, p, count, out);
 }
 
 }  // namespace
