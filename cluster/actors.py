@@ -136,21 +136,13 @@ def _place(role: RoleName, config: ActorConfig, count: int) -> PlacementGroup:
 
 
 def _options(config: ActorConfig) -> dict[str, Any]:
-    threads = str(config.num_threads or 1)  # before torch is told, see compute_threads.py
-    # Idle OpenMP threads must sleep: spinning ones take the cores of the other processes (a step takes 1.6 x as long).
-    env = {
-        "OMP_WAIT_POLICY": "passive",
-        "GRPC_VERBOSITY": "ERROR",
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-    }
+    # No runtime_env: with one, Ray starts a process for this actor alone instead of taking one that is already there.
     return {
         "num_cpus": config.num_cpus,
         "num_gpus": config.num_gpus,
         "max_restarts": -1,
         "max_task_retries": 0,  # the controller repeats what must be repeated
         "max_concurrency": ACTOR_THREADS,
-        "runtime_env": {"env_vars": env},
     }
 
 
