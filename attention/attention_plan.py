@@ -1,26 +1,15 @@
 """Which form of MLA each row of a step takes, decided once a step for all layers. Computes nothing but indices."""
 
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from attention.attention_metadata import AttentionMetadata
+from attention.mla_form import MlaForm
 
 QUERIES_PER_PIECE = 64  # rows of one sequence in one absorbed call of torch; bounds the scores in memory
-
-
-class MlaForm(Enum):
-    """How attention over latents is computed; the results agree but for rounding.
-
-    Naive costs less for many rows (for DeepSeek-V2 and a long context from 170 rows on), absorbed for few.
-    """
-
-    BY_POSITION = "by_position"  # prompt tokens naive, generated ones absorbed: what else is in a step changes nothing
-    ABSORBED = "absorbed"  # always
-    NAIVE = "naive"  # always
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

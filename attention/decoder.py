@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attention.attention_backend import AttentionBackend
 from attention.attention_metadata import AttentionMetadata
-from attention.attention_plan import AttentionPlan, MlaForm
+from attention.attention_plan import AttentionPlan
 from attention.decoder_weights import DecoderConfig, DecoderWeights, MoeWeights
 from attention.expert_choice import choose_experts
 from attention.kernel_mla import KernelMla, KernelMlaWeights
@@ -24,6 +24,7 @@ from attention.latent_cache import LatentCache
 from attention.layers import rms_norm
 from attention.micro_batch import MicroBatch, MicroBatchCount
 from attention.mla import Mla
+from attention.mla_form import MlaForm
 from attention.rotary import RotaryEmbedding
 from attention.torch_backend import TorchBackend
 

@@ -13,7 +13,7 @@ from attention.layers import Mlp, Projection, TorchProjection, WeightReader, Wei
 from attention.mla import MlaWeights
 from attention.mla_config import MlaConfig
 from attention.rotary import RotaryConfig
-from router.gate import GateConfig
+from router.gate_config import GateConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,11 +18,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Protocol, Self
-
-from pydantic import BaseModel, Field, model_validator
+from typing import Protocol
 
 from attention.block_manager import BlockManager
+from attention.engine_config import EngineConfig
 from attention.metrics import EngineMetrics, RequestTimeline
 from attention.sampler import SampledToken
 from attention.scheduler import ScheduledBatch, Scheduler
@@ -38,63 +37,6 @@ class NonFiniteLogits(errors.InternalError):
     """The model's answer for one sequence is not numbers."""
 
     reason = "NON_FINITE_LOGITS"
-
-
-class CacheTooSmall(ValueError):
-    """The latent cache cannot hold what the configuration promises."""
-
-
-class EngineConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
-    """Limits of one attention worker."""
-
-    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64  # sequences in a step; more raise throughput and latency
-    max_num_batched_tokens: Annotated[int, Field(ge=1, le=65536)] = 1024  # tokens in a step; longer prompts are cut
-    max_model_len: Annotated[int, Field(ge=2)] | None = (
-        None  # prompt and output, tokens; unset: what model and cache can
-    )
-    block_size: Annotated[int, Field(ge=1, le=1024)] = 64  # tokens; smaller wastes less, larger is read faster
-    num_blocks: Annotated[int, Field(ge=1)] | None = None  # blocks of the latent cache; unset: as cache_gib allows
-    cache_gib: Annotated[float, Field(gt=0)] = 2.0  # GiB of latent cache; less is taken if less is enough
-    max_num_waiting: Annotated[int, Field(ge=1)] = 1024  # requests no step has seen yet; more get RESOURCE_EXHAUSTED
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}, must be at least max_num_seqs "
-                f"({self.max_num_seqs}), so that every sequence can advance in each step"
-            )
-        return self
-
-    def num_cache_blocks(self, bytes_per_block: int, max_position_embeddings: int) -> int:
-        """Blocks of the latent cache: `num_blocks`, or what `cache_gib` holds but never more than can be used.
-
-        Raises CacheTooSmall when not even one block fits.
-        """
-        if self.num_blocks is not None:
-            return self.num_blocks
-        affordable = int(self.cache_gib * 2**30) // bytes_per_block
-        if affordable < 1:
-            raise CacheTooSmall(
-                f"cache_gib is {self.cache_gib}, one block of {self.block_size} tokens needs "
-                f"{bytes_per_block / 2**30:.4f}; raise cache_gib or lower block_size"
-            )
-        longest = min(self.max_model_len or max_position_embeddings, max_position_embeddings)
-        return min(affordable, self.max_num_seqs * -(-longest // self.block_size))
-
-    def resolved_max_model_len(self, num_blocks: int, max_position_embeddings: int) -> int:
-        """Tokens that a request may have: as configured, else as many as both the model and the cache can hold.
-
-        Raises CacheTooSmall when the configured length fits neither.
-        """
-        capacity = num_blocks * self.block_size
-        limit = min(capacity, max_position_embeddings)
-        if self.max_model_len is not None and self.max_model_len > limit:
-            raise CacheTooSmall(
-                f"max_model_len is {self.max_model_len}, the model allows {max_position_embeddings} tokens and the "
-                f"cache holds {capacity}; lower max_model_len or raise cache_gib"
-            )
-        return self.max_model_len or limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

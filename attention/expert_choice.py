@@ -6,7 +6,8 @@ from torch import Tensor
 from attention.layers import Projection
 from experts.kernels.gate import MAX_EXPERTS, kernel_select_experts
 from experts.kernels.library import native
-from router.gate import GateConfig, ScoringFunc, TopkMethod, select_experts
+from router.gate import select_experts
+from router.gate_config import GateConfig, ScoringFunc, TopkMethod
 
 
 def choose_experts(

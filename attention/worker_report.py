@@ -11,7 +11,7 @@ import grpc.aio
 
 from protos import errors, expert_pb2, expert_pb2_grpc, generation_pb2, rpc
 from router.expert_map import ExpertMap
-from router.gate import GateConfig
+from router.gate_config import GateConfig
 from router.metrics import DispatchStats
 from router.router import Router
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from attention.attention_plan import MlaForm
-from attention.engine import EngineConfig
-from router.router import RouterConfig
+from attention.engine_config import EngineConfig
+from attention.mla_form import MlaForm
+from router.router_config import RouterConfig
 
 Count = Annotated[int, Field(ge=1, le=4096)]
 Port = Annotated[int, Field(ge=0, le=65535)]

@@ -16,7 +16,7 @@ from attention.mla_config import MlaConfig
 from attention.rotary import RotaryConfig, YarnConfig
 from cluster.json_fields import InvalidModelConfig, JsonFields, UnsupportedModel, read_json_object
 from cluster.quantization import Quantization, read_quantization
-from router.gate import GateConfig, ScoringFunc, TopkMethod
+from router.gate_config import GateConfig, ScoringFunc, TopkMethod
 
 MAX_HIDDEN_LAYERS = 4096
 MAX_ROUTED_EXPERTS = 65536

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from attention.engine import CacheTooSmall
+from attention.engine_config import CacheTooSmall
 from attention.latent_cache import LatentCacheConfig
 from attention.tokenizer import BadTokenizer, Tokenizer
 from cluster import bundled_model
@@ -207,7 +207,6 @@ def _check_memory(plan: ServingPlan) -> None:
             f"together), {format_bytes(available)} are free; use fewer workers, a smaller "
             "attention_workers.engine.cache_gib, bfloat16, or more machines"
         )
-
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

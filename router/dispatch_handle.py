@@ -17,12 +17,10 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor
 
 from protos import expert_pb2
@@ -41,21 +39,12 @@ from router.expert_map import ExpertMap, Int64Array
 from router.metrics import RouterMetrics
 from router.plan import DispatchPlan, ShardMessage, plan_dispatch, plan_messages, sort_assignments, sum_partials
 from router.replicas import choose_replicas
+from router.router_config import RouterConfig
 from router.transport import ShardTransport
 
 MIN_RETRY_WAIT_S = 0.005  # the first retry goes out at once, the second after about this time
 MAX_RETRY_WAIT_S = 0.1
 DOWN_POLL_S = 0.01  # how often a message looks whether its shard is back
-
-
-class RouterConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
-    """How long the router waits for shards."""
-
-    forward_timeout_s: Annotated[float, Field(gt=0)] = 120.0  # per layer, retries included; covers a shard's restart
-    attempt_timeout_s: Annotated[float, Field(gt=0)] = 20.0  # without an answer for so long, ask again or elsewhere
-    shared_memory_mib: Annotated[int, Field(ge=0, le=65536)] = (
-        256  # with each shard of this host; used as needed; 0: none
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

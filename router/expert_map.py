@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from router.gate import GateConfig
+from router.gate_config import GateConfig
 
 Int64Array = npt.NDArray[np.int64]
 

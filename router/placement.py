@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from router.expert_map import ExpertMap, Int64Array
-from router.gate import GateConfig
+from router.gate_config import GateConfig
 
 DEFAULT_MAX_UNITS = 8  # per layer, for models without expert groups; DeepSeek-V2's number of groups
 

@@ -21,13 +21,12 @@ from torch import Tensor
 from protos.errors import Unavailable
 from protos.poller import Poller
 from router.completions import Completions
-from router.dispatch_handle import DispatchHandle, HandleContext, LayerInput, RouterConfig, Routing, sequence_numbers
+from router.dispatch_handle import DispatchHandle, HandleContext, LayerInput, Routing, sequence_numbers
 from router.expert_map import ExpertMap
-from router.gate import GateConfig
+from router.gate_config import GateConfig
 from router.metrics import DispatchStats, RouterMetrics
+from router.router_config import RouterConfig
 from router.transport import ShardTransport, TransportFactory
-
-__all__ = ["Router", "RouterConfig"]
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,12 @@ from protos.codec import PayloadReader, decode_frame, dtype_from_wire
 from protos.errors import MobulaError, ShardUnavailable
 from protos.poller import Poller
 from router.expert_map import ExpertMap
-from router.gate import GateConfig, TopkMethod, select_experts
+from router.gate import select_experts
+from router.gate_config import GateConfig, TopkMethod
 from router.metrics import RouterMetrics
 from router.placement import PlacementRequest, place_units
-from router.router import Router, RouterConfig
+from router.router import Router
+from router.router_config import RouterConfig
 from router.transport import ShardTransport
 
 MOE_LAYER_IDS = (1, 2, 4)

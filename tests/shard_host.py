@@ -18,7 +18,8 @@ from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall
 from router.expert_map import ExpertMap
 from router.grpc_transport import GrpcTransport
 from router.ring_transport import RingTransport
-from router.router import Router, RouterConfig
+from router.router import Router
+from router.router_config import RouterConfig
 from router.transport import ShardTransport
 from tests.fake_experts import Rows, grouped_gate, router_to
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from router.gate import GateConfig, TopkMethod, expert_scores, router_logits, select_experts
+from router.gate import expert_scores, router_logits, select_experts
+from router.gate_config import GateConfig, TopkMethod
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,8 @@ import torch
 from prometheus_client import CollectorRegistry
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from attention.engine import Engine, EngineConfig
+from attention.engine import Engine
+from attention.engine_config import EngineConfig
 from attention.metrics import EngineMetrics
 from attention.model_runner import ModelRunner
 from attention.sampling_params import SamplingParams

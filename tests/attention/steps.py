@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from attention.attention_metadata import AttentionMetadata
-from attention.attention_plan import MlaForm
 from attention.decoder import Decoder, DecoderConfig, DecoderWeights
 from attention.latent_cache import LatentCache, LatentCacheConfig
+from attention.mla_form import MlaForm
 from cluster.checkpoint import Checkpoint
 from tests.fakes import LocalExperts
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention.attention_plan import MlaForm
+from attention.mla_form import MlaForm
 from experts.kernels.library import native
 from tests.attention.steps import StepRunner, random_token_ids, relative_error
 from tests.checkpoints import write_checkpoint

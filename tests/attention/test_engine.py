@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
-from attention.engine import CacheTooSmall, EngineConfig, NonFiniteLogits, _Stop
+from attention.engine import NonFiniteLogits, _Stop
+from attention.engine_config import CacheTooSmall, EngineConfig
 from attention.sequence import FinishReason
 from protos import errors
 from tests.attention.fake_decoder import (

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from attention.expert_choice import choose_experts
 from attention.layers import TorchProjection
-from router.gate import GateConfig, ScoringFunc, TopkMethod, select_experts
+from router.gate import select_experts
+from router.gate_config import GateConfig, ScoringFunc, TopkMethod
 
 V2 = GateConfig(
     n_routed_experts=160,

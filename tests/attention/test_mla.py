@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention.attention_metadata import AttentionMetadata
-from attention.attention_plan import AttentionPlan, MlaForm
+from attention.attention_plan import AttentionPlan
 from attention.latent_cache import LatentCache, LatentCacheConfig
 from attention.layers import WeightTarget
 from attention.mla import Mla, MlaWeights
 from attention.mla_config import MlaConfig
+from attention.mla_form import MlaForm
 from attention.rotary import RotaryConfig, RotaryEmbedding
 from attention.torch_backend import TorchBackend
 from tests.attention.test_layers import DictReader

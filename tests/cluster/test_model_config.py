@@ -12,7 +12,7 @@ from cluster.checkpoint import Checkpoint
 from cluster.json_fields import InvalidModelConfig, UnsupportedModel
 from cluster.model_config import ModelConfig
 from cluster.safetensors_file import InvalidCheckpoint
-from router.gate import ScoringFunc, TopkMethod
+from router.gate_config import ScoringFunc, TopkMethod
 from tests.checkpoints import SHAPES, write_checkpoint
 
 # As published beside DeepSeek-V2-Lite.

@@ -6,9 +6,10 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from attention.attention_plan import MlaForm
-from attention.engine import Engine, EngineConfig
+from attention.engine import Engine
+from attention.engine_config import EngineConfig
 from attention.metrics import EngineMetrics
+from attention.mla_form import MlaForm
 from attention.model_runner import ModelRunner
 from tests.attention.fake_decoder import Listener, make_sequence, run_to_end
 from tests.attention.steps import BLOCK_SIZE, StepRunner, random_token_ids

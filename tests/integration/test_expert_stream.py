@@ -16,7 +16,7 @@ from protos import expert_pb2, expert_pb2_grpc
 from protos.errors import QueueFull, ShardUnavailable
 from router.grpc_transport import GrpcTransport
 from router.local_transport import LocalTransport
-from router.router import RouterConfig
+from router.router_config import RouterConfig
 from tests.fake_experts import (
     expert_shard,
     grouped_gate,

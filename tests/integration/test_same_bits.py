@@ -27,7 +27,8 @@ from router.local_transport import LocalTransport
 from router.metrics import RouterMetrics
 from router.placement import PlacementRequest, place_units
 from router.ring_transport import RingTransport
-from router.router import Router, RouterConfig
+from router.router import Router
+from router.router_config import RouterConfig
 from router.transport import ShardTransport
 from tests.attention.steps import StepRunner, cache_config
 from tests.checkpoints import write_checkpoint

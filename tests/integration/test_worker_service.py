@@ -11,7 +11,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry
 
-from attention.engine import Engine, EngineConfig
+from attention.engine import Engine
+from attention.engine_config import EngineConfig
 from attention.metrics import EngineMetrics
 from attention.model_runner import ModelRunner
 from attention.request import GenerationDefaults, RequestReader

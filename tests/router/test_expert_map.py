@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from router.expert_map import ExpertMap, ExpertMapError, PlacementUnit
-from router.gate import GateConfig, TopkMethod
+from router.gate_config import GateConfig, TopkMethod
 from tests.fake_experts import greedy_gate, grouped_gate, placed
 
 

@@ -7,7 +7,8 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from router.gate import GateConfig, ScoringFunc, TopkMethod, router_logits, select_experts
+from router.gate import router_logits, select_experts
+from router.gate_config import GateConfig, ScoringFunc, TopkMethod
 
 HIDDEN_SIZE = 16
 V2 = GateConfig(

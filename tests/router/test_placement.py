@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.expert_map import ExpertMap
-from router.gate import GateConfig
+from router.gate_config import GateConfig
 from router.placement import PlacementDoesNotFit, PlacementError, PlacementRequest, place_units
 from tests.fake_experts import greedy_gate, grouped_gate
 

@@ -21,7 +21,8 @@ from router.completions import ForwardCall
 from router.expert_map import ExpertMap
 from router.local_transport import LocalTransport
 from router.plan import sort_assignments
-from router.router import Router, RouterConfig
+from router.router import Router
+from router.router_config import RouterConfig
 from tests.fake_experts import (
     MOE_LAYER_IDS,
     MultiplyingShard,
