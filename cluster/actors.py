@@ -2,7 +2,6 @@
 passes through it.
 """
 
-import sys
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,15 +12,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller import Controller, StartError
-from cluster.gateway_role import GatewayRole
 from cluster.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
-from cluster.shard_role import ShardRole
-from cluster.worker_role import WorkerRole
+from cluster.role_actor import RoleActor
 from router.expert_map import ExpertMap
 
 PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find the nodes; autoscaled clusters should have them first
 CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
-SWITCH_INTERVAL_S = 0.0005  # a thread that wakes for a forward waits so long at most for one that computes in Python
 ACTOR_THREADS = 4  # so that health is answered while weights are read
 
 
@@ -34,7 +30,7 @@ class RayProcess:
     def call(self, method: str, *args: Any) -> Future[Any]:
         answer: Future[Any] = Future()
         try:
-            reference = getattr(self._actor, method).remote(*args)
+            reference = self._actor.call.remote(method, *args)
         except RayActorError as error:
             answer.set_exception(ProcessDied(str(error)))
             return answer
@@ -46,22 +42,6 @@ class RayProcess:
 
     def kill(self) -> None:
         ray.kill(self._actor, no_restart=True)
-
-
-class ShardActor(ShardRole):
-    """A shard in a process of its own."""
-
-    def __init__(self, config: MobulaConfig, ep_rank: int, host: str | None) -> None:
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        super().__init__(config, ep_rank, host)
-
-
-class WorkerActor(WorkerRole):
-    """A worker in a process of its own."""
-
-    def __init__(self, config: MobulaConfig, dp_rank: int, host: str | None) -> None:
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        super().__init__(config, dp_rank, host)
 
 
 class ControllerActor:
@@ -102,22 +82,23 @@ def booked_cpus(config: MobulaConfig) -> float:
 
 
 def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedProcess]:
-    groups = {
-        RoleName.SHARD: (ShardActor, config.expert_shards, config.expert_shards.count),
-        RoleName.WORKER: (WorkerActor, config.attention_workers, config.attention_workers.count),
-    }
     processes = []
-    for role, (role_class, actor_config, count) in groups.items():
-        group = _place(role, actor_config, count)
-        for rank in range(count):
+    for role, actor_config in ((RoleName.SHARD, config.expert_shards), (RoleName.WORKER, config.attention_workers)):
+        group = _place(role, actor_config, actor_config.count)
+        for rank in range(actor_config.count):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = _options(actor_config) | {"scheduling_strategy": strategy}
-            actor = ray.remote(role_class).options(name=f"mobula-{role}-{rank}", **options).remote(config, rank, host)
-            processes.append(ManagedProcess(role=role, rank=rank, handle=RayProcess(actor)))
+            processes.append(_create_process(role, rank, options, config, host))
     options = _options(ActorConfig(num_cpus=CONTROL_CPUS))
-    gateway = ray.remote(GatewayRole).options(name="mobula-gateway-0", **options).remote(config, host)
-    processes.append(ManagedProcess(role=RoleName.GATEWAY, rank=0, handle=RayProcess(gateway)))
+    processes.append(_create_process(RoleName.GATEWAY, 0, options, config, host))
     return processes
+
+
+def _create_process(
+    role: RoleName, rank: int, options: dict[str, Any], config: MobulaConfig, host: str | None
+) -> ManagedProcess:
+    actor = ray.remote(RoleActor).options(name=f"mobula-{role}-{rank}", **options).remote(role, config, rank, host)
+    return ManagedProcess(role=role, rank=rank, handle=RayProcess(actor))
 
 
 def _place(role: RoleName, config: ActorConfig, count: int) -> PlacementGroup:
