@@ -9,83 +9,19 @@
 // first-level cache. Heads are lanes of the scores; columns of the latent are lanes of the output.
 #pragma once
 
-#include "mla_units.h"
+#include "mla_stage.h"
 
 namespace {
 
-constexpr int kBlockTokens = 64;
-constexpr int kSlab = 64;  // units of a token that lie side by side
-constexpr int kSlabUnits = kBlockTokens * kSlab;
 constexpr int kMinSpan = 256, kMaxSpan = 2048, kSpansWanted = 8;  // tokens, tokens, of a row
 constexpr int kMaxGroupsPerTask = 2;      // of heads: their queries and outputs stay in the second-level cache
 constexpr size_t kPartBytes = 64 << 20;   // of spans' results in memory at once, or one row's
 
-constexpr int kInputsPerFetch = 4;
-constexpr bool kIsWide = Simd::kVectorsPerTile == 4;  // 32 vector registers
 
 inline int span_tokens(int context_len) {
   int span = kMinSpan;
   while (span < kMaxSpan && span * kSpansWanted < context_len) span *= 2;
   return span;
-}
-
-inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Where to prefetch from while a product is computed.
-struct Fetch {
-  const char *first, *second;
-};
-
-// sums[m][16 * j...] (+)= x[m][i] * w[i][16 * j...] over i < k, one accumulator from the first i to the last. `decay`, if
-// given, multiplies what is there: one factor for each m. Meanwhile cache lines from `fetch` on are asked for, one every
-// few inputs, as many as the processor keeps under way.
-template <class U, int M, int V, int kXRow, int kXStep, int kWStep>
-inline void accumulate(const typename U::Unit* x, const typename U::Unit* w, int k, float* sums, size_t sums_stride,
-                       bool is_first, const float* decay, Fetch fetch) {
-  typename Simd::Floats acc[M][V];
-  if (is_first) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-      for (int j = 0; j < V; j++) acc[m][j] = Simd::zero();
-  } else {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) {
-      const Simd::Floats factor = Simd::set1(decay ? decay[m] : 1.0f);
-#pragma GCC unroll 4
-      for (int j = 0; j < V; j++) {
-        acc[m][j] = Simd::load(sums + m * sums_stride + j * 16);
-        if (decay) acc[m][j] = Simd::mul(acc[m][j], factor);
-      }
-    }
-  }
-  const auto step = [&]() __attribute__((always_inline)) {
-    typename U::Weights weights[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; j++) weights[j] = U::load(w + j * 16);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) {
-      const typename U::Input input = U::broadcast(x + m * kXRow);
-#pragma GCC unroll 4
-      for (int j = 0; j < V; j++) acc[m][j] = U::dot(acc[m][j], weights[j], input);
-    }
-    x += kXStep;
-    w += kWStep;
-  };
-  int i = 0;
-  for (; i + kInputsPerFetch <= k; i += kInputsPerFetch) {
-    __builtin_prefetch(fetch.first, 0, 2);
-    __builtin_prefetch(fetch.second, 0, 2);
-    fetch.first += 64;
-    fetch.second += 64;
-#pragma GCC unroll 4
-    for (int j = 0; j < kInputsPerFetch; j++) step();
-  }
-  for (; i < k; i++) step();
-#pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; j++) Simd::store(sums + m * sums_stride + j * 16, acc[m][j]);
 }
 
 // scores[token][head] of four tokens and four heads, both as rows of units; lanes are summed at the end. Needs the fewest
@@ -168,74 +104,7 @@ void pack_queries_task(void* context, int task, int thread) {
   if (buffer != to) transpose(buffer, work.units, lanes, work.units, to, lanes);
 }
 
-// A block of tokens, staged. keys: [slabs][token][64 units]; values: the same memory for floats, for pairs
-// [slabs of 64 columns][pair of tokens][64].
-template <class U>
-struct Stage {
-  typename U::Unit *keys, *values;
-  int num_key_slabs, num_value_slabs, latent_dim, format;
-  const void* tokens[kBlockTokens];
-  int num_tokens;
-
-  void open(const LatentRows& rows, int start, int end) {
-    num_tokens = end - start < kBlockTokens ? end - start : kBlockTokens;
-    for (int token = 0; token < num_tokens; token++) tokens[token] = rows.at(start + token);
-  }
-
-  void fill_keys(int slab) {
-    constexpr int kNumbers = kSlab * U::kNumbers;
-    const int first = slab * kNumbers, count = latent_dim - first;
-    typename U::Unit* to = keys + (size_t)slab * kSlabUnits;
-    for (int token = 0; token < num_tokens; token++, to += kSlab) {
-      if (count < kNumbers) {
-        memset(to, 0, kSlab * 4);
-        convert_row(tokens[token], format, first, to, U::kNumbers == 2 ? kBfloat16 : kFloat32, 0, count);
-      } else if constexpr (U::kNumbers == 2) {
-        memcpy(to, (const uint16_t*)tokens[token] + first, kSlab * 4);
-      } else {
-#pragma GCC unroll 4
-        for (int i = 0; i < kSlab; i += 16) Simd::store(to + i, load_as_floats(tokens[token], format, first + i));
-      }
-    }
-  }
-
-  // Only for pairs. Behind an odd last token stands a zero: nothing that lies there may matter.
-  void fill_values(int slab) {
-    alignas(64) static const uint16_t zeros[kSlab] = {};
-    const int first = slab * kSlab, count = latent_dim - first < kSlab ? latent_dim - first : kSlab;
-    uint32_t* to = (uint32_t*)values + (size_t)slab * (kSlabUnits / 2);
-    for (int token = 0; token < num_tokens; token += 2, to += kSlab) {
-      const uint16_t* even = (const uint16_t*)tokens[token] + first;
-      const uint16_t* odd = token + 1 < num_tokens ? (const uint16_t*)tokens[token + 1] + first : zeros;
-      if (count == kSlab)
-        interleave(even, odd, to, kSlab);
-      else
-        interleave(even, odd, to, count);
-    }
-  }
-};
-
-// Asks for the next block token by token, so that it arrives while this one is computed with.
-struct Fetcher {
-  const LatentRows* rows;
-  int next, end;
-  bool has_pairs;   // then a product takes half as long and asks for more
-  int lines;        // of a token
-  Fetch last;       // asked for again at the end, which costs nothing
-
-  // For a product that asks for `room` lines, half of them from either pointer.
-  Fetch take(int room) {
-    if (next >= end) return last;
-    last.first = last.second = (const char*)rows->at(next++);
-    if (has_pairs && room >= 2 * lines - 4 && next < end)
-      last.second = (const char*)rows->at(next++);
-    else if (lines > room / 2)
-      last.second += (lines - room / 2) * 64;
-    return last;
-  }
-};
-
-// Scores to weights, in place for floats, to pairs of tokens else. Lanes are heads. maximum, denominator, decay: [lanes].
+// Scores to weights, in place for floats, to pairs of tokens else; scale includes log2(e). Lanes are heads. maximum, denominator, decay: [lanes].
 template <class U, int V>
 inline void softmax_block(float* scores, uint32_t* weights, int n, float scale, float* maximum, float* denominator,
                           float* decay) {
@@ -247,19 +116,19 @@ inline void softmax_block(float* scores, uint32_t* weights, int n, float scale, 
     const Simd::Floats factor = Simd::set1(scale), before = Simd::load(maximum + 16 * j);
     const Simd::Floats now = Simd::max(before, Simd::mul(largest, factor));
     const Simd::Floats shift = Simd::sub(Simd::zero(), now);
-    const Simd::Floats fading = exponential(Simd::sub(before, now));
+    const Simd::Floats fading = power_of_two(Simd::sub(before, now));
     Simd::Floats sum = Simd::zero();
     if constexpr (U::kNumbers == 1) {
       for (int t = 0; t < n; t++) {
-        const Simd::Floats weight = exponential(Simd::fma(Simd::load(column + t * kLanes), factor, shift));
+        const Simd::Floats weight = power_of_two(Simd::fma(Simd::load(column + t * kLanes), factor, shift));
         Simd::store(column + t * kLanes, weight);
         sum = Simd::add(sum, weight);
       }
     } else {
       for (int t = 0; t < n; t += 2) {
-        const Simd::Floats even = exponential(Simd::fma(Simd::load(column + t * kLanes), factor, shift));
+        const Simd::Floats even = power_of_two(Simd::fma(Simd::load(column + t * kLanes), factor, shift));
         Simd::Floats odd = Simd::zero();
-        if (t + 1 < n) odd = exponential(Simd::fma(Simd::load(column + (t + 1) * kLanes), factor, shift));
+        if (t + 1 < n) odd = power_of_two(Simd::fma(Simd::load(column + (t + 1) * kLanes), factor, shift));
         store_pairs(weights + t / 2 * kLanes + 16 * j, even, odd);
         sum = Simd::add(Simd::add(sum, even), odd);
       }
@@ -342,7 +211,7 @@ void span_task(void* context, int task, int thread) {
                                                            fetcher.take(2 * k / kInputsPerFetch));
         }
       }
-      softmax_block<U, V>(scores, pairs, n, call.scale, maximum + group * kLanes, denominator + group * kLanes, decay);
+      softmax_block<U, V>(scores, pairs, n, call.scale * kLog2E, maximum + group * kLanes, denominator + group * kLanes, decay);
       const Unit* weights = U::kNumbers == 2 ? (const Unit*)pairs : (const Unit*)scores;
       const int k = (n + U::kNumbers - 1) / U::kNumbers;
       for (int slab = 0; slab < stage.num_value_slabs; slab++) {
@@ -372,7 +241,7 @@ inline void merge_task(void* context, int task, int) {
   Simd::Floats largest = Simd::set1(-3.4e38f), total = Simd::zero();
   for (int i = first; i < last; i++) largest = Simd::max(largest, Simd::load(stats + i * stats_stride));
   for (int i = first; i < last; i++) {  // the maximum gives way to the part's weight
-    const Simd::Floats weight = exponential(Simd::sub(Simd::load(stats + i * stats_stride), largest));
+    const Simd::Floats weight = power_of_two(Simd::sub(Simd::load(stats + i * stats_stride), largest));
     Simd::store(stats + i * stats_stride, weight);
     total = Simd::fma(weight, Simd::load(stats + i * stats_stride + padded_heads), total);
   }

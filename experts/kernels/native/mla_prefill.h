@@ -11,196 +11,170 @@
 // it; elsewhere all is float32, also between bfloat16 activations.
 #pragma once
 
-#include "linear.h"
-#include "mla_units.h"
+#include "mla_product.h"
 
 namespace {
 
 constexpr int kPieceTokens = 1024;    // of context, expanded at once
 constexpr int kKeysPerTile = 128;     // between two steps of the online softmax
-constexpr int kExpandTokens = 512;    // a task; even, so that pairs of tokens stay together
-constexpr int kTilePanels = kKeysPerTile / kPanelColumns;
+constexpr int kKeysPerGroup = kBlockColumns;
+constexpr int kExpandTokens = 512;    // a task
+constexpr int kRowsPerBlock = 96;     // queries that a tile of keys meets while it is in cache
 constexpr float kLowest = -3.4e38f;
-
-// A tile's values: panels of kKeysPerTile inputs, of which a product may read only the first.
-template <class T>
-struct ValueTiles {
-  using Row = typename T::Row;
-  static constexpr int kRows = T::kRows;
-  template <int M, int V, int kPrefetch>
-  static void run(const Row* x, const Panels& p, int half, float* out) {
-    const size_t panel = kKeysPerTile * kPanelColumns;
-    if constexpr (kHasPairs && sizeof(*x[0]) == 2) {
-      const uint16_t* data = (const uint16_t*)p.matrix->data;
-      tile_bf16<M, V, kPrefetch>(x, data + p.first * panel, data + p.second * panel, half, p.matrix->num_inputs, Ahead<kPrefetch>(p, nullptr, nullptr), out);
-    } else {
-      const float* data = (const float*)p.matrix->data;
-      tile_float<M, V, kPrefetch>(x, data + p.first * panel, data + p.second * panel, half, p.matrix->num_inputs, Ahead<kPrefetch>(p, nullptr, nullptr), out);
-    }
-  }
-};
 
 struct PrefillWork {
   const MlaPrefillCall* call;
   LatentRows rows;
   int first_head, num_heads;      // taken at a time
   int piece_start, piece_tokens;  // of the context
-  int row_blocks;                 // of kRowsPerTask rows
-  int key_pairs, value_pairs;     // pairs of panels of W_UK and W_UV
-  int value_panels;
-  int latent_stride;              // units of a row in `latents`
+  int row_blocks;
+  int key_blocks, value_blocks;   // of 64 outputs of W_UK and W_UV
   size_t key_bytes, value_bytes;  // of one head's piece
-  const void** token_rows;        // [kPieceTokens] latents, converted where need be
-  uint32_t* latents;              // [kPieceTokens][kv_lora_rank], where they are converted
-  uint32_t* rope;                 // [panels of keys][rope units][32]
-  uint8_t* keys;                  // [heads][panels of keys][units][32]
-  uint8_t* values;                // [heads][tiles][value_panels][128][32], pairs of keys side by side where they are pairs
-  float* sums;                    // [heads][rows][value_panels * 32]
+  uint32_t* latents;              // [slabs][kPieceTokens][64 units]
+  uint32_t* rope;                 // [groups of keys][rope units][64]
+  uint8_t* keys;                  // [heads][groups of keys][units][64]
+  uint8_t* values;                // [heads][tiles][value_blocks][keys as units][64]
+  float* sums;                    // [heads][rows][value_blocks * 64]
   float* maximum;                 // [heads][rows]
   float* denominator;             // [heads][rows]
 };
 
-// The piece's latents in the form in which they are multiplied, and the rotated part of its keys. A task: 32 tokens.
+// A group of the piece's latents in the form in which they are multiplied, and the rotated part of its keys.
 template <class U>
-void gather_task(void* context, int panel, int thread) {
+void gather_task(void* context, int group, int thread) {
   const PrefillWork& work = *(const PrefillWork*)context;
   const MlaPrefillCall& call = *work.call;
-  const int rope_units = call.rope_dim / U::kNumbers, first = panel * kPanelColumns;
-  const int count = work.piece_tokens - first < kPanelColumns ? work.piece_tokens - first : kPanelColumns;
-  const int format = U::kNumbers == 2 ? kBfloat16 : kFloat32;
-  uint32_t* rotated = (uint32_t*)thread_scratch(thread, (size_t)kPanelColumns * rope_units * 4);
+  const int rope_units = call.rope_dim / U::kNumbers, first = group * kKeysPerGroup;
+  const int count = work.piece_tokens - first < kKeysPerGroup ? work.piece_tokens - first : kKeysPerGroup;
+  uint32_t* rotated = (uint32_t*)thread_scratch(thread, (size_t)kKeysPerGroup * rope_units * 4);
   for (int i = 0; i < count; i++) {
     const void* row = work.rows.at(work.piece_start + first + i);
-    work.token_rows[first + i] = row_units<U>(row, work.rows.format, 0, call.kv_lora_rank,
-                                              work.latents + (size_t)(first + i) * work.latent_stride);
-    convert_row(row, work.rows.format, call.kv_lora_rank, rotated + (size_t)i * rope_units, format, 0, call.rope_dim);
+    store_slabs<U>(row, work.rows.format, 0, call.kv_lora_rank, (typename U::Unit*)work.latents + (first + i) * kSlab,
+                   (size_t)kPieceTokens * kSlab);
+    convert_row(row, work.rows.format, call.kv_lora_rank, rotated + (size_t)i * rope_units,
+                U::kNumbers == 2 ? kBfloat16 : kFloat32, 0, call.rope_dim);
   }
-  transpose(rotated, rope_units, count, rope_units, work.rope + (size_t)panel * rope_units * kPanelColumns, kPanelColumns);
+  transpose(rotated, rope_units, count, rope_units, work.rope + (size_t)group * rope_units * kKeysPerGroup, kKeysPerGroup);
 }
 
-// The two panels of a matrix from `panel` on as float32.
-inline const float* widen_panels(const Matrix& matrix, int panel, int count, float* to) {
-  const size_t numbers = (size_t)matrix.num_inputs * kPanelColumns;
-  if (matrix.format == kFloat32) return (const float*)matrix.data + panel * numbers;
-  const uint32_t* from = (const uint32_t*)((const uint16_t*)matrix.data + panel * numbers);
-  uint32_t* out = (uint32_t*)to;
-  for (size_t pair = 0; pair < count * numbers / (2 * kPanelColumns); pair++, from += 32, out += 64)
-    for (int i = 0; i < 32; i++) {
-      out[i] = from[i] << 16;
-      out[32 + i] = from[i] & 0xffff0000u;
-    }
-  return to;
-}
-
-// Keys of one head: [tokens][columns] of a product to [columns][tokens] of panels.
+// Up to two panels of a matrix side by side: [units of inputs][64], float32 or pairs.
 template <class U>
-inline void store_keys(const PrefillWork& work, const float* product, int stride, int num_tokens, int token,
-                       int first_dim, int num_dims, uint32_t* keys) {
-  const int units = (work.call->qk_nope_dim + work.call->rope_dim) / U::kNumbers;
-  for (int m = 0; m < num_tokens; m++) {
-    const uint32_t* from = (const uint32_t*)(product + m * stride);
-    alignas(64) uint16_t halves[2 * kPanelColumns];
-    if constexpr (U::kNumbers == 2) {
-      convert_row(product, kFloat32, m * stride, halves, kBfloat16, 0, num_dims);
-      from = (const uint32_t*)halves;
+inline void join_panels(const Matrix& matrix, int panel, uint32_t* to) {
+  const int count = num_panels(matrix.num_outputs) - panel;
+  for (int side = 0; side < 2; side++) {
+    uint32_t* out = to + side * kPanelColumns;
+    if (side >= count) {
+      for (int i = 0; i < matrix.num_inputs / U::kNumbers; i++) memset(out + i * kBlockColumns, 0, kPanelColumns * 4);
+      continue;
     }
-    uint32_t* to = keys + ((size_t)((token + m) / kPanelColumns) * units + first_dim / U::kNumbers) * kPanelColumns +
-                   (token + m) % kPanelColumns;
-    for (int i = 0; i < num_dims / U::kNumbers; i++) to[i * kPanelColumns] = from[i];
+    const size_t at = (size_t)(panel + side) * matrix.num_inputs * kPanelColumns;
+    const uint32_t* from = (const uint32_t*)((const uint8_t*)matrix.data + at * element_bytes(matrix.format));
+    if (U::kNumbers == 2 || matrix.format == kFloat32) {
+      for (int i = 0; i < matrix.num_inputs / U::kNumbers; i++, from += kPanelColumns)
+        memcpy(out + i * kBlockColumns, from, kPanelColumns * 4);
+    } else {
+      for (int i = 0; i < matrix.num_inputs; i += 2, from += kPanelColumns)
+        for (int j = 0; j < kPanelColumns; j++) {
+          out[i * kBlockColumns + j] = from[j] << 16;
+          out[(i + 1) * kBlockColumns + j] = from[j] & 0xffff0000u;
+        }
+    }
   }
 }
 
-// Values of one head: rows of a product to rows of panels. For pairs `token` is even; an odd last one has a zero beside it.
+// Keys of one group: product [tokens][64 dims] to keys [units][64 tokens].
 template <class U>
-inline void store_values(const float* product, int stride, int num_tokens, int token, int panel, int count,
-                         int num_panels, uint32_t* values) {
-  for (int m = 0; m < num_tokens; m += U::kNumbers)
-    for (int i = 0; i < count; i++) {
-      const float* from = product + m * stride + i * kPanelColumns;
-      const int tile = (token + m) / kKeysPerTile, row = (token + m) % kKeysPerTile / U::kNumbers;
-      uint32_t* to = values + (((size_t)tile * num_panels + panel + i) * (kKeysPerTile / U::kNumbers) + row) * kPanelColumns;
-      for (int j = 0; j < kPanelColumns; j += 16) {
-        if constexpr (U::kNumbers == 2)
-          store_pairs(to + j, Simd::load(from + j), m + 1 < num_tokens ? Simd::load(from + stride + j) : Simd::zero());
-        else
-          Simd::store((float*)to + j, Simd::load(from + j));
-      }
+inline void store_keys(const float* product, int num_tokens, int num_dims, uint32_t* keys) {
+  if constexpr (U::kNumbers == 2) {
+    alignas(64) uint32_t pairs[kKeysPerGroup * kBlockColumns / 2];
+    for (int m = 0; m < num_tokens; m++)
+      convert_row(product, kFloat32, m * kBlockColumns, pairs, kBfloat16, m * kBlockColumns, kBlockColumns);
+    transpose(pairs, kBlockColumns / 2, num_tokens, num_dims / 2, keys, kKeysPerGroup);
+  } else {
+    transpose((const uint32_t*)product, kBlockColumns, num_tokens, num_dims, keys, kKeysPerGroup);
+  }
+}
+
+// Values of a group: product [tokens][64 dims] to rows of the tile. An odd last token has zeros beside it.
+template <class U>
+inline void store_values(const float* product, int num_tokens, uint32_t* values) {
+  alignas(64) static const float zeros[16] = {};
+  for (int m = 0; m < num_tokens; m += U::kNumbers, values += kBlockColumns)
+    for (int i = 0; i < kBlockColumns; i += 16) {
+      const float* from = product + m * kBlockColumns + i;
+      if constexpr (U::kNumbers == 2)
+        store_pairs(values + i, Simd::load(from), Simd::load(m + 1 < num_tokens ? from + kBlockColumns : zeros));
+      else
+        Simd::store((float*)values + i, Simd::load(from));
     }
 }
 
-// Two panels' outputs of W_UK or W_UV of one head, for kExpandTokens tokens.
-template <class T, class U>
+// 64 outputs of W_UK or W_UV of one head, for kExpandTokens tokens.
+template <class U>
 void expand_task(void* context, int task, int thread) {
+  using Unit = typename U::Unit;
   const PrefillWork& work = *(const PrefillWork*)context;
   const MlaPrefillCall& call = *work.call;
-  const int pairs = work.key_pairs + work.value_pairs;
+  const int blocks = work.key_blocks + work.value_blocks;
   const int parts = (work.piece_tokens + kExpandTokens - 1) / kExpandTokens;
-  const int part = task % parts, pair = task / parts % pairs, head = task / parts / pairs;
-  const bool is_key = pair < work.key_pairs;
-  const int panel = 2 * (is_key ? pair : pair - work.key_pairs);
-  Matrix matrix = (is_key ? call.key_up : call.value_up)[work.first_head + head];
-  const int left = num_panels(matrix.num_outputs) - panel, count = left < 2 ? left : 2;
-  const int num_dims = matrix.num_outputs - panel * kPanelColumns < count * kPanelColumns
-                           ? matrix.num_outputs - panel * kPanelColumns
-                           : count * kPanelColumns;
+  const int part = task % parts, block = task / parts % blocks, head = task / parts / blocks;
+  const bool is_key = block < work.key_blocks;
+  const int column_block = is_key ? block : block - work.key_blocks, first_column = column_block * kBlockColumns;
+  const Matrix& matrix = (is_key ? call.key_up : call.value_up)[work.first_head + head];
+  const int num_columns = matrix.num_outputs - first_column < kBlockColumns ? matrix.num_outputs - first_column : kBlockColumns;
+  const int k = call.kv_lora_rank / U::kNumbers;
+  const int rope_units = call.rope_dim / U::kNumbers, key_units = call.qk_nope_dim / U::kNumbers + rope_units;
+  uint32_t* weights = (uint32_t*)thread_scratch(thread, (size_t)k * kBlockColumns * 4);
+  join_panels<U>(matrix, first_column / kPanelColumns, weights);
   uint32_t* keys = (uint32_t*)(work.keys + head * work.key_bytes);
   uint32_t* values = (uint32_t*)(work.values + head * work.value_bytes);
-  Panels panels = {&matrix, panel, panel + 1};
-  if constexpr (U::kNumbers == 1) {
-    float* wide = (float*)thread_scratch(thread, (size_t)2 * matrix.num_inputs * kPanelColumns * 4);
-    matrix.data = widen_panels(matrix, panel, count, wide);
-    panels.first = 0;
-    panels.second = 1;
-  }
   const int first = part * kExpandTokens;
   const int end = first + kExpandTokens < work.piece_tokens ? first + kExpandTokens : work.piece_tokens;
-  constexpr int kStep = T::kRows;
-  static_assert(U::kNumbers == 1 || kStep % 2 == 0, "pairs of tokens stay together");
-  for (int token = first; token < end; token += kStep) {
-    const int height = end - token < kStep ? end - token : kStep;
-    alignas(64) float product[kMaxRows * 2 * kPanelColumns];
-    multiply<T, false>((const typename T::Row*)work.token_rows + token, height, panels, count, product);
-    if (is_key)
-      store_keys<U>(work, product, count * kPanelColumns, height, token, panel * kPanelColumns, num_dims, keys);
-    else
-      store_values<U>(product, count * kPanelColumns, height, token, panel, count, work.value_panels, values);
+  for (int token = first; token < end; token += kKeysPerGroup) {
+    const int count = end - token < kKeysPerGroup ? end - token : kKeysPerGroup;
+    alignas(64) float product[kKeysPerGroup * kBlockColumns];
+    multiply_slabs<U>(count, (const Unit*)work.latents + token * kSlab, (size_t)kPieceTokens * kSlab, (const Unit*)weights, k,
+                      product, kBlockColumns);
+    if (is_key) {
+      uint32_t* to = keys + (size_t)token * key_units;
+      store_keys<U>(product, count, num_columns, to + (size_t)first_column / U::kNumbers * kKeysPerGroup);
+      if (block == 0)
+        memcpy(to + (size_t)(key_units - rope_units) * kKeysPerGroup, work.rope + (size_t)token * rope_units,
+               (size_t)rope_units * kKeysPerGroup * 4);
+    } else {
+      const int tile = token / kKeysPerTile, row = token % kKeysPerTile;
+      store_values<U>(product, count, values + (((size_t)tile * work.value_blocks + column_block) * kKeysPerTile + row) /
+                                                   U::kNumbers * kBlockColumns);
+    }
   }
-  if (pair > 0) return;
-  const int rope_units = call.rope_dim / U::kNumbers, nope_units = call.qk_nope_dim / U::kNumbers;
-  for (int block = first / kPanelColumns; block * kPanelColumns < end; block++)
-    memcpy(keys + ((size_t)block * (nope_units + rope_units) + nope_units) * kPanelColumns,
-           work.rope + (size_t)block * rope_units * kPanelColumns, (size_t)rope_units * kPanelColumns * 4);
 }
 
 // What one (head, block of rows) needs while it attends.
+template <class U>
 struct BlockScratch {
-  float* scores;        // [pairs of panels][kRowsPerTask][64]
-  uint32_t* weights;    // [kRowsPerTask][keys], as units
-  uint32_t* queries;    // [kRowsPerTask][qk_head_dim], where they are converted
-  float* decay;         // [kRowsPerTask]
-  float* new_maximum;   // [kRowsPerTask]
+  typename U::Unit* queries;  // [slabs][kRowsPerBlock][64 units]
+  float* scores;              // [kRowsPerBlock][kKeysPerTile]
+  typename U::Unit* weights;  // [kRowsPerBlock][keys as units]
+  float* decay;               // [kRowsPerBlock], and room for a vector
 };
 
-inline float* score_segment(float* scores, int row, int column) {
-  return scores + ((size_t)(column / 64) * kRowsPerTask + row) * 64 + column % 64;
-}
-
 // The largest score of a row's first `visible` keys; what follows them up to a whole vector becomes the lowest.
-inline float largest_score(float* scores, int row, int visible) {
-  for (int i = visible; i % 16; i++) *score_segment(scores, row, i) = kLowest;
+inline float largest_score(float* scores, int visible) {
+  for (int i = visible; i % 16; i++) scores[i] = kLowest;
   Simd::Floats largest = Simd::set1(kLowest);
-  for (int i = 0; i < visible; i += 16) largest = Simd::max(largest, Simd::load(score_segment(scores, row, i)));
+  for (int i = 0; i < visible; i += 16) largest = Simd::max(largest, Simd::load(scores + i));
   return Simd::largest(largest);
 }
 
-// exp(score * scale - maximum) of the visible keys, zero behind them; returns the sum.
+// 2^(score * scale - maximum) of the visible keys, zero behind them; returns the sum.
 template <class U>
-inline float weigh_row(float* scores, int row, int visible, float scale, float maximum, uint32_t* weights) {
+inline float weigh_row(const float* scores, int visible, float scale, float maximum, typename U::Unit* weights) {
   const Simd::Floats factor = Simd::set1(scale), shift = Simd::set1(-maximum);
+  const int format = U::kNumbers == 2 ? kBfloat16 : kFloat32;
   Simd::Floats sum = Simd::zero();
   int i = 0;
   for (; i < visible; i += 16) {
-    Simd::Floats weight = exponential(Simd::fma(Simd::load(score_segment(scores, row, i)), factor, shift));
+    Simd::Floats weight = power_of_two(Simd::fma(Simd::load(scores + i), factor, shift));
     if (visible - i < 16) {
       alignas(64) float lanes[16];
       Simd::store(lanes, weight);
@@ -208,112 +182,94 @@ inline float weigh_row(float* scores, int row, int visible, float scale, float m
       weight = Simd::load(lanes);
     }
     sum = Simd::add(sum, weight);
-    if constexpr (U::kNumbers == 2)
-      Simd::store_bf16((uint16_t*)weights + i, weight);
-    else
-      Simd::store((float*)weights + i, weight);
+    store_as(weights, format, i, weight);
   }
-  if (i < kKeysPerTile) memset((uint8_t*)weights + i * (4 / U::kNumbers), 0, (kKeysPerTile - i) * (4 / U::kNumbers));
+  for (; i < kKeysPerTile; i += 16) store_as(weights, format, i, Simd::zero());
   return Simd::sum(sum);
 }
 
 // One tile of keys for rows [first_row, last_row) of a block, all of which see some of it.
-template <class T, class U>
+template <class U>
 inline void attend_tile(const PrefillWork& work, int head, int tile, int block_start, int first_row, int last_row,
-                        const typename T::Row* queries, const BlockScratch& memory) {
+                        const BlockScratch<U>& memory) {
+  using Unit = typename U::Unit;
   const MlaPrefillCall& call = *work.call;
   const int tile_start = work.piece_start + tile * kKeysPerTile, position = call.seq_len - call.num_rows + block_start;
   auto visible = [&](int row) {
     const int count = position + row - tile_start + 1;
     return count < kKeysPerTile ? count : kKeysPerTile;
   };
-  const int num_rows = last_row - first_row, head_dim = call.qk_nope_dim + call.rope_dim;
-  const Matrix keys = {work.keys + head * work.key_bytes, nullptr, U::kNumbers == 2 ? kBfloat16 : kFloat32, kPieceTokens,
-                       head_dim, 0};
-  for (int pair = 0; pair < kTilePanels / 2; pair++)
-    for_tiles(num_rows, T::kRows, [&](int, int, int offset, int height) {
-      const int row = first_row + offset, seen = visible(row + height - 1) - pair * 64;
-      if (seen <= 0) return;
-      const int panel = tile * kTilePanels + 2 * pair;
-      float* out = score_segment(memory.scores, row, pair * 64);
-      if (seen > kPanelColumns) return multiply<T, false>(queries + row, height, {&keys, panel, panel + 1}, 2, out);
-      alignas(64) float product[kMaxRows * kPanelColumns];
-      multiply<T, false>(queries + row, height, {&keys, panel, 0}, 1, product);
-      for (int m = 0; m < height; m++) memcpy(out + m * 64, product + m * kPanelColumns, kPanelColumns * 4);
-    });
+  const float scale = call.scale * kLog2E;
+  const int key_units = (call.qk_nope_dim + call.rope_dim) / U::kNumbers;
+  const Unit* keys = (const Unit*)(work.keys + head * work.key_bytes) + (size_t)tile * kKeysPerTile * key_units;
+  for (int column = 0; column < kKeysPerTile; column += kKeysPerGroup) {
+    const int first = tile_start + column - position > first_row ? tile_start + column - position : first_row;
+    if (first >= last_row) break;
+    multiply_slabs<U>(last_row - first, memory.queries + first * kSlab, (size_t)kRowsPerBlock * kSlab,
+                      keys + (size_t)column * key_units, key_units, memory.scores + first * kKeysPerTile + column,
+                      kKeysPerTile);
+  }
 
   const size_t state = (size_t)head * call.num_rows + block_start;
   float *maximum = work.maximum + state, *denominator = work.denominator + state;
   for (int row = first_row; row < last_row; row++) {
-    const float largest = largest_score(memory.scores, row, visible(row)) * call.scale;
-    memory.new_maximum[row] = largest > maximum[row] ? largest : maximum[row];
-    memory.decay[row] = maximum[row] - memory.new_maximum[row];
-    maximum[row] = memory.new_maximum[row];
+    const float largest = largest_score(memory.scores + row * kKeysPerTile, visible(row)) * scale;
+    const float before = maximum[row];
+    maximum[row] = largest > before ? largest : before;
+    memory.decay[row] = before - maximum[row];
   }
-  for (int row = first_row; row < last_row; row += 16)  // the buffer reaches beyond the last row
-    Simd::store(memory.decay + row, exponential(Simd::load(memory.decay + row)));
-  const int weight_units = kKeysPerTile / U::kNumbers;
+  for (int row = first_row; row < last_row; row += 16)
+    Simd::store(memory.decay + row, power_of_two(Simd::load(memory.decay + row)));
+  constexpr int kWeightUnits = kKeysPerTile / U::kNumbers;
   for (int row = first_row; row < last_row; row++) {
-    const float sum = weigh_row<U>(memory.scores, row, visible(row), call.scale, maximum[row],
-                                   memory.weights + (size_t)row * weight_units);
+    const float sum = weigh_row<U>(memory.scores + row * kKeysPerTile, visible(row), scale, maximum[row],
+                                   memory.weights + row * kWeightUnits);
     denominator[row] = denominator[row] * memory.decay[row] + sum;
   }
 
-  const int width = work.value_panels * kPanelColumns;
+  const int width = work.value_blocks * kBlockColumns;
   float* sums = work.sums + state * width;
-  const size_t tile_units = (size_t)work.value_panels * weight_units * kPanelColumns;
-  Matrix values = {(const uint32_t*)(work.values + head * work.value_bytes) + tile * tile_units, nullptr, keys.format, width,
-                   0, 0};
-  for (int panel = 0; panel < work.value_panels; panel += 2) {
-    const int count = work.value_panels - panel < 2 ? 1 : 2;
-    for_tiles(num_rows, T::kRows, [&](int, int, int offset, int height) {
-      const int row = first_row + offset;
-      values.num_inputs = (visible(row + height - 1) + U::kNumbers - 1) / U::kNumbers * U::kNumbers;
-      typename T::Row x[kMaxRows];
-      for (int m = 0; m < height; m++) x[m] = (typename T::Row)(memory.weights + (size_t)(row + m) * weight_units);
-      alignas(64) float product[kMaxRows * 2 * kPanelColumns];
-      multiply<ValueTiles<T>, false>(x, height, {&values, panel, panel + 1}, count, product);
-      for (int m = 0; m < height; m++) {
-        const Simd::Floats factor = Simd::set1(memory.decay[row + m]);
-        float* to = sums + (size_t)(row + m) * width + panel * kPanelColumns;
-        const float* from = product + m * count * kPanelColumns;
-        // Keys behind a row may leave a zero of either sign; plus zero makes it positive.
-        for (int i = 0; i < count * kPanelColumns; i += 16)
-          Simd::store(to + i, Simd::fma(Simd::load(to + i), factor, Simd::add(Simd::load(from + i), Simd::zero())));
+  const Unit* values = (const Unit*)(work.values + head * work.value_bytes) + (size_t)tile * kWeightUnits * width;
+  for (int block = 0; block < work.value_blocks; block++)
+    for (int first = 0; first < kWeightUnits; first += kSlab) {
+      const Unit* w = values + ((size_t)block * kWeightUnits + first) * kBlockColumns;
+      for (int row = first_row; row < last_row; row += kBlockRows) {
+        const int height = last_row - row < kBlockRows ? last_row - row : kBlockRows;
+        const int left = (visible(row + height - 1) + U::kNumbers - 1) / U::kNumbers - first;
+        if (left <= 0) continue;
+        multiply_rows<U, kWeightUnits>(height, memory.weights + row * kWeightUnits + first, w, left < kSlab ? left : kSlab,
+                                       sums + (size_t)row * width + block * kBlockColumns, width, false,
+                                       first == 0 ? memory.decay + row : nullptr);
       }
-    });
-  }
+    }
 }
 
-template <class T, class U>
+template <class U>
 void attend_task(void* context, int task, int thread) {
+  using Unit = typename U::Unit;
   const PrefillWork& work = *(const PrefillWork*)context;
   const MlaPrefillCall& call = *work.call;
   const int head = task / work.row_blocks;
-  const int start = (work.row_blocks - 1 - task % work.row_blocks) * kRowsPerTask;  // the longest first
-  const int num_rows = call.num_rows - start < kRowsPerTask ? call.num_rows - start : kRowsPerTask;
+  const int start = (work.row_blocks - 1 - task % work.row_blocks) * kRowsPerBlock;  // the longest first
+  const int num_rows = call.num_rows - start < kRowsPerBlock ? call.num_rows - start : kRowsPerBlock;
   const int position = call.seq_len - call.num_rows + start;  // of the block's first row
   const int last_position = position + num_rows - 1;
   const int piece_end = work.piece_start + work.piece_tokens;
   if (last_position < work.piece_start) return;
 
-  const int head_dim = call.qk_nope_dim + call.rope_dim, units = round_up(head_dim, 16) / U::kNumbers;
-  const size_t weight_bytes = (size_t)kRowsPerTask * kKeysPerTile * (4 / U::kNumbers);
-  uint8_t* data = (uint8_t*)thread_scratch(thread, (size_t)kRowsPerTask * (kKeysPerTile + units) * 4 + weight_bytes +
-                                                       2 * (kRowsPerTask + 16) * 4);
-  BlockScratch memory;
-  memory.scores = (float*)data;
-  memory.weights = (uint32_t*)(data + (size_t)kRowsPerTask * kKeysPerTile * 4);
-  memory.queries = (uint32_t*)((uint8_t*)memory.weights + weight_bytes);
-  memory.decay = (float*)(memory.queries + (size_t)kRowsPerTask * units);
-  memory.new_maximum = memory.decay + kRowsPerTask + 16;
-  typename T::Row queries[kRowsPerTask];
-  for (int row = 0; row < num_rows; row++) {
-    const size_t at = (size_t)(start + row) * call.query_row_stride + (size_t)(work.first_head + head) * call.query_head_stride;
-    queries[row] = (typename T::Row)row_units<U>(call.query, call.query_format, at, head_dim, memory.queries + (size_t)row * units);
-  }
+  const int head_dim = call.qk_nope_dim + call.rope_dim, slabs = (head_dim / U::kNumbers + kSlab - 1) / kSlab;
+  const size_t query_units = (size_t)slabs * kRowsPerBlock * kSlab, num_weights = (size_t)kRowsPerBlock * kKeysPerTile;
+  BlockScratch<U> memory;
+  memory.queries = (Unit*)thread_scratch(thread, (query_units + 2 * num_weights + kRowsPerBlock + 16) * 4);
+  memory.scores = (float*)(memory.queries + query_units);
+  memory.weights = (Unit*)(memory.scores + num_weights);
+  memory.decay = memory.scores + 2 * num_weights;
+  for (int row = 0; row < num_rows; row++)
+    store_slabs<U>(call.query, call.query_format,
+                   (size_t)(start + row) * call.query_row_stride + (size_t)(work.first_head + head) * call.query_head_stride,
+                   head_dim, memory.queries + row * kSlab, (size_t)kRowsPerBlock * kSlab);
 
-  const int width = work.value_panels * kPanelColumns;
+  const int width = work.value_blocks * kBlockColumns;
   const size_t state = (size_t)head * call.num_rows + start;
   if (work.piece_start == 0) {
     memset(work.sums + state * width, 0, (size_t)num_rows * width * 4);
@@ -325,8 +281,7 @@ void attend_task(void* context, int task, int thread) {
   for (int tile = 0; tile * kKeysPerTile < work.piece_tokens; tile++) {
     const int tile_start = work.piece_start + tile * kKeysPerTile;
     if (tile_start > last_position) break;
-    const int first_row = tile_start > position ? tile_start - position : 0;
-    attend_tile<T, U>(work, head, tile, start, first_row, num_rows, queries, memory);
+    attend_tile<U>(work, head, tile, start, tile_start > position ? tile_start - position : 0, num_rows, memory);
   }
   if (piece_end <= last_position) return;
   for (int row = 0; row < num_rows; row++) {
@@ -334,7 +289,8 @@ void attend_task(void* context, int task, int thread) {
     const float* from = work.sums + (state + row) * width;
     const size_t to = (size_t)(start + row) * call.out_row_stride + (size_t)(work.first_head + head) * call.out_head_stride;
     for (int i = 0; i < call.v_head_dim; i += 16) {
-      const Simd::Floats value = Simd::mul(Simd::load(from + i), factor);
+      // Keys behind a row may have left a zero of either sign; plus zero makes it positive.
+      const Simd::Floats value = Simd::mul(Simd::add(Simd::load(from + i), Simd::zero()), factor);
       if (call.v_head_dim - i >= 16)
         store_as(call.out, call.query_format, to + i, value);
       else
@@ -343,33 +299,30 @@ void attend_task(void* context, int task, int thread) {
   }
 }
 
-template <class T, class U>
+template <class U>
 void prefill_as(const MlaPrefillCall& call) {
   PrefillWork work = {};
   work.call = &call;
   work.rows = {call.cache, call.block_table, call.cache_row_stride, call.block_size, call.cache_format};
-  work.row_blocks = (call.num_rows + kRowsPerTask - 1) / kRowsPerTask;
-  work.value_panels = num_panels(call.v_head_dim);
-  work.key_pairs = (num_panels(call.qk_nope_dim) + 1) / 2;
-  work.value_pairs = (work.value_panels + 1) / 2;
-  work.latent_stride = round_up(call.kv_lora_rank, 32) / U::kNumbers;
+  work.row_blocks = (call.num_rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  work.key_blocks = (call.qk_nope_dim + kBlockColumns - 1) / kBlockColumns;
+  work.value_blocks = (call.v_head_dim + kBlockColumns - 1) / kBlockColumns;
   // Enough tasks for the threads, and no more memory than that takes.
   int heads_at_once = (4 * num_threads() + work.row_blocks - 1) / work.row_blocks;
   if (heads_at_once < 2 * num_threads()) heads_at_once = 2 * num_threads();
   if (heads_at_once > call.num_heads) heads_at_once = call.num_heads;
 
   const int tokens = call.seq_len < kPieceTokens ? round_up(call.seq_len, kKeysPerTile) : kPieceTokens;
-  const int units = (call.qk_nope_dim + call.rope_dim) / U::kNumbers, width = work.value_panels * kPanelColumns;
-  work.key_bytes = (size_t)tokens * units * 4;
+  const int width = work.value_blocks * kBlockColumns;
+  work.key_bytes = (size_t)tokens * ((call.qk_nope_dim + call.rope_dim) / U::kNumbers) * 4;
   work.value_bytes = (size_t)tokens / U::kNumbers * width * 4;
   const size_t states = (size_t)heads_at_once * call.num_rows;
-  const size_t row_bytes = round_up(sizeof(void*) * tokens, 64), latent_bytes = (size_t)tokens * work.latent_stride * 4;
+  const size_t latent_bytes = (size_t)round_up(call.kv_lora_rank / U::kNumbers, kSlab) * kPieceTokens * 4;
   const size_t rope_bytes = (size_t)tokens * (call.rope_dim / U::kNumbers) * 4;
-  uint8_t* memory = (uint8_t*)scratch(kMlaSlot, row_bytes + latent_bytes + rope_bytes +
+  uint8_t* memory = (uint8_t*)scratch(kMlaSlot, latent_bytes + rope_bytes +
                                                     heads_at_once * (work.key_bytes + work.value_bytes) +
                                                     states * (width + 2) * 4);
-  work.token_rows = (const void**)memory;
-  work.latents = (uint32_t*)(memory += row_bytes);
+  work.latents = (uint32_t*)memory;
   work.rope = (uint32_t*)(memory += latent_bytes);
   work.keys = memory += rope_bytes;
   work.values = memory += heads_at_once * work.key_bytes;
@@ -383,9 +336,10 @@ void prefill_as(const MlaPrefillCall& call) {
       const int left_tokens = call.seq_len - work.piece_start;
       work.piece_tokens = left_tokens < kPieceTokens ? left_tokens : kPieceTokens;
       const int parts = (work.piece_tokens + kExpandTokens - 1) / kExpandTokens;
-      parallel_for((work.piece_tokens + kPanelColumns - 1) / kPanelColumns, gather_task<U>, &work);
-      parallel_for(work.num_heads * (work.key_pairs + work.value_pairs) * parts, expand_task<T, U>, &work);
-      parallel_for(work.num_heads * work.row_blocks, attend_task<T, U>, &work);
+      if (work.first_head == 0 || call.seq_len > kPieceTokens)  // else it is there still
+        parallel_for((work.piece_tokens + kKeysPerGroup - 1) / kKeysPerGroup, gather_task<U>, &work);
+      parallel_for(work.num_heads * (work.key_blocks + work.value_blocks) * parts, expand_task<U>, &work);
+      parallel_for(work.num_heads * work.row_blocks, attend_task<U>, &work);
     }
   }
 }
@@ -395,8 +349,8 @@ void prefill_any(const MlaPrefillCall& call) {
   if constexpr (sizeof(typename S::Bf16Input) == 2)
     if (call.query_format == kBfloat16 && call.cache_format == kBfloat16 && call.key_up->format == kBfloat16 &&
         call.value_up->format == kBfloat16)
-      return prefill_as<Tiles<kBfloat16>, PairUnits<S>>(call);
-  prefill_as<Tiles<kFloat32>, FloatUnits>(call);
+      return prefill_as<PairUnits<S>>(call);
+  prefill_as<FloatUnits>(call);
 }
 
 void mla_prefill(const MlaPrefillCall* call) {

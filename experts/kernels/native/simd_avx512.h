@@ -53,15 +53,13 @@ struct Simd {
   }
   // to[column][row] = from[row][column], 16 by 16.
   static void transpose(const float* from, size_t from_stride, float* to, size_t to_stride) {
-    const auto low = [](Floats a, Floats b) { return _mm512_unpacklo_ps(a, b); };
-    const auto high = [](Floats a, Floats b) { return _mm512_unpackhi_ps(a, b); };
     Floats rows[16];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {  // four rows to four columns of each quarter
       const Floats a = load(from + (4 * i) * from_stride), b = load(from + (4 * i + 1) * from_stride);
       const Floats c = load(from + (4 * i + 2) * from_stride), d = load(from + (4 * i + 3) * from_stride);
-      const __m512d ab = _mm512_castps_pd(low(a, b)), cd = _mm512_castps_pd(low(c, d));
-      const __m512d AB = _mm512_castps_pd(high(a, b)), CD = _mm512_castps_pd(high(c, d));
+      const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
+      const __m512d AB = _mm512_castps_pd(_mm512_unpackhi_ps(a, b)), CD = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
       rows[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
       rows[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
       rows[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(AB, CD));
