@@ -2,6 +2,7 @@
 passes through it.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,12 +14,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller import Controller, StartError
 from cluster.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
-from cluster.role_actor import RoleActor
+from cluster.role_actor import GatewayActor, RoleActor, ShardActor, WorkerActor
 from router.expert_map import ExpertMap
 
 PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find the nodes; autoscaled clusters should have them first
 CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
 ACTOR_THREADS = 4  # so that health is answered while weights are read
+ACTOR_CLASSES: Mapping[RoleName, type[RoleActor]] = {
+    RoleName.SHARD: ShardActor,
+    RoleName.WORKER: WorkerActor,
+    RoleName.GATEWAY: GatewayActor,
+}
 
 
 class RayProcess:
@@ -97,7 +103,8 @@ def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedPro
 def _create_process(
     role: RoleName, rank: int, options: dict[str, Any], config: MobulaConfig, host: str | None
 ) -> ManagedProcess:
-    actor = ray.remote(RoleActor).options(name=f"mobula-{role}-{rank}", **options).remote(role, config, rank, host)
+    actor_class = ray.remote(ACTOR_CLASSES[role]).options(name=f"mobula-{role}-{rank}", **options)
+    actor = actor_class.remote(config, rank, host)
     return ManagedProcess(role=role, rank=rank, handle=RayProcess(actor))
 
 
