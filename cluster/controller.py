@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0  # a process that takes longer is DOWN for this round; its answer is still awaited
 ROUND_S = 0.25  # between two rounds
+START_ROUND_S = 0.05  # while the system is not up, when each round may find something to do
 RESTART_WAIT_S = 10.0  # after a process was told to load what it then could not
 
 
@@ -71,7 +72,7 @@ class Controller:
                 process.handle.kill()
 
     def _run(self) -> None:
-        while not self._stopping.wait(ROUND_S):
+        while not self._stopping.wait(ROUND_S if self._status.is_serving else START_ROUND_S):
             try:
                 self.reconcile()
             except Exception:  # the loop's top: one failed round must not end supervision
@@ -95,9 +96,9 @@ class Controller:
         for process in self._processes:
             if process.pending_health is None:
                 process.pending_health = process.handle.call("health")
-        wait(
-            [process.pending_health for process in self._processes if process.pending_health], timeout=HEALTH_TIMEOUT_S
-        )
+        # One that has not started is not waited for: others would be told to load only once it has.
+        answering = [p.pending_health for p in self._processes if p.pending_health and p.health is not STARTING]
+        wait(answering, timeout=HEALTH_TIMEOUT_S)
         for process in self._processes:
             before = process.health
             process.health = _answer(process)

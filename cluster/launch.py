@@ -23,7 +23,7 @@ from cluster.process import ClusterStatus, ProcessHealth, RoleName
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.2
+POLL_S = 0.1
 STATUS_TIMEOUT_S = 60.0  # the controller answers at once; a machine that starts ten processes may not
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # of a local cluster; no tensor passes through Ray's object store

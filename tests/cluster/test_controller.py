@@ -21,6 +21,7 @@ class FakeProcess:
         self.generation = f"{self.name}.{len(self.calls)}"
         self.state = ProcessState.NEW
         self.is_alive = True
+        self.is_starting = False
         self.error: Exception | None = None
 
     def die(self) -> None:
@@ -31,6 +32,8 @@ class FakeProcess:
         if not self.is_alive:
             future.set_exception(ProcessDied(self.name))
             return future
+        if self.is_starting:
+            return future  # never answered: the test has no time to wait
         self.calls.append((method, args))
         if method == "load":
             self.state = ProcessState.FAILED if self.error else ProcessState.READY
@@ -76,6 +79,14 @@ def test_new_processes_are_loaded_connected_and_published() -> None:
     workers, metrics = fakes["gateway-0"].told("update_members")[-1]
     assert set(workers) == {0, 1}
     assert set(metrics) == {"shard-0", "shard-1", "worker-0", "worker-1"}
+
+
+def test_a_process_loads_while_another_one_has_not_started() -> None:
+    controller, fakes = system()
+    fakes["shard-1"].is_starting = True
+    run(controller, 2)
+    assert len(fakes["shard-0"].told("load")) == 1
+    assert dict(controller.status().processes)["shard-1"].state is ProcessState.STARTING
 
 
 def test_nothing_is_told_twice_while_nothing_changes() -> None:
