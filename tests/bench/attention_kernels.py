@@ -1,13 +1,10 @@
 """The attention kernels alone: generated tokens at several contexts and batches, and prompts, against the machine's
 limit and against torch on the same numbers laid out as torch likes them best.
 
-A limit is the larger of two times: reading the context once at the probe's bandwidth, multiplying at its peak. Both
-probes run before every repeat, and torch after it.
+The limit of a call is reading the context once, or multiplying.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +14,7 @@ from attention.kernel_attention import mla_decode, mla_prefill
 from experts.kernels.library import instruction_set
 from experts.kernels.linear import KernelHeads
 from experts.kernels.packed_matrix import pack
-from tests.bench.probe import Probe, Reading
+from tests.bench.kernel_cell import Cell, measure
 from tests.bench.row import Options, Row, Unmeasurable
 
 RANK, ROPE, NOPE, VALUE = 512, 64, 128, 128  # of DeepSeek-V2 and V2-Lite
@@ -27,20 +24,7 @@ CONTEXTS, QUICK_CONTEXTS = (1024, 16384, 131072), (1024, 16384)
 HEADS, BATCHES = (16, 128), (1, 8)
 PROMPTS = (512, 2048)
 PREFILL_HEADS = 16
-REPEAT_S, QUICK_REPEAT_S = 0.3, 0.1  # a repeat is as many calls as fill this, at least one
 MAX_CACHE_BYTES = 2.5e9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """num_bytes and num_operations: what one call has to read and to do."""
-
-    name: str
-    params: dict[str, str | int | float]
-    num_bytes: float
-    num_operations: float
-    ours: Callable[[], object]
-    theirs: Callable[[], object]
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -52,9 +36,9 @@ def rows(options: Options) -> Iterator[Row]:
             for batch in BATCHES:
                 if 2 * LATENT * batch * context > MAX_CACHE_BYTES:
                     continue
-                yield _measure(decode_cell(context, num_heads, batch), options)
+                yield measure(decode_cell(context, num_heads, batch), options)
     for num_rows in PROMPTS[:1] if options.is_quick else PROMPTS:
-        yield _measure(prefill_cell(num_rows), options)
+        yield measure(prefill_cell(num_rows), options)
 
 
 def decode_cell(context: int, num_heads: int, batch: int) -> Cell:
@@ -115,37 +99,3 @@ def prefill_cell(num_rows: int) -> Cell:
         ours=lambda: mla_prefill(query, expand_key, expand_value, cache, table, 0, SCALE),
         theirs=theirs,
     )
-
-
-def _measure(cell: Cell, options: Options) -> Row:
-    """Milliseconds a call."""
-    options.show(f"{cell.name} {cell.params}")
-    options.check_time(10.0)
-    probe = Probe(options.num_threads)
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.num_threads)
-    try:
-        ours, limits, turns = [], [], []
-        for _ in range(2 * options.num_repeats):
-            limits.append(_limit_ms(cell, probe.look()))
-            ours.append(_milliseconds(cell.ours, options))
-            if options.has_peers:
-                turns.append((ours[-1], _milliseconds(cell.theirs, options)))
-    finally:
-        torch.set_num_threads(before)
-    row = Row.of(cell.name, cell.params, ours, "ms", limits=limits, turns={"torch": turns} if turns else None)
-    return row.with_params(**probe.params())
-
-
-def _limit_ms(cell: Cell, reading: Reading) -> float:
-    return 1e3 * max(cell.num_bytes / reading.bytes_per_s, cell.num_operations / reading.operations_per_s)
-
-
-def _milliseconds(action: Callable[[], object], options: Options) -> float:
-    """Of one call, over as many as fill a repeat."""
-    budget = QUICK_REPEAT_S if options.is_quick else REPEAT_S
-    start, num_calls = time.perf_counter(), 0
-    while num_calls == 0 or time.perf_counter() - start < budget:
-        action()
-        num_calls += 1
-    return 1e3 * (time.perf_counter() - start) / num_calls

@@ -1,0 +1,66 @@
+"""Measures one kernel call against the machine's limit and against torch.
+
+A limit is the larger of two times: reading at the probe's bandwidth, multiplying at its peak. Both probes run before
+every repeat, and torch after it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tests.bench.probe import Probe, Reading
+from tests.bench.row import Options, Row
+
+REPEAT_S, QUICK_REPEAT_S = 0.3, 0.1  # a repeat is as many calls as fill this, at least one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One call of a kernel, and of torch on the same numbers where torch has the like.
+
+    num_bytes and num_operations: what one call has to read and to do.
+    """
+
+    name: str
+    params: dict[str, str | int | float]
+    num_bytes: float
+    num_operations: float
+    ours: Callable[[], object]
+    theirs: Callable[[], object] | None = None
+    kind: str = "bf16"  # whose peak is the limit
+
+
+def measure(cell: Cell, options: Options) -> Row:
+    """Milliseconds a call."""
+    options.show(f"{cell.name} {cell.params}")
+    options.check_time(10.0)
+    probe = Probe(options.num_threads, cell.kind)
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.num_threads)
+    try:
+        ours, limits, turns = [], [], []
+        for _ in range(2 * options.num_repeats):
+            limits.append(_limit_ms(cell, probe.look()))
+            ours.append(_milliseconds(cell.ours, options))
+            if options.has_peers and cell.theirs is not None:
+                turns.append((ours[-1], _milliseconds(cell.theirs, options)))
+    finally:
+        torch.set_num_threads(before)
+    row = Row.of(cell.name, cell.params, ours, "ms", limits=limits, turns={"torch": turns} if turns else None)
+    return row.with_params(**probe.params())
+
+
+def _limit_ms(cell: Cell, reading: Reading) -> float:
+    return 1e3 * max(cell.num_bytes / reading.bytes_per_s, cell.num_operations / reading.operations_per_s)
+
+
+def _milliseconds(action: Callable[[], object], options: Options) -> float:
+    """Of one call, over as many as fill a repeat."""
+    budget = QUICK_REPEAT_S if options.is_quick else REPEAT_S
+    start, num_calls = time.perf_counter(), 0
+    while num_calls == 0 or time.perf_counter() - start < budget:
+        action()
+        num_calls += 1
+    return 1e3 * (time.perf_counter() - start) / num_calls
