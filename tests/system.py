@@ -1,6 +1,7 @@
 """The whole system in one process: real roles and real gRPC between them, no Ray. Tests call it like any client."""
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,6 +90,13 @@ class System:
 
         with ThreadPoolExecutor(max_workers=len(prompts)) as pool:
             return list(pool.map(run, prompts))
+
+    def becomes_idle(self) -> bool:
+        """Whether it is idle within a few seconds: an engine says so after it has given the last token out."""
+        give_up_at_s = time.monotonic() + 10.0
+        while not self.is_idle() and time.monotonic() < give_up_at_s:
+            time.sleep(0.01)
+        return self.is_idle()
 
     def is_idle(self) -> bool:
         """Whether no request is in flight, every cache block is free and no forward waits."""

@@ -73,7 +73,8 @@ def changed(**changes: Any) -> dict[str, Any]:
     group = config["config_groups"]["group_0"]
     for name, value in changes.items():
         if name.startswith("weights__"):
-            group["weights"][name.removeprefix("weights__")] = value
+            if isinstance(group["weights"], dict):  # it may have been changed as a whole
+                group["weights"][name.removeprefix("weights__")] = value
         elif name in group:
             group[name] = value
         else:

@@ -46,13 +46,9 @@ def test_sixteen_prompts_at_once_give_the_reference_tokens(
     folders: dict[str, Path], shape: str, num_workers: int, num_shards: int
 ) -> None:
     prompts, continuations = expected(folders[shape])
-    # The form whose bits do not depend on how prompts are cut into chunks: the result is one, whatever the timing.
-    workers = {"mla_form": "absorbed"}
-    with System(
-        folders[shape], num_workers=num_workers, num_shards=num_shards, dtype="float32", attention_workers=workers
-    ) as system:
+    with System(folders[shape], num_workers=num_workers, num_shards=num_shards, dtype="float32") as system:
         assert system.greedy_at_once(prompts, NUM_TOKENS) == continuations
-        assert system.is_idle()
+        assert system.becomes_idle()
 
 
 @pytest.mark.parametrize(("shape", "num_shards"), [("v2", 1), ("v2", 12), ("v2_lite", 2), ("v3", 3), ("bundled", 5)])
