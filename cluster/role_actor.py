@@ -1,8 +1,8 @@
 """One role in a process of its own. Knows nothing of Ray.
 
-Each imports its role only where it runs: who creates actors and calls them need not import what roles compute with. torch
-is most of the memory of a process without weights and of its start, and controller and gateway need none. Apart from
-that a class gives its process a name to be seen in lists of processes.
+Each imports its role only where it runs: who creates actors and calls them need not import what roles compute with.
+torch is most of a process's start and of its memory without weights; controller and gateway need none. A class a role
+gives its process a name to be seen in lists of processes.
 """
 
 import sys
