@@ -144,7 +144,7 @@ void span_task(void* context, int task, int thread) {
   const DecodeWork& work = *(const DecodeWork*)context;
   const MlaDecodeCall& call = *work.call;
   using Unit = typename U::Unit;
-  constexpr int kLanes = 16 * V, kScoreRows = kIsWide ? 16 / V : 4, kOutRows = kIsWide ? 8 : 4, kOutVectors = kIsWide ? 2 : 1;
+  constexpr int kLanes = 16 * V, kScoreRows = kIsWide ? 16 / V : 4, kOutRows = 4, kOutVectors = kIsWide ? 4 : 1;
   const int chunks = (work.num_groups + work.groups_per_task - 1) / work.groups_per_task;
   const int index = task / chunks, first_group = task % chunks * work.groups_per_task;
   const int last_group = first_group + work.groups_per_task < work.num_groups ? first_group + work.groups_per_task : work.num_groups;
@@ -284,7 +284,7 @@ void decode_as(const MlaDecodeCall& call) {
   work.num_groups = (call.num_heads + work.lanes - 1) / work.lanes;
   work.units = (call.kv_lora_rank + call.rope_dim) / U::kNumbers;
   work.query_stride = round_up(work.units, 16);
-  work.width = round_up(call.kv_lora_rank, 32);
+  work.width = round_up(call.kv_lora_rank, 64);
   const size_t padded_heads = (size_t)work.num_groups * work.lanes;
   const size_t part_bytes = padded_heads * (work.width + 2) * 4;
   for (int first = 0; first < call.num_rows;) {
