@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+KERNELS := $(wildcard experts/kernels/native/*.h experts/kernels/native/*.cpp)
 
 .PHONY: demo serve test lint check bench protos train clean
 
@@ -34,16 +35,16 @@ train: $(VENV)/.installed
 
 # torch first and by version where a CPU wheel is at hand: without it, pip takes the newest build, with CUDA.
 $(VENV)/.torch:
-	@echo "building $(VENV): a minute or two, mostly torch and ray"
+	@echo "building $(VENV): two or three minutes, mostly torch, ray and compiling the kernels"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 	@touch $(VENV)/.installed $@
 
