@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard experts/kernels/native/*.h experts/kernels/native/*.cpp)
 
-.PHONY: demo serve test lint check bench protos train clean
+.PHONY: demo serve test test-bf16-kernels lint check bench protos train clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mobula demo
@@ -14,6 +14,12 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests $(ARGS)
+
+# The kernels for AVX512-BF16 on a processor without it: the two instructions are emulated, slowly, all else is theirs.
+test-bf16-kernels: $(VENV)/.installed-test
+	CFLAGS=-DMOBULA_EMULATE_BF16 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/python -m pytest tests/experts tests/attention $(ARGS); status=$$?; \
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e . && exit $$status
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,11 +1,14 @@
 """How many threads a process computes with, and telling the libraries so."""
 
+import math
 import os
+from pathlib import Path
 
 import torch
 
 from experts.kernels.library import native, set_num_threads
 
+CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max period"
 MAX_THREADS = 32  # by default; more are slower to wake than a decode step's products are to compute
 MIN_THREADS = 2  # by default, where there are as many cores: one busy process uses the cores of idle ones
 
@@ -16,8 +19,18 @@ def share_of_cores(num_processes: int) -> int:
     Workers and shards take turns more than they run at once, so each kind shares out all the cores. The kernels'
     threads sleep when they have nothing to do and take their work in small pieces: more threads than cores cost little.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return min(MAX_THREADS, max(min(MIN_THREADS, cores), cores // num_processes))
+
+
+def usable_cores(cpu_max: Path = CGROUP_CPU_MAX) -> int:
+    """Cores that this process may use at once: its affinity, and the quota of its container."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cpu_max.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
 def compute_with(num_threads: int) -> None:

@@ -181,17 +181,19 @@ def new_folder(destination: Path, *, num_bytes: int, is_forced: bool) -> Iterato
             "another folder"
         )
     folder = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    replaced = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
     folder.mkdir()
     try:
         yield folder
         if destination.exists():
-            replaced = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
             destination.rename(replaced)
             folder.rename(destination)
             shutil.rmtree(replaced)
         else:
             folder.rename(destination)
     except BaseException:  # Ctrl-C too
+        if replaced.exists() and not destination.exists():
+            replaced.rename(destination)
         shutil.rmtree(folder, ignore_errors=True)
         raise
 

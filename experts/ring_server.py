@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from google.protobuf.message import DecodeError
@@ -20,6 +21,8 @@ from protos import expert_pb2, ring
 from protos.errors import InvalidRequest, MobulaError
 
 logger = logging.getLogger(__name__)
+
+ACCEPT_RETRY_S = 0.1
 
 
 class RingServer:
@@ -57,8 +60,12 @@ class RingServer:
         while True:
             try:
                 sock, _ = self._listener.accept()
-            except OSError:  # shut down
-                return
+            except OSError as error:
+                if self._is_closed:
+                    return
+                logger.warning("a ring could not be accepted: %s", error)  # too many open files, say
+                time.sleep(ACCEPT_RETRY_S)
+                continue
             try:
                 self._admit(sock)
             except (OSError, ring.RingRefused) as error:

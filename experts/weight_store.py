@@ -159,7 +159,7 @@ class WeightStore:
         return LayerWeights(
             placement_version=placement_version,
             layer_id=layer_id,
-            experts=_as_grouped_ffn_takes_them(experts, self._model.moe_intermediate_size),
+            experts=_as_grouped_ffn_takes_them(experts, self._model.moe_intermediate_size, layer_id),
             expert_to_unit=expert_to_unit,
         )
 
@@ -175,13 +175,16 @@ class WeightStore:
         gate = self._matrix(f"{prefix}.gate_proj.weight", (inner, hidden_size))
         up = self._matrix(f"{prefix}.up_proj.weight", (inner, hidden_size))
         down = self._matrix(f"{prefix}.down_proj.weight", (hidden_size, inner))
+        if len({_kind(matrix) for matrix in (gate, up, down)}) > 1:  # the kernels take an expert of one kind
+            gate, up, down = (self._plain(matrix) for matrix in (gate, up, down))
         if self._use_kernels and all(can_pack(matrix) for matrix in (gate, up, down)):
             return PackedExpert(w13=pack([gate, up]), w2=pack([down]))
-        gate, up, down = (
-            matrix.dequantize().to(self._model.dtype) if isinstance(matrix, QuantizedMatrix) else matrix
-            for matrix in (gate, up, down)
-        )
+        gate, up, down = (self._plain(matrix) for matrix in (gate, up, down))
         return ExpertWeights(w13=torch.cat((gate, up)), w2=down)
+
+    def _plain(self, matrix: Tensor | QuantizedMatrix) -> Tensor:
+        """In the model's dtype."""
+        return matrix.dequantize().to(self._model.dtype) if isinstance(matrix, QuantizedMatrix) else matrix
 
     def _matrix(self, name: str, expected: tuple[int, int]) -> Tensor | QuantizedMatrix:
         shape = tuple(self._reader.shape(name))
@@ -194,11 +197,21 @@ class WeightStore:
         return matrix if isinstance(matrix, QuantizedMatrix) else matrix.to(self._model.dtype)
 
 
+def _kind(matrix: Tensor | QuantizedMatrix) -> tuple[int, int]:
+    """Bits and group size; 0, 0 for plain numbers."""
+    return (matrix.num_bits, matrix.group_size) if isinstance(matrix, QuantizedMatrix) else (0, 0)
+
+
 def _as_grouped_ffn_takes_them(
-    experts: dict[int, ExpertWeights | PackedExpert], intermediate_size: int
+    experts: dict[int, ExpertWeights | PackedExpert], intermediate_size: int, layer_id: int
 ) -> Mapping[int, ExpertWeights] | ExpertSet:
+    """Raises WeightShapeError for experts of several kinds: the kernels compute a layer's in one."""
     packed = {expert_id: expert for expert_id, expert in experts.items() if isinstance(expert, PackedExpert)}
     if packed:
-        assert len(packed) == len(experts), "all experts of a model are of one kind"
+        kinds = {(expert.w13.number_format, expert.w13.group_size) for expert in packed.values()}
+        if len(kinds) > 1 or len(packed) < len(experts):
+            raise WeightShapeError(
+                f"the routed experts of layer {layer_id} are stored in several formats; quantise all of them or none"
+            )
         return ExpertSet(packed, intermediate_size)
     return MappingProxyType({i: expert for i, expert in experts.items() if isinstance(expert, ExpertWeights)})

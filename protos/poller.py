@@ -9,6 +9,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+MAX_POLL_S = 3600.0  # epoll counts milliseconds in 32 bits; who wants to wait longer polls again
+
 
 class Poller:
     """One thread polls, and callbacks run in it; every other method may be called from any thread."""
@@ -61,7 +63,7 @@ class Poller:
     def poll(self, timeout_s: float | None) -> None:
         """Waits until something is ready or `timeout_s` (None: no limit) has passed, and runs its callbacks."""
         self._polling_thread = threading.get_ident()
-        for fd, _ in self._epoll.poll(timeout_s):
+        for fd, _ in self._epoll.poll(None if timeout_s is None else min(timeout_s, MAX_POLL_S)):
             on_ready = self._on_ready.get(fd)  # none: the eventfd, or unregistered by the callback before
             if on_ready is not None:
                 on_ready()

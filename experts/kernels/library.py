@@ -5,6 +5,7 @@ Every pointer that a call takes must stay alive until it returns; the wrappers o
 
 import ctypes
 import importlib.machinery
+import logging
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_long, c_size_t, c_void_p
 from enum import IntEnum
 from functools import cache
@@ -13,6 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+ABI = 1  # kAbi in native/kernels.h
 PROBE_BYTES = 256 * 2**20  # read by the bandwidth probe; larger than any cache
 
 
@@ -48,7 +52,10 @@ def native() -> ctypes.CDLL | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).parent / "native" / f"library{suffix}"
         if path.is_file():
-            return _declared(ctypes.CDLL(str(path)))
+            library = ctypes.CDLL(str(path))
+            if getattr(library, "mobula_abi", lambda: 0)() == ABI:
+                return _declared(library)
+            logger.warning("%s was built from other sources and is not used; install the package again", path)
     return None
 
 

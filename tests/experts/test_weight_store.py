@@ -1,7 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from experts.weight_store import Unit, WeightShapeError, WeightStore
+from experts.kernels.library import native
+from experts.quantized_matrix import QuantizedMatrix
+from experts.weight_store import ExpertModel, Unit, WeightShapeError, WeightStore
 from protos.errors import StalePlacement
 from tests.fake_experts import RandomReader, small_model
 
@@ -76,3 +80,32 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes():
     with pytest.raises(WeightShapeError, match=r"experts.0.gate_proj.weight is \[24, 32\] .* says \[24, 48\]"):
         store.stage([FIRST])
     assert reader.names_read == []
+
+
+class MixedReader(RandomReader):
+    """Some matrices as int8."""
+
+    def __init__(self, model: ExpertModel, quantized: str, group_size: int = 24) -> None:
+        super().__init__(model)
+        self._quantized, self._group_size = quantized, group_size
+
+    def read_matrix(self, name: str) -> torch.Tensor | QuantizedMatrix:
+        matrix = self.read(name)
+        return QuantizedMatrix.quantize(matrix, 8, self._group_size) if self._quantized in name else matrix
+
+
+def test_an_expert_whose_matrices_are_of_different_kinds_is_computed_in_the_models_dtype():
+    model = small_model()
+    store = WeightStore(model, MixedReader(model, "up_proj"))
+    store.activate(1, [FIRST])
+    plain = WeightStore(model, RandomReader(model))
+    plain.activate(1, [FIRST])
+    assert store.weight_bytes == plain.weight_bytes
+
+
+@pytest.mark.skipif(native() is None, reason="torch computes experts one by one, whatever their kind")
+def test_experts_of_different_kinds_in_a_layer_are_refused():
+    model = replace(small_model(hidden_size=96), moe_intermediate_size=48)
+    reader = MixedReader(model, "experts.1.", group_size=48)
+    with pytest.raises(WeightShapeError, match="layer 1 are stored in several formats"):
+        WeightStore(model, reader).activate(1, [FIRST])

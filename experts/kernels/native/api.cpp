@@ -21,10 +21,14 @@ struct Choice {
 bool is_supported(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
   const bool has_vnni = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
+#ifdef MOBULA_EMULATE_BF16
+  if (!strcmp(name, "avx512bf16")) return has_vnni;
+#endif
   if (!strcmp(name, "avx512bf16")) return has_vnni && __builtin_cpu_supports("avx512bf16");
   if (!strcmp(name, "avx512vnni")) return has_vnni;
   if (!strcmp(name, "avx2")) return has_avx2;
@@ -82,6 +86,8 @@ void peak_task(void* context, int task, int) {
 
 #pragma GCC visibility push(default)
 extern "C" {
+
+int mobula_abi() { return kAbi; }
 
 const char* mobula_instruction_set() { return choice.name; }
 

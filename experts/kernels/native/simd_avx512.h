@@ -1,5 +1,6 @@
 // Sixteen fp32 lanes in one AVX-512 register. Included by the avx512*.cpp files under their target pragma, which
-// define MOBULA_AVX512_BF16 where the instruction set has it. VNNI is taken for granted.
+// define MOBULA_AVX512_BF16 where the instruction set has it. VNNI is taken for granted. With MOBULA_EMULATE_BF16 (see the
+// Makefile) that form runs on processors without the two bf16 instructions, for tests.
 #pragma once
 
 #include <immintrin.h>
@@ -83,7 +84,7 @@ struct Simd {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
   }
   static __m256i to_bf16(Floats value) {  // to nearest even; a NaN stays one
-#ifdef MOBULA_AVX512_BF16
+#if defined(MOBULA_AVX512_BF16) && !defined(MOBULA_EMULATE_BF16)
     return (__m256i)_mm512_cvtneps_pbh(value);
 #else
     const __m512i bits = _mm512_castps_si512(value);
@@ -100,15 +101,30 @@ struct Simd {
 #ifdef MOBULA_AVX512_BF16
   static constexpr int kBf16Rows = 6;  // 24 accumulators, 4 weights, 1 activation
   using Bf16Input = uint16_t;          // how activations are fed to a tile
+#ifdef MOBULA_EMULATE_BF16
+  using Bf16Weights = __m512i;
+  using Bf16Pair = __m512i;
+#else
   using Bf16Weights = __m512bh;
   using Bf16Pair = __m512bh;
-  static Bf16Weights load_pairs(const uint16_t* from) { return (__m512bh)_mm512_loadu_si512(from); }
+#endif
+  static Bf16Weights load_pairs(const uint16_t* from) { return (Bf16Weights)_mm512_loadu_si512(from); }
   static Bf16Pair broadcast_pair(const uint16_t* from) {
     int32_t pair;
     memcpy(&pair, from, 4);
-    return (__m512bh)_mm512_set1_epi32(pair);
+    return (Bf16Pair)_mm512_set1_epi32(pair);
   }
+#ifdef MOBULA_EMULATE_BF16
+  static Floats even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  static Floats odd(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
+  }
+  static Floats dot(Floats sum, Bf16Weights w, Bf16Pair x) {
+    return _mm512_fmadd_ps(even(w), even(x), _mm512_fmadd_ps(odd(w), odd(x), sum));
+  }
+#else
   static Floats dot(Floats sum, Bf16Weights w, Bf16Pair x) { return _mm512_dpbf16_ps(sum, w, x); }
+#endif
 #else
   static constexpr int kBf16Rows = 5;  // 20 accumulators, 8 weights, 2 activations
   using Bf16Input = float;
