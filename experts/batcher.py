@@ -122,10 +122,12 @@ class Batcher:
             mine = sums if len(batch) == 1 else sums[start:end]
             if waiting.out is not None and mine is not waiting.out:
                 mine = waiting.out.copy_(mine)
-            waiting.on_done(
-                ForwardOutput(partial_sums=mine, queue_ns=started_ns - waiting.arrived_ns, compute_ns=compute_ns)
-            )
             start = end
+            output = ForwardOutput(partial_sums=mine, queue_ns=started_ns - waiting.arrived_ns, compute_ns=compute_ns)
+            try:
+                waiting.on_done(output)
+            except Exception:
+                logger.exception("a forward of layer %d could not be answered; the others are", weights.layer_id)
         return len(batch)
 
     def _take_batch(self) -> list[WaitingForward]:

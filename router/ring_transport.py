@@ -166,8 +166,10 @@ class Ring:
             return
         call, offset, answer_offset = pending
         num_bytes = 0 if header.HasField("error") else call.answer_bytes
-        call.tell(ForwardAnswer(header, self._memory[answer_offset : answer_offset + num_bytes]))
-        self._arena.free(offset)
+        try:
+            call.tell(ForwardAnswer(header, self._memory[answer_offset : answer_offset + num_bytes]))
+        finally:
+            self._arena.free(offset)
 
     def _lose(self, failure: str) -> None:
         if not self.is_open:

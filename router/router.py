@@ -85,7 +85,11 @@ class Router:
             topk_ids=topk_ids.cpu(),
         )
         handle = DispatchHandle(layer, self._context, hidden_states.device)
-        handle.start()
+        try:
+            handle.start()
+        except BaseException:
+            handle.abandon()  # what was sent already is nobody's answer
+            raise
         self._metrics.count_dispatch(handle.plan.num_tokens_by_ranks)
         return handle
 
