@@ -83,7 +83,7 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Hidden states after the final norm: [num_tokens, hidden_size]. token_ids: [num_tokens] int64."""
-        count = self._micro_batch_count.choose(metadata.num_tokens)
+        count = self._micro_batch_count.choose(metadata.num_tokens, metadata.num_seqs)
         started_s = self._micro_batch_count.now_s()
         micro_batches = [self._micro_batch(token_ids[rows], part) for rows, part in metadata.split(count)]
         try:
@@ -96,7 +96,8 @@ class Decoder:
                 if micro_batch.routed is not None:
                     self._dispatcher.abandon(micro_batch.routed)
             raise
-        self._micro_batch_count.record(metadata.num_tokens, count, self._micro_batch_count.now_s() - started_s)
+        seconds = self._micro_batch_count.now_s() - started_s
+        self._micro_batch_count.record(metadata.num_tokens, metadata.num_seqs, count, seconds)
         return outputs[0] if count == 1 else torch.cat(outputs)
 
     @torch.inference_mode()

@@ -6,7 +6,7 @@ of rows; so it is measured while serving. Rows have the same bits either way.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +16,10 @@ from attention.rotary import Rotation
 
 MAX_MICRO_BATCHES = 2
 MIN_ROWS = 8  # of a step that is cut; below, reading every weight twice never pays
-TRIAL_INTERVAL = 64  # steps of a size between two trials of the count that is not in use
+NUM_TRIALS = 3  # steps with each count, in turn, before one is chosen; the best of each counts, as the first is cold
+TRIAL_INTERVAL = 64  # steps of a kind between two trials of the count that is not in use
 SMOOTHING = 0.2  # weight of the newest step in a mean
+MIN_GAIN = 0.03  # of a step's time, for which it is cut; less is noise
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,46 +36,60 @@ class MicroBatch:
     routed: Any | None = None
 
 
-@dataclass(slots=True)
-class _Means:
-    """Seconds a step of one size class, by number of micro-batches."""
+class _Kind:
+    """Steps of one kind: the seconds a row that each count takes."""
 
-    seconds_per_row: dict[int, float] = field(default_factory=dict)
-    num_steps: int = 0
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._num_trials = dict.fromkeys(range(1, MAX_MICRO_BATCHES + 1), 0)
+        self._seconds_per_row: dict[int, float] = {}
+
+    def choose(self) -> int:
+        self._num_steps += 1
+        count = min(self._num_trials, key=lambda count: self._num_trials[count])
+        if self._num_trials[count] < NUM_TRIALS:
+            return count
+        best = min(
+            self._seconds_per_row, key=lambda count: self._seconds_per_row[count] * (1 - MIN_GAIN * (count == 1))
+        )
+        is_trial = self._num_steps % TRIAL_INTERVAL == 0
+        return MAX_MICRO_BATCHES + 1 - best if is_trial else best
+
+    def record(self, count: int, seconds_per_row: float) -> None:
+        mean = self._seconds_per_row.get(count)
+        if mean is None or (self._num_trials[count] < NUM_TRIALS and seconds_per_row < mean):
+            self._seconds_per_row[count] = seconds_per_row
+        elif self._num_trials[count] >= NUM_TRIALS:
+            self._seconds_per_row[count] = mean + SMOOTHING * (seconds_per_row - mean)
+        self._num_trials[count] += 1
 
 
 class MicroBatchCount:
-    """Chooses the number of micro-batches of a step from the times of those before it. Owner: the engine thread."""
+    """Chooses the number of micro-batches of a step from the times of those before it. Owner: the engine thread.
+
+    Steps are of one kind when they have about the same number of rows, and of sequences: decodes and prompts differ.
+    """
 
     def __init__(self, fixed: int | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         """fixed: always so many, where there are as many rows; unset: as measured."""
         self._fixed = fixed
         self._clock = clock
-        self._means: dict[int, _Means] = {}  # by size class, a power of two of rows
+        self._kinds: dict[tuple[int, int], _Kind] = {}  # by powers of two of rows and sequences
 
-    def choose(self, num_rows: int) -> int:
-        """For a step of so many rows."""
+    def choose(self, num_rows: int, num_seqs: int) -> int:
+        """For a step of so many rows of so many sequences."""
         if self._fixed is not None:
             return max(1, min(self._fixed, num_rows))
-        if num_rows < MIN_ROWS:
-            return 1
-        means = self._means.setdefault(num_rows.bit_length(), _Means())
-        means.num_steps += 1
-        for count in range(1, MAX_MICRO_BATCHES + 1):
-            if count not in means.seconds_per_row:
-                return count
-        best = min(means.seconds_per_row, key=lambda count: means.seconds_per_row[count])
-        is_trial = means.num_steps % TRIAL_INTERVAL == 0
-        return MAX_MICRO_BATCHES + 1 - best if is_trial else best
+        return 1 if num_rows < MIN_ROWS else self._kind(num_rows, num_seqs).choose()
 
-    def record(self, num_rows: int, count: int, seconds: float) -> None:
-        """What a step took."""
-        if self._fixed is not None or num_rows < MIN_ROWS:
-            return
-        means = self._means.setdefault(num_rows.bit_length(), _Means()).seconds_per_row
-        newest = seconds / num_rows
-        means[count] = newest if count not in means else means[count] + SMOOTHING * (newest - means[count])
+    def record(self, num_rows: int, num_seqs: int, count: int, seconds: float) -> None:
+        """What such a step took."""
+        if self._fixed is None and num_rows >= MIN_ROWS:
+            self._kind(num_rows, num_seqs).record(count, seconds / num_rows)
 
     def now_s(self) -> float:
         """The clock that steps are timed with."""
         return self._clock()
+
+    def _kind(self, num_rows: int, num_seqs: int) -> _Kind:
+        return self._kinds.setdefault((num_rows.bit_length(), num_seqs.bit_length()), _Kind())

@@ -6,41 +6,57 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention.attention_metadata import AttentionMetadata
-from attention.micro_batch import MIN_ROWS, TRIAL_INTERVAL, MicroBatchCount
+from attention.micro_batch import MIN_ROWS, NUM_TRIALS, TRIAL_INTERVAL, MicroBatchCount
 from experts.kernels.library import native
 from tests.attention.steps import StepRunner, random_token_ids
 from tests.checkpoints import write_checkpoint
 
 
-def run_steps(count: MicroBatchCount, seconds: dict[int, float], num_steps: int, num_rows: int = 64) -> list[int]:
+def run_steps(
+    count: MicroBatchCount, seconds: dict[int, float], num_steps: int, num_rows: int = 64, num_seqs: int = 64
+) -> list[int]:
     chosen = []
     for _ in range(num_steps):
-        chosen.append(count.choose(num_rows))
-        count.record(num_rows, chosen[-1], seconds[chosen[-1]])
+        chosen.append(count.choose(num_rows, num_seqs))
+        count.record(num_rows, num_seqs, chosen[-1], seconds[chosen[-1]])
     return chosen
 
 
-def test_the_faster_count_is_used_after_each_was_tried_once() -> None:
-    assert run_steps(MicroBatchCount(), {1: 3.0, 2: 2.0}, 6) == [1, 2, 2, 2, 2, 2]
-    assert run_steps(MicroBatchCount(), {1: 2.0, 2: 3.0}, 6) == [1, 2, 1, 1, 1, 1]
+TRIALS = [1, 2] * NUM_TRIALS
+
+
+def test_the_faster_count_is_used_after_each_was_tried_in_turn() -> None:
+    assert run_steps(MicroBatchCount(), {1: 3.0, 2: 2.0}, 10) == [*TRIALS, 2, 2, 2, 2]
+    assert run_steps(MicroBatchCount(), {1: 2.0, 2: 3.0}, 10) == [*TRIALS, 1, 1, 1, 1]
+
+
+def test_a_cold_first_step_decides_nothing() -> None:
+    count = MicroBatchCount()
+    run_steps(count, {1: 90.0}, 1)
+    assert run_steps(count, {1: 2.0, 2: 3.0}, 9)[-3:] == [1, 1, 1]
+
+
+def test_a_gain_within_the_noise_is_no_reason_to_cut() -> None:
+    assert run_steps(MicroBatchCount(), {1: 2.0, 2: 1.98}, 10)[-1] == 1
 
 
 def test_the_other_count_is_tried_again_now_and_then_and_wins_when_things_have_changed() -> None:
     count = MicroBatchCount()
-    assert run_steps(count, {1: 2.0, 2: 3.0}, TRIAL_INTERVAL).count(2) == 2
+    assert run_steps(count, {1: 2.0, 2: 3.0}, TRIAL_INTERVAL).count(2) == NUM_TRIALS + 1
     assert 2 in run_steps(count, {1: 9.0, 2: 1.0}, 3 * TRIAL_INTERVAL)[-10:]
 
 
-def test_steps_of_different_sizes_are_measured_apart_and_small_ones_never_cut() -> None:
+def test_steps_of_different_kinds_are_measured_apart_and_small_ones_never_cut() -> None:
     count = MicroBatchCount()
-    run_steps(count, {1: 2.0, 2: 3.0}, 3, num_rows=16)
-    run_steps(count, {1: 3.0, 2: 2.0}, 3, num_rows=1000)
-    assert (count.choose(17), count.choose(1000)) == (1, 2)
-    assert run_steps(MicroBatchCount(), {1: 1.0}, 5, num_rows=MIN_ROWS - 1) == [1] * 5
+    run_steps(count, {1: 2.0, 2: 3.0}, len(TRIALS), num_rows=64, num_seqs=64)
+    run_steps(count, {1: 3.0, 2: 2.0}, len(TRIALS), num_rows=64, num_seqs=1)
+    run_steps(count, {1: 3.0, 2: 2.0}, len(TRIALS), num_rows=1000, num_seqs=64)
+    assert (count.choose(65, 64), count.choose(64, 1), count.choose(1000, 64)) == (1, 2, 2)
+    assert run_steps(MicroBatchCount(), {1: 1.0}, 5, num_rows=MIN_ROWS - 1, num_seqs=1) == [1] * 5
 
 
 def test_a_fixed_count_is_kept_where_there_are_as_many_rows() -> None:
-    assert [MicroBatchCount(3).choose(n) for n in (1, 2, 3, 100)] == [1, 2, 3, 3]
+    assert [MicroBatchCount(3).choose(n, 1) for n in (1, 2, 3, 100)] == [1, 2, 3, 3]
 
 
 @given(lens=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=6), count=st.integers(1, 4))
