@@ -23,8 +23,14 @@ from experts.kernels.packed_matrix import PANEL_OUTPUTS, pack
 
 
 def can_use_kernels(config: MlaConfig) -> bool:
-    """Whether the kernels take these sizes: numbers are multiplied in pairs. torch takes any."""
-    return all(size % 2 == 0 for size in (config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim))
+    """Whether the kernels take every matrix of these sizes: numbers are multiplied in pairs. torch takes any."""
+    sizes = (
+        config.hidden_size,
+        config.q_lora_rank or 0,
+        config.kv_lora_rank,
+        config.num_attention_heads * config.v_head_dim,
+    )
+    return all(size % 2 == 0 for size in (*sizes, config.qk_nope_head_dim, config.qk_rope_head_dim))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,7 +72,7 @@ class WeightTarget:
         return self.reader.read(name).to(device=self.device, dtype=torch.float32)
 
     def projection(self, *names: str) -> Projection:
-        """The matrices one above the other; a kernel's parts start at multiples of 32 outputs (see `part_starts`)."""
+        """The matrices one above the other; in the kernels' form each starts at a multiple of PANEL_OUTPUTS."""
         return self.project([self.read(name) for name in names])
 
     def project(self, parts: Sequence[Tensor]) -> Projection:

@@ -161,7 +161,7 @@ def check(config: MobulaConfig) -> ServingPlan:
     plan = ServingPlan(
         model=model,
         expert_map=expert_map,
-        worker_weight_bytes=sum(_num_bytes(shape, model.dtype) for shape in decoder.weight_shapes().values()),
+        worker_weight_bytes=_worker_weight_bytes(config, model),
         shard_weight_bytes=tuple(
             expert_bytes * sum(len(unit.expert_ids) for unit in expert_map.units_of(rank))
             for rank in range(shards.count)
@@ -182,6 +182,17 @@ def _check_tensors(model: ServedModel) -> None:
     for layer_id in decoder.moe_layer_ids:
         for expert_id in range(decoder.gate.n_routed_experts):
             model.checkpoint.check_role(decoder.expert_weight_shapes(layer_id, expert_id))
+
+
+def _worker_weight_bytes(config: MobulaConfig, model: ServedModel) -> int:
+    """What a worker keeps: the tensors it reads, and what the CPU kernels hold in a second layout."""
+    decoder, mla = model.config.decoder, model.config.decoder.mla
+    shapes = list(decoder.weight_shapes().values())
+    if config.attention_workers.device == "cpu" and native() is not None:
+        # W_UK both absorbs queries and expands latents (attention/kernel_mla.py); a tied table is also the lm_head.
+        shapes += [(mla.num_attention_heads, mla.qk_nope_head_dim, mla.kv_lora_rank)] * decoder.num_hidden_layers
+        shapes += [(decoder.vocab_size, decoder.hidden_size)] * decoder.tie_word_embeddings
+    return sum(_num_bytes(shape, model.dtype) for shape in shapes)
 
 
 def _check_frames(config: MobulaConfig, plan: ServingPlan) -> None:

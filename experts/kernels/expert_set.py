@@ -75,6 +75,13 @@ class ExpertSet:
         hidden_states: [num_rows, hidden_size]; weights: [A] fp32; rows, expert_ids, partial_sums: [A] int32; all
         contiguous. Every expert named must be in the set. See experts.grouped_ffn.ForwardInput.
         """
+        assert hidden_states.shape[1] == out.shape[1] == self._hidden_size
+        assert weights.dtype is torch.float32
+        for indices in (rows, expert_ids, partial_sums):
+            assert indices.dtype is torch.int32
+            assert len(indices) == len(weights)
+        for tensor in (hidden_states, weights, rows, expert_ids, partial_sums, out):
+            assert tensor.is_contiguous()
         call = _ExpertsCall(
             self._address,
             hidden_states.data_ptr(),
@@ -98,6 +105,8 @@ class ExpertSet:
     def forward_dense(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         """Every row through expert 0 with weight 1: a dense MLP. x: [num_rows, hidden_size]; returns the same shape."""
         num_rows = x.shape[0]
+        assert x.shape[1] == self._hidden_size
+        assert x.is_contiguous()
         out = torch.empty(x.shape, dtype=out_dtype)
         call = _ExpertsCall(
             self._address,

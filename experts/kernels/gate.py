@@ -46,6 +46,9 @@ def kernel_select_experts(
     Returns weights [num_tokens, top_k] fp32 and ids [num_tokens, top_k] int64, ascending; ties go to the lower expert.
     """
     num_tokens, num_experts = logits.shape
+    assert logits.dtype is torch.float32
+    assert logits.is_contiguous()
+    assert num_experts <= MAX_EXPERTS
     weights = torch.empty(num_tokens, top_k)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
     call = _GateCall(

@@ -6,13 +6,12 @@ Every pointer that a call takes must stay alive until it returns; the wrappers o
 import ctypes
 import importlib.machinery
 import logging
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_long, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_long, c_size_t, c_void_p
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +83,6 @@ def format_of(dtype: torch.dtype) -> Format:
     return _FORMATS[dtype]
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's first number."""
-    return None if tensor is None else tensor.data_ptr()
-
-
 def probe_read_bandwidth(num_repeats: int = 1) -> float:
     """Bytes a second that the kernels' threads read from memory: the best of `num_repeats`."""
     data = torch.ones(PROBE_BYTES, dtype=torch.uint8)
@@ -126,6 +120,3 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.mobula_pack.argtypes = [c_void_p, c_void_p, POINTER(CMatrix), c_int, c_int]
     library.mobula_pack.restype = None
     return library
-
-
-__all__ = ["CMatrix", "Format", "c_int32", "c_int64", "c_void_p"]

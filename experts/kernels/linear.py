@@ -74,7 +74,13 @@ class KernelLinear:
         Returns [num_rows, num_outputs] in `out_dtype`, x's if unset.
         """
         num_rows = x.shape[0]
+        assert x.shape[1] == self.weight.num_inputs
+        assert x.stride(1) == 1
         out = torch.empty(num_rows, self.weight.num_outputs, dtype=out_dtype or x.dtype)
+        if residual is not None:
+            assert residual.shape == out.shape
+            assert residual.dtype == out.dtype
+            assert residual.is_contiguous()
         call = _LinearCall(
             self._matrix_address,
             x.data_ptr(),
@@ -118,6 +124,9 @@ class KernelHeads:
         first = self.weights[0]
         if out is None:
             out = torch.empty(x.shape[0], len(self.weights), first.num_outputs, dtype=x.dtype)
+        assert x.shape[1:] == (len(self.weights), first.num_inputs)
+        assert out.shape == (x.shape[0], len(self.weights), first.num_outputs)
+        assert x.stride(2) == out.stride(2) == 1
         call = _HeadsCall(
             self._address,
             x.data_ptr(),
@@ -137,6 +146,10 @@ class KernelHeads:
 
 def kernel_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As attention.layers.rms_norm. x: [num_rows, n], rows contiguous; weight: [n] in x's dtype."""
+    assert x.stride(1) == 1
+    assert weight.dtype == x.dtype
+    assert weight.is_contiguous()
+    assert weight.shape == x.shape[1:]
     out = torch.empty(x.shape, dtype=x.dtype)
     number_format = format_of(x.dtype)
     call = _NormCall(

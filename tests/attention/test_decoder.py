@@ -46,6 +46,19 @@ def test_sequences_in_random_chunks_side_by_side_give_the_logits_of_the_referenc
         assert relative_error(torch.cat(sequence.logits), reference.logits(sequence.token_ids)) < 1e-4
 
 
+@pytest.mark.usefixtures("without_kernels")
+@pytest.mark.parametrize("form", MlaForm)
+def test_without_the_kernels_torch_gives_the_logits_of_the_reference(folder: Path, form: MlaForm) -> None:
+    runner = StepRunner(folder, form=form)
+    sequences = [runner.sequence(random_token_ids(n, seed=n), n - 10) for n in (30, 120)]
+    runner.step([(sequence, len(sequence.token_ids) - 10) for sequence in sequences])
+    for _ in range(10):
+        runner.step([(sequence, 1) for sequence in sequences])
+    for sequence in sequences:
+        expected = Reference(folder).logits(sequence.token_ids)
+        assert relative_error(torch.cat(sequence.logits), expected) < 1e-4
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_other_sequences_of_a_batch_change_no_bit_of_a_sequence(folder: Path, dtype: torch.dtype) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,28 +8,19 @@ from hypothesis import strategies as st
 from attention.expert_choice import choose_experts
 from attention.layers import TorchProjection
 from router.gate import select_experts
-from router.gate_config import GateConfig, ScoringFunc, TopkMethod
+from router.gate_config import GateConfig
+from tests.router.test_gate import V2, V2_LITE, V3
 
-V2 = GateConfig(
-    n_routed_experts=160,
-    num_experts_per_tok=6,
-    n_group=8,
-    topk_group=3,
-    topk_method=TopkMethod.GROUP_LIMITED_GREEDY,
-    routed_scaling_factor=16.0,
-)
-V2_LITE = GateConfig(n_routed_experts=64, num_experts_per_tok=6, norm_topk_prob=True)
-V3 = GateConfig(
-    n_routed_experts=256,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
-    topk_method=TopkMethod.NOAUX_TC,
-    scoring_func=ScoringFunc.SIGMOID,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
-)
-ALL = pytest.mark.parametrize("config", [V2, V2_LITE, V3], ids=["v2", "v2_lite", "v3"])
+PUBLISHED_V3 = replace(V3, n_routed_experts=256, n_group=8, topk_group=4)
+CONFIGS = {
+    "v2": V2,
+    "published v2": replace(V2, n_routed_experts=160),
+    "v2_lite": V2_LITE,
+    "normalised": replace(V2_LITE, n_routed_experts=64, norm_topk_prob=True),
+    "v3": V3,
+    "published v3": PUBLISHED_V3,
+}
+ALL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 @ALL
@@ -38,7 +31,7 @@ def test_the_choice_is_that_of_the_gate_in_torch(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_tokens, config.n_routed_experts, generator=generator)
-    bias = 0.1 * torch.randn(config.n_routed_experts, generator=generator) if config is V3 else None
+    bias = 0.1 * torch.randn(config.n_routed_experts, generator=generator) if config in (V3, PUBLISHED_V3) else None
     if has_ties:
         logits, bias = logits.round(), None
     identity = TorchProjection(torch.eye(config.n_routed_experts))

@@ -112,10 +112,28 @@ def test_quantised_experts_are_counted_as_they_are_kept_and_named(
     plan = plan_of(tmp_path / "int4")
     per_number = 0.5 + 4 / 32  # bytes: four bits and a share of the group's scale
     assert sum(plan.shard_weight_bytes) == sum(plain.shard_weight_bytes) / 2 * per_number
-    assert plan.worker_weight_bytes == plain.worker_weight_bytes
+    assert plan.worker_weight_bytes == plan_of(folder).worker_weight_bytes
     console = Console(file=StringIO(), width=200)
     console.print(plan_view(plan))
     assert "bfloat16, experts int4 (groups of 32)" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_the_kernels_hold_in_a_second_layout_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path, "v2", dtype=torch.bfloat16, tie_word_embeddings=True)
+    decoder = plan_of(folder).model.config.decoder
+    monkeypatch.setattr(preflight, "native", lambda: None)
+    once = plan_of(folder).worker_weight_bytes
+    monkeypatch.setattr(preflight, "native", lambda: "kernels")
+    keys = decoder.mla.num_attention_heads * decoder.mla.qk_nope_head_dim * decoder.mla.kv_lora_rank
+    twice = decoder.num_hidden_layers * keys + decoder.vocab_size * decoder.hidden_size
+    assert plan_of(folder).worker_weight_bytes == once + 2 * twice
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_without_the_kernels_the_plan_says_so(tmp_path: Path) -> None:
+    console = Console(file=StringIO(), width=200)
+    console.print(plan_view(plan_of(write_checkpoint(tmp_path, "v2"))))
+    assert "torch (slower: the CPU kernels are not built" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_quantised_part_that_is_missing_is_found_before_the_start(tmp_path: Path) -> None:

@@ -57,3 +57,11 @@ def test_a_prompt_alone_gives_the_reference_tokens(folders: dict[str, Path], sha
     with System(folders[shape], num_shards=num_shards, dtype="float32") as system:
         for prompt, continuation in list(zip(prompts, continuations, strict=True))[:4]:
             assert system.greedy(prompt, NUM_TOKENS) == continuation
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_a_system_installed_without_a_compiler_gives_the_reference_tokens(folders: dict[str, Path]) -> None:
+    prompts, continuations = expected(folders["v2"])
+    with System(folders["v2"], num_shards=2, dtype="float32") as system:
+        for prompt, continuation in list(zip(prompts, continuations, strict=True))[:2]:
+            assert system.greedy(prompt, NUM_TOKENS) == continuation
