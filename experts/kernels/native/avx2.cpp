@@ -12,13 +12,9 @@
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #endif
 #include "simd_avx2.h"
-#include "experts.h"
-#include "mla.h"
+#include "table.h"
 
-const KernelTable* avx2_table() {
-  static const KernelTable table = {linear, heads, experts, rms_norm, mla_prepare, mla_decode, mla_prefill, peak, read_through};
-  return &table;
-}
+const KernelTable* avx2_table() { return &kTable; }
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -15,13 +15,9 @@
 #endif
 #define MOBULA_AVX512_BF16
 #include "simd_avx512.h"
-#include "experts.h"
-#include "mla.h"
+#include "table.h"
 
-const KernelTable* avx512bf16_table() {
-  static const KernelTable table = {linear, heads, experts, rms_norm, mla_prepare, mla_decode, mla_prefill, peak, read_through};
-  return &table;
-}
+const KernelTable* avx512bf16_table() { return &kTable; }
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -82,7 +83,10 @@ struct Pool {
     for (auto& thread : threads) thread.join();
     threads.clear();
     is_stopping = false;
-    for (int i = 1; i < count; i++) threads.emplace_back([this, i] { work_until_stopped(i); });
+    try {
+      for (int i = 1; i < count; i++) threads.emplace_back([this, i] { work_until_stopped(i); });
+    } catch (const std::system_error&) {  // a limit on processes; those that were started do the work
+    }
   }
 };
 
