@@ -26,11 +26,16 @@ class Carrier(StrEnum):
     RING = "ring"
 
 
+def _nothing() -> None:
+    pass
+
+
 class ForwardAnswer(NamedTuple):
-    """A shard's answer. The payload may be shared memory: it is valid only while it is being told."""
+    """A shard's answer. The payload may be shared memory: whoever is told calls `release` once when done with it."""
 
     header: expert_pb2.ForwardResult
     payload: memoryview
+    release: Callable[[], None] = _nothing  # in the engine thread
 
 
 Outcome = ForwardAnswer | MobulaError

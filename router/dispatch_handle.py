@@ -6,7 +6,7 @@ under the newest placement, until the layer's time is up.
 
 A handle's life:
 1. `start` plans under one placement and sends a message to each shard; it does not wait.
-2. `wait` takes answers in order of arrival and puts their partial sums in place.
+2. `wait` takes answers in order of arrival; they stay where they are, in the shard's answer.
 3. A message that fails is planned again after a short wait, for its own partial sums only. Only if the units themselves
    have changed does the whole layer start again.
 4. When nothing is missing `wait` adds the partial sums, in an order that does not depend on any of this.
@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,7 +36,8 @@ from protos.errors import (
 from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall, Outcome
 from router.expert_map import ExpertMap, Int64Array
 from router.metrics import RouterMetrics
-from router.plan import DispatchPlan, ShardMessage, plan_dispatch, plan_messages, sort_assignments, sum_partials
+from router.plan import DispatchPlan, PartialSums, ShardMessage, plan_again
+from router.plan_kernels import plan_layer, sum_partials
 from router.replicas import choose_replicas
 from router.router_config import RouterConfig
 from router.transport import ShardTransport
@@ -121,7 +121,7 @@ class DispatchHandle:
         self._error: MobulaError | None = None
         self._expert_to_unit: Int64Array
         self._plan: DispatchPlan
-        self._partial_sums: npt.NDArray[np.float32]
+        self._answers: list[tuple[PartialSums, ForwardAnswer]] = []
 
     @property
     def plan(self) -> DispatchPlan:
@@ -134,18 +134,15 @@ class DispatchHandle:
         routing = self._context.routing()
         row = routing.expert_map.row(self._layer.layer_id)
         self._expert_to_unit = routing.expert_map.expert_to_unit[row]
-        assignments = sort_assignments(self._layer.topk_ids, self._layer.topk_weights, self._expert_to_unit)
         ep_ranks = choose_replicas(
             routing.expert_map.unit_to_ep_ranks[row], next(self._context.turns), self._avoid(routing)
         )
-        self._plan = plan_dispatch(len(self._layer.hidden_states), assignments, ep_ranks)
+        layer = self._layer
+        self._plan = plan_layer(
+            layer.topk_ids, layer.topk_weights, self._expert_to_unit, ep_ranks, routing.expert_map.ep_size
+        )
         for message in self._plan.messages:
             self._send(message, routing, number=1)
-        # What is left does not delay the shards; answers are told in `wait` at the earliest.
-        shape = self._plan.num_partial_sums + 1, self._layer.hidden_states.shape[1]
-        self._partial_sums = np.empty(shape, dtype=np.float32)
-        self._partial_sums[-1] = 0.0
-        _ = self._plan.partial_sum_of_row  # cached
 
     def wait(self) -> Tensor:
         """The sum of each row's partial sums, [num_tokens, hidden_size] fp32.
@@ -160,17 +157,19 @@ class DispatchHandle:
                 self._give_up_overdue()
             if self._error is not None:
                 raise self._error
-        except MobulaError:
+            return sum_partials(self._plan, [sums for sums, _ in self._answers], self._layer.hidden_states.shape[1])
+        finally:
             self.abandon()
-            raise
-        return sum_partials(self._plan, self._partial_sums)
 
     def abandon(self) -> None:
-        """Gives up whatever is outstanding."""
+        """Gives up whatever is outstanding, and what was answered."""
         for attempt in self._in_flight:
             _give_up(attempt)
         self._in_flight.clear()
         self._failed.clear()
+        for _, answer in self._answers:
+            answer.release()
+        self._answers.clear()
 
     @staticmethod
     def _avoid(routing: Routing) -> list[int]:
@@ -201,7 +200,7 @@ class DispatchHandle:
             layer_id=self._layer.layer_id,
             placement_version=placement_version,
             num_rows=message.num_rows,
-            num_assignments=len(message.assignments),
+            num_assignments=message.num_assignments,
             num_partial_sums=message.num_partial_sums,
             dtype=dtype_to_wire(hidden_states.dtype),
         )
@@ -211,8 +210,8 @@ class DispatchHandle:
             header=header.SerializeToString(),
             hidden_states=self._hidden_bytes,
             row_ids=None if is_every_row else message.row_ids,
-            assignments=message.wire_assignments(),
-            answer_bytes=message.received_bytes(hidden_states.shape[1], hidden_states.itemsize),
+            assignments=message.assignments,
+            answer_bytes=message.num_partial_sums * hidden_states.shape[1] * hidden_states.itemsize,
             completions=self._context.completions,
             tell=lambda outcome: self._finish(attempt, outcome),
         )
@@ -226,12 +225,14 @@ class DispatchHandle:
     def _finish(self, attempt: _Attempt, outcome: Outcome) -> None:
         """The end of a call; raises nothing, for the engine thread may be waiting for another layer."""
         if attempt not in self._in_flight:  # given up
+            if isinstance(outcome, ForwardAnswer):
+                outcome.release()
             return
         self._in_flight.remove(attempt)
         try:
             if isinstance(outcome, MobulaError):
                 raise outcome
-            self._accept(attempt, outcome)
+            self._answers.append((self._partial_sums(attempt, outcome), outcome))
         except (Unavailable, StalePlacement, QueueFull) as error:
             self._retry(attempt, error.reason.lower(), str(error))
         except MobulaError as error:
@@ -241,24 +242,28 @@ class DispatchHandle:
             )
             self._error.__cause__ = error
 
-    def _accept(self, attempt: _Attempt, answer: ForwardAnswer) -> None:
-        """Puts an answer's partial sums in place. Raises the error that it carries."""
+    def _partial_sums(self, attempt: _Attempt, answer: ForwardAnswer) -> PartialSums:
+        """What an answer has, in place. Raises the error that it carries; it is released then."""
         message, header = attempt.message, answer.header
-        if header.HasField("error"):
-            raise from_code(header.error.code, header.error.message)
         dtype = self._layer.hidden_states.dtype
-        if header.num_partial_sums != message.num_partial_sums or dtype_from_wire(header.dtype) != dtype:
-            raise InternalError(
-                f"the answer has {header.num_partial_sums} partial sums of dtype {header.dtype}, expected "
-                f"{message.num_partial_sums} of {dtype}"
-            )
-        reader = PayloadReader(answer.payload)
-        sums = reader.take((message.num_partial_sums, self._partial_sums.shape[1]), dtype)
-        reader.finish()
-        self._partial_sums[message.partial_sums] = sums.float().numpy()
+        try:
+            if header.HasField("error"):
+                raise from_code(header.error.code, header.error.message)
+            if header.num_partial_sums != message.num_partial_sums or dtype_from_wire(header.dtype) != dtype:
+                raise InternalError(
+                    f"the answer has {header.num_partial_sums} partial sums of dtype {header.dtype}, expected "
+                    f"{message.num_partial_sums} of {dtype}"
+                )
+            reader = PayloadReader(answer.payload)
+            values = reader.take((message.num_partial_sums, self._layer.hidden_states.shape[1]), dtype)
+            reader.finish()
+        except MobulaError:
+            answer.release()
+            raise
         num_bytes = header.ByteSize() + answer.payload.nbytes
         assert attempt.call
         self._context.metrics.count_received(message.ep_rank, num_bytes, attempt.call.carrier)
+        return PartialSums(message.partial_sums, values)
 
     def _retry(self, attempt: _Attempt, reason: str, failure: str) -> None:
         """Sends the attempt's message again soon."""
@@ -289,7 +294,7 @@ class DispatchHandle:
                 raise self._out_of_time(attempt)
             avoid = {*self._avoid(routing), attempt.message.ep_rank}
             ep_ranks = choose_replicas(routing.expert_map.unit_to_ep_ranks[row], next(self._context.turns), avoid)
-            messages = plan_messages(attempt.message.assignments, ep_ranks)
+            messages = plan_again(attempt.message, self._expert_to_unit, ep_ranks)
             if not {message.ep_rank for message in messages}.isdisjoint(routing.down()):
                 self._put_off(attempt, DOWN_POLL_S)
                 continue

@@ -6,7 +6,8 @@ given up too. protos/ring.py has the protocol.
 A forward's life:
 1. `forward` takes a region for the request and its answer, writes the rows there and rings the shard.
 2. The engine thread, waiting in its poller, finds the shard's doorbell on the socket and tells the answer in place.
-3. The region is free again; that of a call that was given up also only then, because the shard may still write to it.
+3. Whoever was told has read it and releases the region; that of a call that was given up is free also only when it was
+   answered, because the shard may still write to it.
 4. When the socket ends, so do all pending calls, with ShardUnavailable, and the ring is never used again.
 """
 
@@ -113,7 +114,7 @@ class Ring:
 
     @property
     def used_bytes(self) -> int:
-        """Of the memory, by calls that the shard has not answered."""
+        """Of the memory, by calls that are not answered or whose answer is not released."""
         return self._arena.used_bytes
 
     def forward(self, call: ForwardCall) -> bool:
@@ -166,10 +167,8 @@ class Ring:
             return
         call, offset, answer_offset = pending
         num_bytes = 0 if header.HasField("error") else call.answer_bytes
-        try:
-            call.tell(ForwardAnswer(header, self._memory[answer_offset : answer_offset + num_bytes]))
-        finally:
-            self._arena.free(offset)
+        payload = self._memory[answer_offset : answer_offset + num_bytes]
+        call.tell(ForwardAnswer(header, payload, release=lambda: self._arena.free(offset)))
 
     def _lose(self, failure: str) -> None:
         if not self.is_open:

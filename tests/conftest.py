@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from experts.kernels import library
 from experts.kernels.library import native, set_num_threads
+from protos import native_library
+from router import plan_kernels
 
 settings.register_profile("mobula", deadline=None)  # a busy machine is not a fault
 settings.load_profile("mobula")
@@ -25,9 +26,12 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine where the package was installed without a C++ compiler: no library is found."""
-    monkeypatch.setattr(library.importlib.machinery, "EXTENSION_SUFFIXES", [])
-    native.cache_clear()
-    assert native() is None
+    libraries = (native, plan_kernels.native)
+    monkeypatch.setattr(native_library.importlib.machinery, "EXTENSION_SUFFIXES", [])
+    for library in libraries:
+        library.cache_clear()
+        assert library() is None
     yield
     monkeypatch.undo()
-    native.cache_clear()
+    for library in libraries:
+        library.cache_clear()

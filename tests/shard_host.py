@@ -116,6 +116,7 @@ class Forwards:
                 future.set_exception(outcome)
             else:
                 future.set_result(ForwardAnswer(outcome.header, memoryview(bytes(outcome.payload))))
+                outcome.release()
 
         call = ForwardCall(
             sequence_number=header.sequence_number,

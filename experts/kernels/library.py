@@ -1,11 +1,9 @@
-"""The compiled library: found, its functions declared, its threads set. ctypes lets go of the GIL while it is called.
+"""The compiled library: its functions declared, its threads set.
 
 Every pointer that a call takes must stay alive until it returns; the wrappers of the single kernels see to that.
 """
 
 import ctypes
-import importlib.machinery
-import logging
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_long, c_size_t, c_void_p
 from enum import IntEnum
 from functools import cache
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-logger = logging.getLogger(__name__)
+from protos import native_library
 
 ABI = 1  # kAbi in native/kernels.h
 PROBE_BYTES = 256 * 2**20  # read by the bandwidth probe; larger than any cache
@@ -48,14 +46,8 @@ class CMatrix(ctypes.Structure):
 @cache
 def native() -> ctypes.CDLL | None:
     """The library, or None where it was not built."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).parent / "native" / f"library{suffix}"
-        if path.is_file():
-            library = ctypes.CDLL(str(path))
-            if getattr(library, "mobula_abi", lambda: 0)() == ABI:
-                return _declared(library)
-            logger.warning("%s was built from other sources and is not used; install the package again", path)
-    return None
+    library = native_library.load(Path(__file__).parent / "native", "mobula_abi", ABI)
+    return None if library is None else _declared(library)
 
 
 def require() -> ctypes.CDLL:
@@ -100,16 +92,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.mobula_use_instruction_set.argtypes = [c_char_p]
     library.mobula_set_num_threads.argtypes = [c_int]
     library.mobula_num_threads.restype = c_int
-    for name in (
-        "linear",
-        "heads",
-        "experts",
-        "rms_norm",
-        "select_experts",
-        "mla_prepare",
-        "mla_decode",
-        "mla_prefill",
-    ):
+    for name in _CALLS:
         function = getattr(library, f"mobula_{name}")
         function.argtypes = [c_void_p]
         function.restype = None

@@ -36,7 +36,7 @@ from protos.loop_thread import LoopThread
 from protos.poller import Poller
 from router.completions import Completions, ForwardAnswer, ForwardCall
 from router.grpc_transport import GrpcTransport
-from router.plan import plan_dispatch, sort_assignments
+from router.plan import plan_layer
 from router.ring_transport import RingTransport
 from router.router import Router
 from router.transport import ShardTransport
@@ -137,8 +137,8 @@ def wait_until_connected(transports: list[ShardTransport], *routers: Router) -> 
 def frame_call(transport: ShardTransport, poller: Poller, num_rows: int) -> Call:
     """Each row to two experts of one unit of the first shard."""
     topk_ids = torch.tensor([[0, 1]] * num_rows)
-    assignments = sort_assignments(topk_ids, torch.full((num_rows, 2), 0.5), np.arange(16) // 2)
-    message = plan_dispatch(num_rows, assignments, np.zeros(8, dtype=np.int64)).messages[0]
+    plan = plan_layer(topk_ids, torch.full((num_rows, 2), 0.5), np.arange(16) // 2, np.zeros(8, dtype=np.int64))
+    message = plan.messages[0]
     hidden_states = torch.ones(num_rows, HIDDEN_SIZE, dtype=torch.bfloat16).view(torch.uint8).numpy()
     completions = Completions(poller)
     outcomes: list[Any] = []
@@ -154,7 +154,7 @@ def frame_call(transport: ShardTransport, poller: Poller, num_rows: int) -> Call
         transport.forward(
             ForwardCall(
                 sequence_number=number, header=header.SerializeToString(), hidden_states=hidden_states, row_ids=None,
-                assignments=message.wire_assignments(), answer_bytes=num_rows * HIDDEN_SIZE * 2,
+                assignments=message.assignments, answer_bytes=num_rows * HIDDEN_SIZE * 2,
                 completions=completions, tell=outcomes.append,
             )
         )  # fmt: skip
@@ -164,6 +164,7 @@ def frame_call(transport: ShardTransport, poller: Poller, num_rows: int) -> Call
         outcome = outcomes.pop()
         if not isinstance(outcome, ForwardAnswer) or outcome.header.HasField("error"):
             raise Unmeasurable(f"the shard answered {outcome}")
+        outcome.release()
         return elapsed_s - outcome.header.timing.compute_ns / 1e9
 
     return call

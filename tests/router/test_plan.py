@@ -1,9 +1,11 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.plan import DispatchPlan, plan_dispatch, plan_messages, sort_assignments, sum_partials
+from router import plan_kernels
+from router.plan import DispatchPlan, PartialSums, plan_again, plan_layer, sum_partials
 from router.replicas import choose_replicas
 from tests.fake_experts import Rows, greedy_gate, grouped_gate, placed, random_placement, random_rows
 
@@ -11,18 +13,38 @@ gates = st.sampled_from([grouped_gate(), grouped_gate(n_group=4, topk_group=2), 
 
 
 def plan_of(rows: Rows, expert_map, turn: int = 0) -> DispatchPlan:
-    assignments = sort_assignments(rows.topk_ids, rows.topk_weights, expert_map.expert_to_unit[0])
+    """In numpy, and the same compiled where the library is built."""
     ep_ranks = choose_replicas(expert_map.unit_to_ep_ranks[0], turn)
-    return plan_dispatch(len(rows.topk_ids), assignments, ep_ranks)
+    given_layer = (rows.topk_ids, rows.topk_weights, expert_map.expert_to_unit[0], ep_ranks)
+    plan = plan_layer(*given_layer)
+    compiled = plan_kernels.plan_layer(*given_layer, expert_map.ep_size)
+    assert compiled.partial_rows.tolist() == plan.partial_rows.tolist()
+    assert compiled.num_tokens_by_ranks == plan.num_tokens_by_ranks
+    assert len(compiled.messages) == len(plan.messages)
+    for ours, theirs in zip(compiled.messages, plan.messages, strict=True):
+        assert ours.ep_rank == theirs.ep_rank
+        assert ours.row_ids.tolist() == theirs.row_ids.tolist()
+        assert ours.assignments.tolist() == theirs.assignments.tolist()
+        assert ours.assignments.flags.c_contiguous
+        assert ours.partial_sums.tolist() == theirs.partial_sums.tolist()
+    return plan
+
+
+def summed(plan: DispatchPlan, partial_sums: torch.Tensor) -> torch.Tensor:
+    """partial_sums: [num_partial_sums, hidden_size], answered message by message; in numpy and compiled."""
+    answers = [PartialSums(message.partial_sums, partial_sums[message.partial_sums]) for message in plan.messages]
+    total = torch.from_numpy(sum_partials(plan, answers, partial_sums.shape[1]))
+    compiled = plan_kernels.sum_partials(plan, answers, partial_sums.shape[1])
+    assert compiled.view(torch.int32).tolist() == total.view(torch.int32).tolist()
+    return total
 
 
 def test_token_is_sent_once_to_a_shard_that_holds_two_of_its_experts():
     rows = Rows(torch.ones(1, 2), torch.tensor([[0.25, 0.75]]), torch.tensor([[4, 5]]))
     (message,) = plan_of(rows, placed(grouped_gate(), 8)).messages
     assert message.row_ids.tolist() == [0]
-    assert message.assignments.expert_ids.tolist() == [4, 5]
-    assert message.assignments.weights.tolist() == [0.25, 0.75]
-    assert message.local_partial_sums.tolist() == [0, 0]
+    assert message.assignments[0].view(np.float32).tolist() == [0.25, 0.75]
+    assert message.assignments[1:].tolist() == [[0, 0], [4, 5], [0, 0]]  # rows, experts, partial sums
     assert message.partial_sums.tolist() == [0]
 
 
@@ -41,14 +63,15 @@ def test_plan_is_what_loops_over_tokens_would_say(gate, num_tokens, ep_size, see
     seen_partial_sums = []
     for message in plan.messages:
         work = sorted(expected[message.ep_rank])
+        weights, local_rows, expert_ids, local_partial_sums = message.assignments
         found = zip(
-            message.assignments.units.tolist(), message.row_ids[message.local_rows].tolist(),
-            message.assignments.expert_ids.tolist(), message.assignments.weights.tolist(), strict=True,
+            expert_map.expert_to_unit[0, expert_ids].tolist(), message.row_ids[local_rows].tolist(),
+            expert_ids.tolist(), weights.view(np.float32).tolist(), strict=True,
         )  # fmt: skip
         assert list(found) == work
         assert message.row_ids.tolist() == sorted({row for _, row, _, _ in work})  # each row once
         pairs = sorted({(unit, row) for unit, row, _, _ in work})
-        assert [pairs[k] for k in message.local_partial_sums] == [(unit, row) for unit, row, _, _ in work]
+        assert [pairs[k] for k in local_partial_sums] == [(unit, row) for unit, row, _, _ in work]
         assert plan.partial_rows[message.partial_sums].tolist() == [row for _, row in pairs]
         seen_partial_sums += message.partial_sums.tolist()
     assert sorted(seen_partial_sums) == list(range(plan.num_partial_sums))
@@ -73,12 +96,11 @@ def test_row_sums_have_one_value_to_the_bit_for_every_placement(gate, num_tokens
     rows = random_rows(gate, num_tokens, hidden_size=3, seed=seed)
     one_shard = plan_of(rows, placed(gate, 1))
     generator = torch.Generator().manual_seed(seed)
-    partial_sums = torch.randn(one_shard.num_partial_sums + 1, 3, generator=generator).to(dtype)
-    partial_sums[-1] = 0.0
-    expected = sum_partials(one_shard, partial_sums.float().numpy())
+    partial_sums = torch.randn(one_shard.num_partial_sums, 3, generator=generator).to(dtype)
+    expected = summed(one_shard, partial_sums)
     plan = plan_of(rows, random_placement(gate, data.draw(st.integers(1, 8)), seed), turn=seed)
     assert plan.partial_rows.tolist() == one_shard.partial_rows.tolist()
-    assert torch.equal(sum_partials(plan, partial_sums.float().numpy()), expected)
+    assert torch.equal(summed(plan, partial_sums), expected)
     for row in range(num_tokens):  # and it is the sum in ascending order of units
         total = torch.zeros(3)
         for partial_sum in np.flatnonzero(one_shard.partial_rows == row):
@@ -90,11 +112,9 @@ def test_a_row_of_negative_zeros_does_not_depend_on_its_neighbours():
     gate = grouped_gate()
     rows = Rows(torch.ones(2, 1), torch.ones(2, 2), torch.tensor([[0, 1], [0, 2]]))  # one unit; two units
     plan = plan_of(rows, placed(gate, 1))
-    together = sum_partials(plan, np.array([[-0.0], [1.0], [2.0], [0.0]], dtype=np.float32))
-    alone = sum_partials(
-        plan_of(Rows(torch.ones(1, 1), torch.ones(1, 2), torch.tensor([[0, 1]])), placed(gate, 1)),
-        np.array([[-0.0], [0.0]], dtype=np.float32),
-    )
+    together = summed(plan, torch.tensor([[-0.0], [1.0], [2.0]]))
+    row_alone = plan_of(Rows(torch.ones(1, 1), torch.ones(1, 2), torch.tensor([[0, 1]])), placed(gate, 1))
+    alone = summed(row_alone, torch.tensor([[-0.0]]))
     assert together[0].signbit().tolist() == alone[0].signbit().tolist() == [False]
     assert together[1].tolist() == [3.0]
 
@@ -103,15 +123,38 @@ def test_a_row_of_negative_zeros_does_not_depend_on_its_neighbours():
 def test_a_message_planned_again_covers_its_own_partial_sums_and_no_others(num_tokens, seed):
     gate = grouped_gate()
     rows = random_rows(gate, num_tokens, hidden_size=2, seed=seed)
-    for message in plan_of(rows, placed(gate, 2)).messages:
+    expert_map = placed(gate, 2)
+    for message in plan_of(rows, expert_map).messages:
         elsewhere = choose_replicas(random_placement(gate, 5, seed).unit_to_ep_ranks[0], turn=seed)
-        again = plan_messages(message.assignments, elsewhere)
+        again = plan_again(message, expert_map.expert_to_unit[0], elsewhere)
         assert sorted(np.concatenate([part.partial_sums for part in again]).tolist()) == message.partial_sums.tolist()
-        assert sum(len(part.assignments) for part in again) == len(message.assignments)
+        assert sum(part.num_assignments for part in again) == message.num_assignments
+        same_place = np.full(8, message.ep_rank)
+        (same,) = plan_again(message, expert_map.expert_to_unit[0], same_place)
+        assert same.row_ids.tolist() == message.row_ids.tolist()
+        assert same.assignments.tolist() == message.assignments.tolist()
 
 
 def test_no_rows_make_no_messages():
     gate = grouped_gate()
     plan = plan_of(random_rows(gate, 0, hidden_size=2), placed(gate, 4))
     assert plan.messages == ()
-    assert sum_partials(plan, np.zeros((1, 2), dtype=np.float32)).shape == (0, 2)
+    assert summed(plan, torch.zeros(0, 2)).shape == (0, 2)
+
+
+@pytest.mark.skipif(plan_kernels.native() is None, reason="the library is not built")
+@pytest.mark.parametrize("wrong", [-1, 16])
+def test_an_expert_that_does_not_exist_is_refused(wrong):
+    expert_map = placed(grouped_gate(), 2)
+    with pytest.raises(ValueError, match="one does not exist"):
+        plan_kernels.plan_layer(
+            torch.tensor([[0, wrong]]), torch.ones(1, 2), expert_map.expert_to_unit[0],
+            expert_map.unit_to_ep_ranks[0, :, 0], 2,
+        )  # fmt: skip
+
+
+@pytest.mark.skipif(plan_kernels.native() is None, reason="the library is not built")
+def test_a_sum_without_one_of_its_parts_is_refused():
+    plan = plan_of(Rows(torch.ones(1, 1), torch.ones(1, 2), torch.tensor([[0, 2]])), placed(grouped_gate(), 1))
+    with pytest.raises(ValueError, match="1 partial sums were answered, the plan has 2"):
+        plan_kernels.sum_partials(plan, [PartialSums(np.array([1]), torch.ones(1, 3))], 3)

@@ -20,7 +20,7 @@ from protos.errors import (
 from router.completions import ForwardCall
 from router.expert_map import ExpertMap
 from router.local_transport import LocalTransport
-from router.plan import sort_assignments
+from router.plan import plan_layer
 from router.router import Router
 from router.router_config import RouterConfig
 from tests.fake_experts import (
@@ -98,9 +98,9 @@ def test_counted_bytes_are_the_plans_plus_headers():
     )
     for message, shard in zip(messages, shards, strict=True):
         request = expert_pb2.ForwardRequest.FromString(shard.frames[0])
-        assert len(request.payload) == message.sent_bytes(hidden_size=5, itemsize=4)
+        assert len(request.payload) == message.num_rows * 5 * 4 + message.num_assignments * 16
         assert request.header.num_rows == message.num_rows
-    received = sum(message.received_bytes(hidden_size=5, itemsize=4) for message in messages)
+    received = sum(message.num_partial_sums * 5 * 4 for message in messages)
     assert received < router.stats().received_bytes < received + 64 * len(messages)
     assert router.stats().num_tokens_by_ranks == tuple(handle.plan.num_tokens_by_ranks)
 
@@ -224,8 +224,8 @@ def test_when_the_units_themselves_change_the_layer_starts_again_with_the_new_on
     router.update_placement(new, {0: "0", 1: "1"})
     torch.testing.assert_close(router.combine(handle), multiplied(rows))
     assert len(shards[1].frames) == 1
-    assignments = sort_assignments(rows.topk_ids, rows.topk_weights, new.expert_to_unit[0])
-    assert len(handle.plan.partial_rows) == assignments.partial_sums.max() + 1
+    expected = plan_layer(rows.topk_ids, rows.topk_weights, new.expert_to_unit[0], new.unit_to_ep_ranks[0, :, 0])
+    assert handle.plan.partial_rows.tolist() == expected.partial_rows.tolist()
 
 
 def test_an_older_placement_changes_nothing_and_unchanged_addresses_keep_their_transport():
