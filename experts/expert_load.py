@@ -36,7 +36,7 @@ class ExpertLoad:
 
     def count(self, layer_id: int, num_forwards: int, forward: ForwardInput) -> None:
         """Adds a computation that answered `num_forwards` forwards."""
-        counts = np.bincount(forward.expert_ids.numpy(), minlength=self._num_tokens.shape[1])
+        counts = np.bincount(forward.expert_ids, minlength=self._num_tokens.shape[1])
         with self._lock:
             self._num_tokens[self._row_of_layer[layer_id]] += counts
             self._num_forwards += num_forwards

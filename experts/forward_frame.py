@@ -11,13 +11,12 @@ import numpy.typing as npt
 import torch
 
 from experts.batcher import ForwardOutput
-from experts.grouped_ffn import ForwardInput
+from experts.grouped_ffn import ForwardInput, Int32Array
+from experts.kernels.assignments import kernel_accepts
 from experts.weight_store import ExpertModel, LayerWeights
 from protos import expert_pb2
 from protos.codec import dtype_from_wire, dtype_to_wire, encode_frame
 from protos.errors import InvalidRequest, MobulaError, StalePlacement, code_number
-
-Int32Array = npt.NDArray[np.int32]
 
 MAX_MESSAGE_CHARS = 800  # of an error; with four bytes a character it still fits a ring's doorbell
 
@@ -61,16 +60,13 @@ def read_forward(
         placement_version=layer.placement_version,
         num_rows=num_rows,
         num_partial_sums=header.num_partial_sums,
-        expert_to_unit=layer.expert_to_unit.numpy(),
+        expert_to_unit=layer.expert_to_unit,
     )
-    check_assignments(assignments[1], assignments[2], assignments[3], limits)
-    weights, rows, expert_ids, partial_sums = torch.from_numpy(assignments)
+    if not kernel_accepts(assignments, limits.expert_to_unit, num_rows, limits.num_partial_sums):
+        check_assignments(assignments[1], assignments[2], assignments[3], limits)  # says what is wrong
     return ForwardInput(
         hidden_states=_matrix(payload[:rows_bytes], num_rows, model),
-        weights=weights.view(torch.float32),
-        rows=rows,
-        expert_ids=expert_ids,
-        partial_sums=partial_sums,
+        assignments=assignments,
         num_partial_sums=header.num_partial_sums,
     )
 

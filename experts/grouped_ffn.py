@@ -11,11 +11,15 @@ other rows.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from experts.kernels.expert_set import ExpertSet
+
+Int32Array = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +42,33 @@ class ForwardInput:
     """What one forward, or several merged ones, ask of a layer. A = number of assignments.
 
     hidden_states: [num_rows, hidden_size] in the weights' dtype.
-    weights: [A] fp32; rows, expert_ids, partial_sums: [A] int32 or int64. Ordered so that each partial sum's experts
-        ascend; a (partial sum, expert) pair occurs once.
+    assignments: [4, A] int32, contiguous: weights (the bits of fp32), rows, expert ids, partial sums. Ordered so that
+        each partial sum's experts ascend; a (partial sum, expert) pair occurs once.
     """
 
     hidden_states: Tensor
-    weights: Tensor
-    rows: Tensor
-    expert_ids: Tensor
-    partial_sums: Tensor
+    assignments: Int32Array
     num_partial_sums: int
+
+    @property
+    def weights(self) -> npt.NDArray[np.float32]:
+        weights: npt.NDArray[np.float32] = self.assignments[0].view(np.float32)
+        return weights
+
+    @property
+    def rows(self) -> Int32Array:
+        rows: Int32Array = self.assignments[1]
+        return rows
+
+    @property
+    def expert_ids(self) -> Int32Array:
+        expert_ids: Int32Array = self.assignments[2]
+        return expert_ids
+
+    @property
+    def partial_sums(self) -> Int32Array:
+        partial_sums: Int32Array = self.assignments[3]
+        return partial_sums
 
     @property
     def num_rows(self) -> int:
@@ -55,7 +76,7 @@ class ForwardInput:
 
     @property
     def num_assignments(self) -> int:
-        return len(self.weights)
+        return int(self.assignments.shape[1])
 
 
 def grouped_ffn(
@@ -67,25 +88,31 @@ def grouped_ffn(
     experts: has every logical expert that the forward names; an ExpertSet is computed by the CPU kernels. out: written
     and returned if given; contiguous.
     """
-    hidden_states = forward.hidden_states
     if isinstance(experts, ExpertSet):
         if out is None:
-            out = hidden_states.new_empty(forward.num_partial_sums, hidden_states.shape[1])
-        indices = (forward.rows.int(), forward.expert_ids.int(), forward.partial_sums.int())
-        return experts.forward(hidden_states, forward.weights, *indices, out)
-    sums = torch.zeros(forward.num_partial_sums, hidden_states.shape[1])  # fp32
-    order = forward.expert_ids.argsort(stable=True)
-    num_rows_per_expert = forward.expert_ids.bincount().tolist()
+            out = forward.hidden_states.new_empty(forward.num_partial_sums, forward.hidden_states.shape[1])
+        return experts.forward(forward.hidden_states, forward.assignments, out)
+    sums = _torch_ffn(forward, experts)
+    return sums.to(forward.hidden_states.dtype) if out is None else out.copy_(sums)
+
+
+@torch.inference_mode()
+def _torch_ffn(forward: ForwardInput, experts: Mapping[int, ExpertWeights]) -> Tensor:
+    """The partial sums in fp32."""
+    sums = torch.zeros(forward.num_partial_sums, forward.hidden_states.shape[1])
+    _, rows, expert_ids, partial_sums = torch.from_numpy(forward.assignments)
+    weights = torch.from_numpy(forward.weights)
+    order = expert_ids.argsort(stable=True)
     end = 0
-    for expert_id, num_rows in enumerate(num_rows_per_expert):
+    for expert_id, num_rows in enumerate(expert_ids.bincount().tolist()):
         if num_rows == 0:
             continue
         start, end = end, end + num_rows
         mine = order[start:end]
-        output = expert_ffn(hidden_states[forward.rows[mine]], experts[expert_id])  # [num_rows, hidden_size]
+        output = expert_ffn(forward.hidden_states[rows[mine]], experts[expert_id])  # [num_rows, hidden_size]
         # An expert adds to a partial sum once, so the order within this addition does not matter.
-        sums.index_add_(0, forward.partial_sums[mine], output.float() * forward.weights[mine].unsqueeze(-1))
-    return sums.to(hidden_states.dtype) if out is None else out.copy_(sums)
+        sums.index_add_(0, partial_sums[mine], output.float() * weights[mine].unsqueeze(-1))
+    return sums
 
 
 def expert_ffn(hidden_states: Tensor, weights: ExpertWeights) -> Tensor:
@@ -98,18 +125,14 @@ def merge(forwards: list[ForwardInput]) -> ForwardInput:
     """Several forwards as one; their rows and partial sums follow one another."""
     if len(forwards) == 1:
         return forwards[0]
-    rows, partial_sums = [], []
+    parts = []
     num_rows = num_partial_sums = 0
     for forward in forwards:
-        rows.append(forward.rows + num_rows)
-        partial_sums.append(forward.partial_sums + num_partial_sums)
+        parts.append(forward.assignments + np.array([[0], [num_rows], [0], [num_partial_sums]], dtype=np.int32))
         num_rows += forward.num_rows
         num_partial_sums += forward.num_partial_sums
     return ForwardInput(
         hidden_states=torch.cat([forward.hidden_states for forward in forwards]),
-        weights=torch.cat([forward.weights for forward in forwards]),
-        rows=torch.cat(rows),
-        expert_ids=torch.cat([forward.expert_ids for forward in forwards]),
-        partial_sums=torch.cat(partial_sums),
+        assignments=np.concatenate(parts, axis=1),
         num_partial_sums=num_partial_sums,
     )

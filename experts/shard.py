@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from experts.batcher import Batcher, ForwardOutput, WaitingForward
@@ -168,7 +167,6 @@ class ExpertShard:
         """Counted load since the shard started."""
         return self._load.snapshot()
 
-    @torch.inference_mode()
     def _compute(self, batch: list[WaitingForward]) -> Tensor:
         started_ns = time.monotonic_ns()
         layer = batch[0].weights

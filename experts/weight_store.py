@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -81,7 +83,7 @@ class LayerWeights:
     placement_version: int
     layer_id: int
     experts: Mapping[int, ExpertWeights] | ExpertSet
-    expert_to_unit: Tensor
+    expert_to_unit: npt.NDArray[np.int64]
 
 
 class WeightStore:
@@ -152,7 +154,7 @@ class WeightStore:
 
     def _layer(self, placement_version: int, layer_id: int, units: list[Unit]) -> LayerWeights:
         experts: dict[int, ExpertWeights | PackedExpert] = {}
-        expert_to_unit = torch.full((self._model.n_routed_experts,), -1)
+        expert_to_unit = np.full(self._model.n_routed_experts, -1)
         for unit in units:
             expert_to_unit[list(unit.expert_ids)] = unit.unit_id
             experts.update(zip(unit.expert_ids, self._units[unit].experts, strict=True))

@@ -185,4 +185,5 @@ def _partial_sum_of_row(plan: DispatchPlan) -> Int64Array:
 
 def _run_starts(values: Int64Array) -> npt.NDArray[np.bool_]:
     """Whether each element differs from the one before it: [n]."""
-    return np.diff(values, prepend=-1) != 0
+    starts: npt.NDArray[np.bool_] = np.diff(values, prepend=-1) != 0
+    return starts

@@ -187,17 +187,20 @@ def reference_sums(rows: Rows, layer_id: int, expert_to_unit: np.ndarray, model:
         units = expert_to_unit[expert_ids]
         for unit in sorted(set(units.tolist())):
             places = torch.from_numpy(np.flatnonzero(units == unit))
-            zeros = torch.zeros(len(places), dtype=torch.int32)
+            zeros = torch.zeros(len(places))
             forward = ForwardInput(
                 hidden_states=rows.hidden_states[row : row + 1],
-                weights=weights[places],
-                rows=zeros,
-                expert_ids=expert_ids[places].int(),
-                partial_sums=zeros,
+                assignments=wire_assignments(weights[places], zeros, expert_ids[places], zeros),
                 num_partial_sums=1,
             )
             total[row] += grouped_ffn(forward, experts)[0].float()
     return total
+
+
+def wire_assignments(weights: Tensor, rows: Tensor, expert_ids: Tensor, partial_sums: Tensor) -> np.ndarray:
+    """[4, A] int32, as a payload has them; each argument has one number an assignment."""
+    columns = (weights.float().view(torch.int32), rows.int(), expert_ids.int(), partial_sums.int())
+    return torch.stack(columns).numpy()
 
 
 def expert_shard(

@@ -6,6 +6,7 @@ from torch import Tensor
 from attention.decoder import DecoderConfig
 from experts.grouped_ffn import ForwardInput, grouped_ffn
 from experts.weight_store import ExpertModel, Unit, WeightReader, WeightStore
+from tests.fake_experts import wire_assignments
 
 
 class LocalExperts:
@@ -29,13 +30,10 @@ class LocalExperts:
         """The handle is the answer: each row's weighted sum, fp32, experts added in ascending order."""
         layer = self._store.layer(1, layer_id)
         assert layer is not None
-        rows = torch.arange(len(hidden_states), dtype=torch.int32).repeat_interleave(topk_ids.shape[1])
+        rows = torch.arange(len(hidden_states)).repeat_interleave(topk_ids.shape[1])
         forward = ForwardInput(
             hidden_states=hidden_states.contiguous(),
-            weights=topk_weights.flatten(),
-            rows=rows,
-            expert_ids=topk_ids.flatten().int(),
-            partial_sums=rows,
+            assignments=wire_assignments(topk_weights.flatten(), rows, topk_ids.flatten(), rows),
             num_partial_sums=len(hidden_states),
         )
         return grouped_ffn(forward, layer.experts).float()

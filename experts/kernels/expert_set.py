@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from ctypes import c_int32, c_void_p
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -61,38 +63,30 @@ class ExpertSet:
         self._address = ctypes.addressof(self._table)
         self._function = require().mobula_experts
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        weights: Tensor,
-        rows: Tensor,
-        expert_ids: Tensor,
-        partial_sums: Tensor,
-        out: Tensor,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, assignments: npt.NDArray[np.int32], out: Tensor) -> Tensor:
         """Writes the partial sums to `out`, [num_partial_sums, hidden_size], and returns it.
 
-        hidden_states: [num_rows, hidden_size]; weights: [A] fp32; rows, expert_ids, partial_sums: [A] int32; all
-        contiguous. Every expert named must be in the set. See experts.grouped_ffn.ForwardInput.
+        hidden_states: [num_rows, hidden_size]; assignments: [4, A], see experts.grouped_ffn.ForwardInput; all
+        contiguous. Every expert named must be in the set.
         """
         assert hidden_states.shape[1] == out.shape[1] == self._hidden_size
-        assert weights.dtype is torch.float32
-        for indices in (rows, expert_ids, partial_sums):
-            assert indices.dtype is torch.int32
-            assert len(indices) == len(weights)
-        for tensor in (hidden_states, weights, rows, expert_ids, partial_sums, out):
-            assert tensor.is_contiguous()
+        assert assignments.dtype == np.int32
+        assert assignments.flags.c_contiguous
+        assert hidden_states.is_contiguous()
+        assert out.is_contiguous()
+        num_assignments = assignments.shape[1]
+        start, column_bytes = assignments.ctypes.data, 4 * num_assignments
         call = _ExpertsCall(
             self._address,
             hidden_states.data_ptr(),
-            weights.data_ptr(),
-            rows.data_ptr(),
-            expert_ids.data_ptr(),
-            partial_sums.data_ptr(),
+            start,
+            start + column_bytes,
+            start + 2 * column_bytes,
+            start + 3 * column_bytes,
             out.data_ptr(),
             len(self._table),
             hidden_states.shape[0],
-            weights.shape[0],
+            num_assignments,
             out.shape[0],
             self._hidden_size,
             self._intermediate_size,

@@ -17,6 +17,7 @@ from experts.quantized_matrix import QuantizedMatrix
 from tests.bench import attention_kernels
 from tests.bench.kernel_cell import Cell, measure
 from tests.bench.row import PLAIN, Options, Row, Unmeasurable
+from tests.fake_experts import wire_assignments
 
 HIDDEN, INNER, NUM_EXPERTS = 2048, 1408, 12
 GROUP_SIZE = 128
@@ -54,9 +55,9 @@ def experts_cell(
     """num_rows: of each expert."""
     expert_set = ExpertSet(experts, INNER)
     count = num_rows * NUM_EXPERTS
-    hidden_states, weights = torch.randn(count, HIDDEN).bfloat16(), torch.ones(count)
-    indices = torch.arange(count, dtype=torch.int32)
-    expert_ids = torch.arange(NUM_EXPERTS, dtype=torch.int32).repeat_interleave(num_rows)
+    hidden_states, indices = torch.randn(count, HIDDEN).bfloat16(), torch.arange(count)
+    expert_ids = torch.arange(NUM_EXPERTS).repeat_interleave(num_rows)
+    assignments = wire_assignments(torch.ones(count), indices, expert_ids, indices)
     out = torch.empty_like(hidden_states)
 
     def theirs() -> None:
@@ -68,7 +69,7 @@ def experts_cell(
         params={"format": number_format, "rows an expert": num_rows},
         num_bytes=float(sum(expert.nbytes for expert in experts.values())),
         num_operations=6.0 * count * HIDDEN * INNER,
-        ours=lambda: expert_set.forward(hidden_states, weights, indices, expert_ids, indices, out),
+        ours=lambda: expert_set.forward(hidden_states, assignments, out),
         theirs=theirs,
         kind=number_format,
     )

@@ -1,6 +1,7 @@
 import threading
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,20 +14,16 @@ from protos.errors import InternalError, QueueFull, Unavailable
 
 
 def layer(layer_id: int) -> LayerWeights:
-    return LayerWeights(placement_version=1, layer_id=layer_id, experts={}, expert_to_unit=torch.zeros(1))
+    return LayerWeights(placement_version=1, layer_id=layer_id, experts={}, expert_to_unit=np.zeros(1, dtype=np.int64))
 
 
 LAYERS = {layer_id: layer(layer_id) for layer_id in range(4)}
 
 
 def forward_of(value: float, num_partial_sums: int = 1) -> ForwardInput:
-    empty = torch.zeros(0)
     return ForwardInput(
         hidden_states=torch.full((num_partial_sums, 1), value),
-        weights=empty,
-        rows=empty,
-        expert_ids=empty,
-        partial_sums=empty,
+        assignments=np.zeros((4, 0), dtype=np.int32),
         num_partial_sums=num_partial_sums,
     )
 

@@ -7,6 +7,7 @@ from experts.grouped_ffn import ExpertWeights, ForwardInput, expert_ffn, grouped
 from experts.kernels.expert_set import ExpertSet, PackedExpert
 from experts.kernels.library import native
 from experts.kernels.packed_matrix import pack
+from tests.fake_experts import wire_assignments
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 40, 24, 6
 
@@ -42,10 +43,7 @@ def random_forward(num_rows: int, seed: int, dtype: torch.dtype = torch.float32)
     rows = torch.arange(num_rows).repeat_interleave(expert_ids.shape[1])
     return ForwardInput(
         hidden_states=torch.randn(num_rows, HIDDEN, generator=generator).to(dtype),
-        weights=torch.rand(len(rows), generator=generator),
-        rows=rows.int(),
-        expert_ids=expert_ids.flatten().int(),
-        partial_sums=rows.int(),
+        assignments=wire_assignments(torch.rand(len(rows), generator=generator), rows, expert_ids.flatten(), rows),
         num_partial_sums=num_rows,
     )
 
@@ -64,7 +62,7 @@ def test_partial_sums_are_what_a_loop_over_assignments_gives(dtype):
         forward.weights, forward.rows, forward.expert_ids.tolist(), forward.partial_sums, strict=True
     ):
         output = expert_ffn(forward.hidden_states[row].unsqueeze(0), experts(dtype)[expert_id])[0]
-        expected[partial_sum] += output.float() * weight
+        expected[partial_sum] += output.float() * float(weight)
     tolerance = 0.02 if dtype is torch.bfloat16 else 1e-5
     for held in (experts(dtype), *packed_experts(dtype)):
         torch.testing.assert_close(grouped_ffn(forward, held), expected.to(dtype), rtol=tolerance, atol=tolerance)

@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { kAbi = 1 };  // raised with every change of a struct below; library.py refuses another one
+enum { kAbi = 2 };  // raised with every change of a struct below; library.py refuses another one
 enum { kPanelColumns = 32 };
 enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 

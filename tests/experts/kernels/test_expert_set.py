@@ -9,6 +9,7 @@ from experts.kernels.library import set_num_threads
 from experts.kernels.packed_matrix import pack
 from experts.quantized_matrix import QuantizedMatrix
 from tests.experts.kernels.instruction_sets import each_instruction_set, needs_kernels
+from tests.fake_experts import wire_assignments
 
 __all__ = ["each_instruction_set"]
 
@@ -64,7 +65,7 @@ class Experts:
 
     def run(self, x: torch.Tensor, a: Assignments, out_dtype: torch.dtype) -> torch.Tensor:
         out = torch.full((a.num_partial_sums, x.shape[1]), float("nan"), dtype=out_dtype)
-        return self.set.forward(x, a.weights, a.rows, a.expert_ids, a.partial_sums, out)
+        return self.set.forward(x, wire_assignments(a.weights, a.rows, a.expert_ids, a.partial_sums), out)
 
     def expected(self, x: torch.Tensor, a: Assignments) -> torch.Tensor:
         sums = torch.zeros(a.num_partial_sums, x.shape[1], dtype=torch.float64)
