@@ -29,6 +29,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (  # part, module, name in it
     ("lm_head", "attention.decoder", "Decoder.logits"),
     ("sampling", "attention.model_runner", "sample"),
 )
+ANSWER_SEAM = ("router.dispatch_handle", "DispatchHandle._partial_sums")
 KERNELS = ("attention", "gate", "dense and shared MLP", FFN, "lm_head", "sampling")
 
 
@@ -56,7 +57,7 @@ class Stopwatch:
                 owner, attribute = found
                 wrapped = self.timed(part, getattr(owner, attribute))
                 stack.enter_context(mock.patch.object(owner, attribute, wrapped))
-        if (found := _find("router.dispatch_handle", "DispatchHandle._accept")) is not None:
+        if (found := _find(*ANSWER_SEAM)) is not None:
             owner, attribute = found
             stack.enter_context(mock.patch.object(owner, attribute, self._noting(getattr(owner, attribute))))
 

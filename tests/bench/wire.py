@@ -5,16 +5,20 @@
 Shards are processes of their own whose computation is next to nothing; what they say that it took is subtracted. Calls
 are back to back ("hot"), in blocks of each way in turn. "frame" is one call to one shard, from its rows to its sums;
 "layer" is dispatch and combine of the router over two shards; "echo" is a bare stream of grpc.aio that sends the same
-bytes to and fro, which has no other thread to wake on either side.
+bytes to and fro, which has no other thread to wake on either side; "doorbell" is a message of no content to another
+process and back, each asleep until it comes: the machine's own price of waking two processes, below which nothing goes
+that does not spin.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -31,7 +35,7 @@ from experts.metrics import ShardMetrics
 from experts.servicer import ExpertServer
 from experts.shard import ExpertShard, ShardConfig
 from experts.weight_store import ExpertModel, Unit
-from protos import expert_pb2, rpc, tensor_pb2
+from protos import expert_pb2, ring, rpc, tensor_pb2
 from protos.loop_thread import LoopThread
 from protos.poller import Poller
 from router.completions import Completions, ForwardAnswer, ForwardCall
@@ -74,7 +78,11 @@ def measure(num_rows: int, num_blocks: int) -> Iterator[Row]:
     blocks: dict[str, list[float]] = json.loads(result.stdout.splitlines()[-1])
     params = {"rows": num_rows, "of": HIDDEN_SIZE, "dtype": "bf16"}
     for name, samples in blocks.items():
-        against = {"frame grpc": ("frame echo",), "frame ring": ("frame grpc",), "layer ring": ("layer grpc",)}
+        against = {
+            "frame grpc": ("frame echo",),
+            "frame ring": ("frame grpc", "frame doorbell"),
+            "layer ring": ("layer grpc",),
+        }
         turns = {peer: list(zip(samples, blocks[peer], strict=True)) for peer in against.get(name, ())}
         yield Row.of(f"wire, {name}", params, samples, "us", turns=turns)
 
@@ -93,19 +101,20 @@ def blocks_in_turn(num_rows: int, num_blocks: int) -> dict[str, list[float]]:
         ports = [json.loads(shard.stdout.readline()) for shard in shards if shard.stdout]
         addresses = {ep_rank: f"127.0.0.1:{port['shard']}" for ep_rank, port in enumerate(ports)}
 
-        def ring(address: str) -> RingTransport:
+        def shared_memory(address: str) -> RingTransport:
             return RingTransport(address, loop.loop, poller, RING_BYTES)
 
         def stream(address: str) -> GrpcTransport:
             return GrpcTransport(address, loop.loop)
 
         expert_map = placed(GATE, NUM_SHARDS)
-        ring_router = router_to(GATE, expert_map, ring, addresses=addresses, poller=poller)
+        ring_router = router_to(GATE, expert_map, shared_memory, addresses=addresses, poller=poller)
         grpc_router = router_to(GATE, expert_map, stream, addresses=addresses)
-        transports: list[ShardTransport] = [ring(addresses[0]), stream(addresses[0])]
+        transports: list[ShardTransport] = [shared_memory(addresses[0]), stream(addresses[0])]
         wait_until_connected(transports, ring_router, grpc_router)
         example = frame_call(transports[0], poller, num_rows)
         ways = {
+            "frame doorbell": doorbell_call(ports[0]["doorbell"]),
             "frame ring": example,
             "frame grpc": frame_call(transports[1], poller, num_rows),
             "frame echo": echo_call(f"127.0.0.1:{ports[0]['echo']}", num_rows),
@@ -182,6 +191,24 @@ def layer_call(router: Router, num_rows: int) -> Call:
     return call
 
 
+def doorbell_call(name: str) -> Call:
+    """Sleeps in a poller, as the engine thread does."""
+    sock, poller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), Poller()
+    sock.connect(f"\0{name}")
+    answers: list[bytes] = []
+    poller.register(sock.fileno(), lambda: answers.append(sock.recv(ring.MAX_DOORBELL_BYTES)))
+
+    def call() -> float:
+        started_s = time.perf_counter()
+        sock.send(b"x")
+        while not answers:
+            poller.poll(TIMEOUT_S)
+        answers.clear()
+        return time.perf_counter() - started_s
+
+    return call
+
+
 def echo_call(address: str, num_rows: int) -> Call:
     """In a loop of its own that this thread runs."""
     loop = asyncio.new_event_loop()
@@ -228,7 +255,7 @@ def serve(ep_rank: int) -> None:
     loop = LoopThread("loop")
     server = loop.run(ExpertServer.start(shard, "127.0.0.1", 0))
     echo, echo_port = loop.run(start_echo())
-    print(json.dumps({"shard": server.port, "echo": echo_port}), flush=True)
+    print(json.dumps({"shard": server.port, "echo": echo_port, "doorbell": start_doorbell()}), flush=True)
     sys.stdin.read()
     del echo
 
@@ -238,6 +265,21 @@ def nothing(forward: Any, experts: Any, out: torch.Tensor | None) -> torch.Tenso
     if out is None:
         out = torch.empty(forward.num_partial_sums, HIDDEN_SIZE, dtype=torch.bfloat16)
     return out.zero_()
+
+
+def start_doorbell() -> str:
+    """Answers one connection under the name that is returned."""
+    name, poller = ring.random_name(), Poller()
+    listener = ring.listen(name)
+
+    def answer() -> None:
+        sock, _ = listener.accept()
+        poller.register(sock.fileno(), lambda: sock.send(sock.recv(ring.MAX_DOORBELL_BYTES)))
+        while True:
+            poller.poll(None)
+
+    threading.Thread(target=answer, name="doorbell", daemon=True).start()
+    return name
 
 
 async def start_echo() -> tuple[grpc.aio.Server, int]:
