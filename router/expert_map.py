@@ -75,23 +75,26 @@ class ExpertMap:
         self._check_units()
 
     def _check_units(self) -> None:
-        """Placements change rarely, so this loops for clarity."""
-        for row, layer_id in enumerate(self.moe_layer_ids):
-            used_units = _values(self.expert_to_unit[row])
-            if not used_units <= set(range(self.num_units)):
-                raise ExpertMapError(f"layer {layer_id} names units {sorted(used_units)}, there are {self.num_units}")
-            for unit_id, ranks in enumerate(self.unit_to_ep_ranks[row].tolist()):
-                placed = [rank for rank in ranks if rank >= 0]
-                if placed + [-1] * (len(ranks) - len(placed)) != ranks:
-                    raise ExpertMapError(f"unit {unit_id} of layer {layer_id} has {ranks}: only -1 pads, at the end")
-                if len(set(placed)) != len(placed):
-                    raise ExpertMapError(f"unit {unit_id} of layer {layer_id} has two replicas on a shard: {placed}")
-                if placed and max(placed) >= self.ep_size:
-                    raise ExpertMapError(
-                        f"unit {unit_id} of layer {layer_id} is on {placed}, ep_size is {self.ep_size}"
-                    )
-                if unit_id in used_units and not placed:
-                    raise ExpertMapError(f"unit {unit_id} of layer {layer_id} has experts but no shard")
+        ranks, units = self.unit_to_ep_ranks, self.expert_to_unit
+        for (row,) in _first(((units < 0) | (units >= self.num_units)).any(axis=1)):
+            raise ExpertMapError(
+                f"layer {self.moe_layer_ids[row]} names units {sorted(_values(units[row]))}, there are {self.num_units}"
+            )
+        ordered = np.sort(ranks, axis=2)
+        is_used = np.zeros((len(units), self.num_units), dtype=np.bool_)
+        np.put_along_axis(is_used, units, values=True, axis=1)
+        for fault, message in (
+            ((ranks < -1).any(axis=2) | ((ranks[:, :, :-1] < 0) & (ranks[:, :, 1:] >= 0)).any(axis=2),
+             "only -1 pads, at the end"),
+            (((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)).any(axis=2),
+             "two replicas on a shard"),
+            ((ranks >= self.ep_size).any(axis=2), f"ep_size is {self.ep_size}"),
+            (is_used & (ranks < 0).all(axis=2), "has experts but no shard"),
+        ):  # fmt: skip
+            for row, unit_id in _first(fault):
+                raise ExpertMapError(
+                    f"unit {unit_id} of layer {self.moe_layer_ids[row]} is on {ranks[row, unit_id].tolist()}: {message}"
+                )
 
     @property
     def n_routed_experts(self) -> int:
@@ -138,6 +141,12 @@ class ExpertMap:
             num_ranks = len(_values(self.unit_to_ep_ranks[row, used_units]) - {-1})
             bound = max(bound, min(num_units, len(used_units), gate.num_experts_per_tok, num_ranks))
         return bound
+
+
+def _first(fault: npt.ArrayLike) -> list[list[int]]:
+    """The index of the first true element, in a list; an empty list if there is none."""
+    first: list[list[int]] = np.argwhere(fault)[:1].tolist()
+    return first
 
 
 def _values(array: Int64Array) -> set[int]:

@@ -79,7 +79,7 @@ def test_units_that_do_not_divide_the_experts_differ_by_one_expert():
 )
 def test_what_cannot_be_placed_is_refused_with_the_numbers(changes, message):
     with pytest.raises(PlacementError, match=message):
-        request(**changes)
+        place_units(request(**changes))
 
 
 def test_a_shard_that_would_be_too_full_is_named_with_bytes_limit_and_way_out():
