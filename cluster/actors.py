@@ -4,6 +4,7 @@ passes through it.
 
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -11,11 +12,14 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.balance import Proposer
 from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller import Controller, StartError
 from cluster.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
+from cluster.rebalance import Float64Array
 from cluster.role_actor import GatewayActor, RoleActor, ShardActor, WorkerActor
 from router.expert_map import ExpertMap
+from router.placement import PlacementRequest, place_units
 
 PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find the nodes; autoscaled clusters should have them first
 CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
@@ -53,16 +57,20 @@ class RayProcess:
 class ControllerActor:
     """The controller with the actors it owns: when it ends, they end."""
 
-    def __init__(self, config: MobulaConfig, expert_map: ExpertMap, host: str | None) -> None:
+    def __init__(
+        self, config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None
+    ) -> None:
         self._config = config
         self._expert_map = expert_map
+        self._request = request
         self._host = host
         self._controller: Controller | None = None
 
     def start(self) -> None:
         """Places and creates every actor. Raises StartError when the Ray cluster has no room."""
         processes = _create_processes(self._config, self._host)
-        self._controller = Controller(processes, self._expert_map)
+        rebalancing = self._config.expert_shards.rebalancing
+        self._controller = Controller(processes, self._expert_map, _proposer(self._request), rebalancing)
         self._controller.start()
 
     def status(self) -> ClusterStatus | None:
@@ -75,10 +83,20 @@ class ControllerActor:
             self._controller.stop(drain_timeout_s)
 
 
-def create_controller(config: MobulaConfig, expert_map: ExpertMap, host: str | None) -> Any:
-    """The controller actor. host: where servers listen; None for each node's own address."""
+def create_controller(config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None) -> Any:
+    """The controller actor. request: what later placements keep to; host: where servers listen, None for each node's
+    own address.
+    """
     options = {"name": "mobula-controller", "num_cpus": CONTROL_CPUS, "max_concurrency": ACTOR_THREADS}
-    return ray.remote(ControllerActor).options(**options).remote(config, expert_map, host)
+    return ray.remote(ControllerActor).options(**options).remote(config, expert_map, request, host)
+
+
+def _proposer(request: PlacementRequest) -> Proposer:
+    def place(load: Float64Array, current: ExpertMap, placement_version: int) -> ExpertMap:
+        return place_units(replace(request, load=load, current=current), placement_version, policy="device_limited")
+
+    limit = request.max_weight_bytes
+    return Proposer(place, request.expert_bytes, limit if isinstance(limit, int) else None)
 
 
 def booked_cpus(config: MobulaConfig) -> float:

@@ -80,6 +80,17 @@ class AttentionWorkersConfig(ActorConfig):
     router: RouterConfig = Field(default_factory=RouterConfig)
 
 
+class RebalancingConfig(StrictModel):
+    """How experts move while requests run. `mobula rebalance` does so on demand, whatever `enabled` says."""
+
+    enabled: bool = False  # by itself, when it is worth it
+    half_life_s: Annotated[float, Field(gt=0)] = 60.0  # of the load: an assignment counts half after this
+    min_gain: Annotated[float, Field(ge=0, le=1)] = 0.05  # of the experts' expected time, for a move to be worth it
+    min_interval_s: Annotated[float, Field(ge=0)] = 300.0  # between two by itself
+    min_assignments: Annotated[int, Field(ge=0)] = 10_000  # that the load must count
+    max_mib_per_s: Annotated[float, Field(gt=0)] = 256.0  # that a shard reads meanwhile
+
+
 class ExpertShardsConfig(ActorConfig):
     """The expert shards, `ep_rank` 0 to count - 1."""
 
@@ -89,6 +100,7 @@ class ExpertShardsConfig(ActorConfig):
     num_replicas: Count = 1  # shards that hold each placement unit
     units_per_layer: Count | None = None  # for models without expert groups; unset: up to 8 contiguous sets
     max_waiting_forwards: Annotated[int, Field(ge=1)] = 1024  # per shard; more are refused, not queued
+    rebalancing: RebalancingConfig = Field(default_factory=RebalancingConfig)
 
 
 class GatewayConfig(StrictModel):

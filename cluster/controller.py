@@ -4,7 +4,8 @@ One round of the loop, the same at start, after a process died and when nothing 
   1. observe: ask every process for its health; one that does not answer is DOWN;
   2. load: tell every NEW process to load; a FAILED one is restarted after a while, and is NEW again like one that died;
   3. connect: tell every ready worker where the shards are, if that changed since it was told;
-  4. publish: tell the gateway which workers serve and which endpoints hold metrics.
+  4. publish: tell the gateway which workers serve and which endpoints hold metrics;
+  5. balance: watch the experts' load and move them while requests run (balance.py).
 Tokens never pass here: while the controller is gone, everything that runs goes on. Knows nothing of Ray.
 """
 
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 
+from cluster.balance import Balance, Proposer
+from cluster.config import RebalancingConfig
 from cluster.process import (
     DOWN,
     STARTING,
@@ -24,13 +27,14 @@ from cluster.process import (
     ProcessState,
     RoleName,
 )
+from cluster.rebalance import RebalancePlan
 from router.expert_map import ExpertMap
 
 logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0  # a process that takes longer is DOWN for this round; its answer is still awaited
 ROUND_S = 0.25  # between two rounds
-START_ROUND_S = 0.05  # while the system is not up, when each round may find something to do
+BUSY_ROUND_S = 0.05  # while the system is not up or experts move, when each round may find something to do
 RESTART_WAIT_S = 10.0  # after a process was told to load what it then could not
 
 
@@ -42,11 +46,25 @@ class Controller:
     """Owns the processes and the expert map. All its state is touched by one thread only: its own."""
 
     def __init__(
-        self, processes: list[ManagedProcess], expert_map: ExpertMap, clock: Callable[[], float] = time.monotonic
+        self,
+        processes: list[ManagedProcess],
+        expert_map: ExpertMap,
+        proposer: Proposer,
+        rebalancing: RebalancingConfig,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._processes = processes
         self._expert_map = expert_map
         self._clock = clock
+        self._balance = Balance(
+            shards=self._members(RoleName.SHARD),
+            workers=self._members(RoleName.WORKER),
+            expert_map=expert_map,
+            proposer=proposer,
+            config=rebalancing,
+            publish=self._use,
+            clock=clock,
+        )
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._status = ClusterStatus(processes=(), is_serving=False, placement_version=expert_map.placement_version)
@@ -59,20 +77,28 @@ class Controller:
         """The system after the latest round."""
         return self._status
 
+    def plan_rebalance(self) -> RebalancePlan:
+        """What a rebalance would do now. From any other thread. Raises RebalanceRefused."""
+        return self._balance.ask(start=False)
+
+    def rebalance(self) -> RebalancePlan:
+        """Begins one; `status` shows how far it is. From any other thread. Raises RebalanceRefused."""
+        return self._balance.ask(start=True)
+
     def stop(self, drain_timeout_s: float) -> None:
         """Ends the system in the order of the tokens' way: gateways drain, then workers, then shards."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
         for role in (RoleName.GATEWAY, RoleName.WORKER, RoleName.SHARD):
-            members = [process for process in self._processes if process.role is role]
+            members = self._members(role)
             stops = [process.handle.call("stop", drain_timeout_s) for process in members]
             wait(stops, timeout=drain_timeout_s + HEALTH_TIMEOUT_S)
             for process in members:
                 process.handle.kill()
 
     def _run(self) -> None:
-        while not self._stopping.wait(ROUND_S if self._status.is_serving else START_ROUND_S):
+        while not self._stopping.wait(ROUND_S if self._status.is_serving and self._balance.is_idle else BUSY_ROUND_S):
             try:
                 self.reconcile()
             except Exception:  # the loop's top: one failed round must not end supervision
@@ -82,15 +108,23 @@ class Controller:
         """One round."""
         self._observe()
         self._load()
-        shards = {p.rank: p.health.address for p in self._processes if p.role is RoleName.SHARD and p.is_ready}
-        has_all_shards = len(shards) == sum(process.role is RoleName.SHARD for process in self._processes)
+        self._balance.round(self._expert_map, is_serving=self._status.is_serving)
+        shards = {p.rank: p.health.address for p in self._members(RoleName.SHARD) if p.is_ready}
+        has_all_shards = len(shards) == len(self._members(RoleName.SHARD))
         if has_all_shards:
             placement = (self._expert_map.placement_version, shards)
             self._tell(RoleName.WORKER, placement, "update_placement", self._expert_map, shards)
-        workers = {p.rank: p.health.address for p in self._processes if p.role is RoleName.WORKER and p.is_connected}
+        workers = {p.rank: p.health.address for p in self._members(RoleName.WORKER) if p.is_connected}
         members = (workers, self._metrics_addresses())
         self._tell(RoleName.GATEWAY, members, "update_members", *members)
         self._publish_status(has_all_shards)
+
+    def _members(self, role: RoleName) -> list[ManagedProcess]:
+        return [process for process in self._processes if process.role is role]
+
+    def _use(self, expert_map: ExpertMap) -> None:
+        """From now on workers are told this one, and processes load it."""
+        self._expert_map = expert_map
 
     def _observe(self) -> None:
         for process in self._processes:
@@ -143,6 +177,7 @@ class Controller:
             processes=tuple((process.name, process.health) for process in self._processes),
             is_serving=is_serving,
             placement_version=self._expert_map.placement_version,
+            rebalance=self._balance.status(),
         )
 
 

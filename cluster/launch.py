@@ -50,7 +50,7 @@ class Deployment:
         try:
             self._start_ray()
             host = LOOPBACK if self._is_local else None
-            self._controller = create_controller(self.config, self.plan.expert_map, host)
+            self._controller = create_controller(self.config, self.plan.expert_map, self.plan.placement_request, host)
         except ConnectionError as error:
             raise StartError(f"cannot join Ray at ray.address {self.config.ray.address}: {error}") from error
         except ValueError as error:  # Ray's word for a name that is taken

@@ -86,6 +86,7 @@ class ServingPlan:
 
     model: ServedModel
     expert_map: ExpertMap
+    placement_request: PlacementRequest  # which `expert_map` satisfies, and later placements must
     worker_weight_bytes: int
     shard_weight_bytes: tuple[int, ...]  # by ep_rank
     cache_bytes: int  # of one worker
@@ -161,6 +162,7 @@ def check(config: MobulaConfig) -> ServingPlan:
     plan = ServingPlan(
         model=model,
         expert_map=expert_map,
+        placement_request=request,
         worker_weight_bytes=_worker_weight_bytes(config, model),
         shard_weight_bytes=tuple(
             expert_bytes * sum(len(unit.expert_ids) for unit in expert_map.units_of(rank))

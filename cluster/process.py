@@ -2,9 +2,11 @@
 
 import secrets
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
+
+from cluster.rebalance import RebalanceStatus
 
 
 class RoleName(StrEnum):
@@ -63,6 +65,7 @@ class ClusterStatus:
     processes: tuple[tuple[str, ProcessHealth], ...]
     is_serving: bool
     placement_version: int
+    rebalance: RebalanceStatus = field(default_factory=RebalanceStatus)
 
     @property
     def failures(self) -> list[str]:
@@ -120,3 +123,9 @@ class ManagedProcess:
     def is_connected(self) -> bool:
         """Whether this very process, and not one before it, knows the others."""
         return self.is_ready and self.told is not None and self.told[0] == self.health.generation
+
+    @property
+    def told_version(self) -> int | None:
+        """Of the placement that a worker was told last; None for one that was told none."""
+        news = self.told[1] if self.told else None
+        return news[0] if isinstance(news, tuple) and isinstance(news[0], int) else None

@@ -111,6 +111,11 @@ class WorkerRole(Role):
             logger.warning("no connection to shards %s yet", down)
         self._loop.run(self._set_serving(True), CONTROL_TIMEOUT_S)
 
+    def oldest_placement_version(self) -> int:
+        """Under which a forward is under way; without any, the newest that was told."""
+        assert self._router
+        return self._router.oldest_placement_version
+
     def health(self) -> ProcessHealth:
         """As every process; a worker whose engine thread has ended by itself ends too, and Ray starts it again."""
         if self._engine and not self._engine.is_alive and not self._is_stopping:

@@ -20,6 +20,7 @@ from experts.expert_load import ExpertLoad, LoadSnapshot
 from experts.forward_frame import answer_frame, answer_tensor, read_forward
 from experts.grouped_ffn import grouped_ffn, merge
 from experts.metrics import ShardMetrics
+from experts.pacer import Pacer
 from experts.weight_store import ExpertModel, Unit, WeightReader, WeightStore
 from protos import expert_pb2
 from protos.codec import decode_frame
@@ -97,9 +98,12 @@ class ExpertShard:
         """Computes what waits, refuses what comes (UNAVAILABLE), ends the compute thread."""
         self._batcher.stop()
 
-    def stage(self, units: Iterable[Unit]) -> None:
+    def stage(self, units: Iterable[Unit], max_bytes_per_s: float | None = None) -> None:
         """Reads the units' weights while the versions served go on. Raises WeightShapeError."""
-        self._store.stage(units)
+        if max_bytes_per_s is None:
+            self._store.stage(units)
+        else:
+            self._store.stage(units, Pacer(max_bytes_per_s).pace)
         self._show_weights()
 
     def activate(self, placement_version: int, units: Iterable[Unit]) -> None:
@@ -108,7 +112,7 @@ class ExpertShard:
         self._show_weights()
 
     def release(self, placement_version: int) -> None:
-        """Serves a version no longer; forwards that were admitted under it are still answered."""
+        """Serves a version no longer, and drops what was only staged; forwards admitted under it are still answered."""
         self._store.release(placement_version)
         self._show_weights()
 

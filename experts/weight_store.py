@@ -4,7 +4,7 @@ A version is staged (read), served, and released; units that two versions share 
 one control thread changes: what is published is never written to again. Knows nothing of requests.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -113,11 +113,19 @@ class WeightStore:
         """Of all units held."""
         return sum(unit.weight_bytes for unit in self._units.values())
 
-    def stage(self, units: Iterable[Unit]) -> None:
-        """Reads those units that are not held yet, one tensor at a time. Raises WeightShapeError."""
+    def stage(self, units: Iterable[Unit], on_read: Callable[[int], None] = lambda _: None) -> None:
+        """Reads those units that are not held yet, one tensor at a time. Raises WeightShapeError.
+
+        on_read: called with the bytes of each expert; may wait, so that reading leaves the machine to others.
+        """
         for unit in units:
             if unit not in self._units:
-                self._units[unit] = self._read(unit)
+                self._units[unit] = self._read(unit, on_read)
+
+    def drop_staged(self) -> None:
+        """Drops the units that no version has."""
+        for unit in set(self._units).difference(*self._units_of_version.values()):
+            del self._units[unit]
 
     def activate(self, placement_version: int, units: Iterable[Unit]) -> None:
         """Serves `units`, reading what is not staged, under `placement_version` beside the versions served before."""
@@ -131,13 +139,12 @@ class WeightStore:
         self._served = MappingProxyType({**self._served, placement_version: MappingProxyType(layers)})
 
     def release(self, placement_version: int) -> None:
-        """Serves `placement_version` no longer and drops the units that no other version has."""
+        """Serves `placement_version` no longer and drops the units that no other version has, staged ones too."""
         self._served = MappingProxyType(
             {version: layers for version, layers in self._served.items() if version != placement_version}
         )
-        released = set(self._units_of_version.pop(placement_version, ()))
-        for unit in released.difference(*self._units_of_version.values()):
-            del self._units[unit]
+        self._units_of_version.pop(placement_version, None)
+        self.drop_staged()
 
     def layer(self, placement_version: int, layer_id: int) -> LayerWeights | None:
         """What is held of a layer; None for a layer that the model does not have or that has no routed experts.
@@ -165,10 +172,12 @@ class WeightStore:
             expert_to_unit=expert_to_unit,
         )
 
-    def _read(self, unit: Unit) -> UnitWeights:
-        return UnitWeights(
-            unit=unit, experts=tuple(self._read_expert(unit.layer_id, expert_id) for expert_id in unit.expert_ids)
-        )
+    def _read(self, unit: Unit, on_read: Callable[[int], None]) -> UnitWeights:
+        experts = []
+        for expert_id in unit.expert_ids:
+            experts.append(self._read_expert(unit.layer_id, expert_id))
+            on_read(experts[-1].nbytes)
+        return UnitWeights(unit=unit, experts=tuple(experts))
 
     def _read_expert(self, layer_id: int, expert_id: int) -> ExpertWeights | PackedExpert:
         """One matrix at a time, straight into its place."""

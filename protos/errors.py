@@ -66,6 +66,13 @@ class StalePlacement(MobulaError):
     reason = "STALE_PLACEMENT"
 
 
+class RebalanceRefused(MobulaError):
+    """Experts cannot be moved now, or not at all under this configuration; the message says which."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "REBALANCE_REFUSED"
+
+
 class Unavailable(MobulaError):
     """A process is down, starting or draining; a retry may reach another one."""
 

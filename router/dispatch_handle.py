@@ -80,7 +80,8 @@ class LayerInput:
 class HandleContext:
     """What handles share with their router.
 
-    routing: the newest placement. turns: numbers that go round, to use replicas in turn.
+    routing: the newest placement. turns: numbers that go round, to use replicas in turn. handles_by_version: how many
+        handles were planned under each placement version; the engine thread writes, any thread reads.
     """
 
     config: RouterConfig
@@ -89,6 +90,7 @@ class HandleContext:
     routing: Callable[[], Routing]
     sequence_numbers: Iterator[int]
     turns: Iterator[int]
+    handles_by_version: dict[int, int]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -119,6 +121,7 @@ class DispatchHandle:
         self._in_flight: set[_Attempt] = set()
         self._failed: list[_Attempt] = []
         self._error: MobulaError | None = None
+        self._version: int | None = None
         self._expert_to_unit: Int64Array
         self._plan: DispatchPlan
         self._answers: list[tuple[PartialSums, ForwardAnswer]] = []
@@ -132,6 +135,7 @@ class DispatchHandle:
         """Plans under the newest placement and sends every message. Also starts again from the beginning."""
         self.abandon()
         routing = self._context.routing()
+        self._hold_version(routing.expert_map.placement_version)
         row = routing.expert_map.row(self._layer.layer_id)
         self._expert_to_unit = routing.expert_map.expert_to_unit[row]
         ep_ranks = choose_replicas(
@@ -170,6 +174,18 @@ class DispatchHandle:
         for _, answer in self._answers:
             answer.release()
         self._answers.clear()
+        self._hold_version(None)
+
+    def _hold_version(self, version: int | None) -> None:
+        """Says under which version this handle has forwards under way."""
+        held, self._version = self._version, version
+        counts = self._context.handles_by_version
+        if version is not None:
+            counts[version] = counts.get(version, 0) + 1
+        if held is not None:
+            counts[held] -= 1
+            if not counts[held]:
+                del counts[held]
 
     @staticmethod
     def _avoid(routing: Routing) -> list[int]:

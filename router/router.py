@@ -64,6 +64,7 @@ class Router:
             routing=self._newest_routing,
             sequence_numbers=sequence_numbers(),
             turns=itertools.count(),
+            handles_by_version={},
         )
         self.update_placement(expert_map, addresses)
 
@@ -71,6 +72,11 @@ class Router:
     def expert_map(self) -> ExpertMap:
         """The newest."""
         return self._routing.expert_map
+
+    @property
+    def oldest_placement_version(self) -> int:
+        """Under which a handle is in flight, or else the newest."""
+        return min([*tuple(self._context.handles_by_version), self.expert_map.placement_version])
 
     def dispatch(self, layer_id: int, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> DispatchHandle:
         """Sends the rows to their experts and returns at once.

@@ -1,72 +1,7 @@
-"""The controller against processes that are plain objects: no Ray, no port, no waiting."""
+"""The controller against processes that are plain objects."""
 
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
-
-from cluster.controller import Controller
-from cluster.process import ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
-from tests.fake_experts import grouped_gate, placed
-
-
-class FakeProcess:
-    """Loads at once when told to; `die` and `restart` do what Ray does to an actor."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-        self.restart()
-
-    def restart(self) -> None:
-        self.generation = f"{self.name}.{len(self.calls)}"
-        self.state = ProcessState.NEW
-        self.is_alive = True
-        self.is_starting = False
-        self.error: Exception | None = None
-
-    def die(self) -> None:
-        self.is_alive = False
-
-    def call(self, method: str, *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        if not self.is_alive:
-            future.set_exception(ProcessDied(self.name))
-            return future
-        if self.is_starting:
-            return future  # never answered: the test has no time to wait
-        self.calls.append((method, args))
-        if method == "load":
-            self.state = ProcessState.FAILED if self.error else ProcessState.READY
-        future.set_result(self._health() if method == "health" else None)
-        return future
-
-    def kill(self) -> None:
-        self.is_alive = False
-
-    def told(self, method: str) -> list[tuple[Any, ...]]:
-        return [args for name, args in self.calls if name == method]
-
-    def _health(self) -> ProcessHealth:
-        address = f"{self.generation}:1" if self.state is ProcessState.READY else ""
-        detail = str(self.error) if self.state is ProcessState.FAILED else ""
-        return ProcessHealth(
-            generation=self.generation, state=self.state, address=address, metrics_address=address, detail=detail, pid=1
-        )
-
-
-def system(
-    num_shards: int = 2, num_workers: int = 2, clock: Callable[[], float] = lambda: 0.0
-) -> tuple[Controller, dict[str, FakeProcess]]:
-    names = [(RoleName.SHARD, rank) for rank in range(num_shards)]
-    names += [(RoleName.WORKER, rank) for rank in range(num_workers)] + [(RoleName.GATEWAY, 0)]
-    fakes = {f"{role}-{rank}": FakeProcess(f"{role}-{rank}") for role, rank in names}
-    processes = [ManagedProcess(role=role, rank=rank, handle=fakes[f"{role}-{rank}"]) for role, rank in names]
-    return Controller(processes, placed(grouped_gate(), num_shards), clock), fakes
-
-
-def run(controller: Controller, rounds: int) -> None:
-    for _ in range(rounds):
-        controller.reconcile()
+from cluster.process import ProcessState
+from tests.cluster.fake_processes import run, system
 
 
 def test_new_processes_are_loaded_connected_and_published() -> None:

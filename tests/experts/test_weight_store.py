@@ -66,6 +66,19 @@ def test_two_versions_are_served_at_once_and_share_what_both_hold():
     assert (store.versions, store.num_units) == ((3,), 1)
 
 
+def test_units_that_were_only_staged_are_dropped_with_the_version_that_was_given_up():
+    model = small_model()
+    store = WeightStore(model, RandomReader(model))
+    store.activate(1, [FIRST])
+    read: list[int] = []
+    store.stage([FIRST, SECOND], read.append)
+    assert (store.num_units, len(read)) == (2, 2)  # each expert of the second unit
+    assert sum(read) >= 2 * model.expert_bytes
+    store.release(2)  # never activated
+    assert (store.versions, store.num_units) == ((1,), 1)
+    assert store.layer(1, 1) is not None
+
+
 def test_a_version_that_is_not_served_is_refused_with_those_that_are():
     model = small_model()
     store = WeightStore(model, RandomReader(model))

@@ -246,6 +246,21 @@ def test_an_older_placement_changes_nothing_and_unchanged_addresses_keep_their_t
     assert router.wait_until_connected(0.0) == []
 
 
+def test_the_oldest_version_is_that_of_a_handle_in_flight():
+    shards = [MultiplyingShard((1, 2)), MultiplyingShard((1, 2))]
+    router = local_router(shards, placed(GATE, 2))
+    rows = random_rows(GATE, 4, hidden_size=4)
+    handles = [router.dispatch(1, rows.hidden_states, rows.topk_weights, rows.topk_ids) for _ in range(2)]
+    router.update_placement(placed(GATE, 2, placement_version=2), {0: "0", 1: "1"})
+    assert router.oldest_placement_version == 1
+    router.combine(handles[0])
+    assert router.oldest_placement_version == 1
+    router.abandon(handles[1])
+    assert router.oldest_placement_version == 2
+    combined(router, rows)
+    assert router.oldest_placement_version == 2
+
+
 def test_two_handles_may_be_in_flight_and_be_combined_in_any_order():
     router = local_router([MultiplyingShard() for _ in range(3)], placed(GATE, 3))
     first, second = (random_rows(GATE, 4, hidden_size=4, seed=seed) for seed in (1, 2))

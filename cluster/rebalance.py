@@ -1,0 +1,165 @@
+"""What a rebalance would do and how far one is: values, and the plan from one expert map to another.
+
+Pure; knows nothing of processes.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from router.expert_map import ExpertMap, PlacementUnit
+from router.placement.scores import balancedness, expected_step_time
+
+Float64Array = npt.NDArray[np.float64]
+
+
+class UnitMove(NamedTuple):
+    """A unit that a shard must read."""
+
+    ep_rank: int
+    layer_id: int
+    unit_id: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalancePlan:
+    """From the placement in use to a better one.
+
+    balancedness_before, _after: mean over maximum of the shards' load, all layers together; 1 is perfect.
+    step_time_ratio: expected time of the experts' part of a step, after over before.
+    num_tokens: assignments that the load was counted from; the newest count most.
+    is_worth_it: whether it would be done without being asked; `reason` says why in words.
+    """
+
+    old: ExpertMap
+    new: ExpertMap
+    moves: tuple[UnitMove, ...]
+    balancedness_before: float
+    balancedness_after: float
+    step_time_ratio: float
+    num_tokens: int
+    is_worth_it: bool
+    reason: str
+
+    @property
+    def moved_bytes(self) -> int:
+        return sum(move.num_bytes for move in self.moves)
+
+
+class RebalanceState(StrEnum):
+    """Where a rebalance stands."""
+
+    IDLE = "idle"
+    STAGING = "staging"  # shards read the units that they lack; the old version is served
+    ACTIVATING = "activating"  # shards begin to serve the new version beside the old one
+    PUBLISHING = "publishing"  # workers are told
+    DRAINING = "draining"  # forwards under the old version come to their end
+    RELEASING = "releasing"  # shards drop what only the old version needed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceStatus:
+    """The rebalance under way, and those before it.
+
+    seconds_since_success: None before the first.
+    """
+
+    state: RebalanceState = RebalanceState.IDLE
+    target_version: int | None = None
+    moved_bytes: int = 0
+    planned_bytes: int = 0
+    num_done: int = 0
+    num_aborted: int = 0
+    last_result: str = ""
+    seconds_since_success: float | None = None
+
+
+class Hysteresis(NamedTuple):
+    """When a rebalance pays."""
+
+    min_gain: float  # of the expected expert time of a step
+    min_tokens: int  # assignments, for the load to mean anything
+
+
+def plan_rebalance(
+    old: ExpertMap, new: ExpertMap, load: Float64Array, expert_bytes: int, hysteresis: Hysteresis
+) -> RebalancePlan:
+    """load: [num_moe_layers, n_routed_experts] assignments."""
+    moves = unit_moves(old, new, expert_bytes)
+    before = expected_step_time(old, load)
+    ratio = expected_step_time(new, load) / before if before else 1.0
+    num_tokens = int(load.sum())
+    is_worth_it, reason = _judge(moves, ratio, num_tokens, hysteresis)
+    return RebalancePlan(
+        old=old,
+        new=new,
+        moves=moves,
+        balancedness_before=balancedness(old, load),
+        balancedness_after=balancedness(new, load),
+        step_time_ratio=ratio,
+        num_tokens=num_tokens,
+        is_worth_it=is_worth_it,
+        reason=reason,
+    )
+
+
+def unit_moves(old: ExpertMap, new: ExpertMap, expert_bytes: int) -> tuple[UnitMove, ...]:
+    """What each shard has in `new` and not in `old`, by ep_rank, layer and unit; a unit of other experts is another."""
+    moves = []
+    for ep_rank in range(new.ep_size):
+        held = set(old.units_of(ep_rank)) if ep_rank < old.ep_size else set()
+        for unit in new.units_of(ep_rank):
+            if unit not in held:
+                moves.append(UnitMove(ep_rank, unit.layer_id, unit.unit_id, expert_bytes * len(unit.expert_ids)))
+    return tuple(moves)
+
+
+def largest_weight_bytes(plan: RebalancePlan, expert_bytes: int) -> int:
+    """What the fullest shard holds while it serves both placements."""
+    held = [
+        {(unit.layer_id, expert_id) for m in (plan.old, plan.new) for unit in m.units_of(rank) for expert_id in unit[2]}
+        for rank in range(plan.new.ep_size)
+    ]
+    return expert_bytes * max(map(len, held), default=0)
+
+
+class StagePart(NamedTuple):
+    """What a shard reads in one call."""
+
+    units: tuple[PlacementUnit, ...]
+    num_bytes: int
+
+
+def parts_to_stage(plan: RebalancePlan, max_bytes: int) -> dict[int, list[StagePart]]:
+    """What each shard lacks, by ep_rank, in parts of at most `max_bytes` or one unit."""
+    parts: dict[int, list[StagePart]] = defaultdict(list)
+    for ep_rank in {move.ep_rank for move in plan.moves}:
+        units = {(unit.layer_id, unit.unit_id): unit for unit in plan.new.units_of(ep_rank)}
+        for move in plan.moves:
+            if move.ep_rank != ep_rank:
+                continue
+            unit = units[move.layer_id, move.unit_id]
+            mine = parts[ep_rank]
+            if mine and mine[-1].num_bytes + move.num_bytes <= max_bytes:
+                mine[-1] = StagePart((*mine[-1].units, unit), mine[-1].num_bytes + move.num_bytes)
+            else:
+                mine.append(StagePart((unit,), move.num_bytes))
+    return dict(parts)
+
+
+def _judge(moves: tuple[UnitMove, ...], ratio: float, num_tokens: int, hysteresis: Hysteresis) -> tuple[bool, str]:
+    if not moves:
+        return False, "the placement is already the one that the load asks for"
+    if num_tokens < hysteresis.min_tokens:
+        return False, (
+            f"the load was counted from {num_tokens} assignments of late, at least {hysteresis.min_tokens} are needed"
+        )
+    gain = 1 - ratio
+    if gain < hysteresis.min_gain:
+        return False, f"expected to save {gain:.1%} of the experts' time, min_gain is {hysteresis.min_gain:.1%}"
+    return True, f"expected to save {gain:.1%} of the experts' time"
