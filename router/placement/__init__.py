@@ -6,14 +6,19 @@ A policy is a function of a PlacementRequest; a new one is one file and one line
 from collections.abc import Callable, Mapping
 
 from router.expert_map import ExpertMap
-from router.placement import static
+from router.placement import coactivation, device_limited, eplb, static
 from router.placement.moves import moved_bytes
 from router.placement.request import Placement, PlacementDoesNotFit, PlacementError, PlacementRequest
 from router.placement.units import check_weight_bytes
 
 Policy = Callable[[PlacementRequest], Placement]
 
-POLICIES: Mapping[str, Policy] = {"static": static.place}
+POLICIES: Mapping[str, Policy] = {
+    "static": static.place,
+    "device_limited": device_limited.place,
+    "coactivation": coactivation.place,
+    "eplb": eplb.place,
+}
 
 __all__ = [
     "POLICIES",

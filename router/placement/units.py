@@ -22,7 +22,7 @@ def sum_by_unit(values: Float64Array, expert_to_unit: Int64Array, num_units: int
     """values, expert_to_unit: [num_moe_layers, n_routed_experts]. Returns [num_moe_layers, num_units] float64."""
     layers = np.arange(len(values))[:, None]
     index = (layers * num_units + expert_to_unit).ravel()
-    sums: Float64Array = np.bincount(index, weights=values.ravel(), minlength=len(values) * num_units)
+    sums = np.bincount(index, weights=values.ravel(), minlength=len(values) * num_units).astype(np.float64)
     return sums.reshape(len(values), num_units)
 
 
