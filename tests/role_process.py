@@ -1,0 +1,48 @@
+"""Roles of this very process as the controller's processes: they can die and be replaced, without Ray."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from cluster.process import ProcessDied
+from cluster.role import Role
+from cluster.shard_role import ShardRole
+
+
+class RoleProcess:
+    """Implements cluster.process.ProcessHandle. `role` is the newest."""
+
+    def __init__(self, create: Callable[[], Role], role: Role) -> None:
+        self.role = role
+        self._create = create
+        self._is_alive = True
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="role")
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        if not self._is_alive:
+            died: Future[Any] = Future()
+            died.set_exception(ProcessDied(method))
+            return died
+        return self._pool.submit(getattr(self.role, method), *args)
+
+    def die(self) -> None:
+        """As a crash does: connections break, calls fail."""
+        self._is_alive = False
+        if isinstance(self.role, ShardRole) and self.role._server:
+            self.role._loop.run(self.role._server.stop(0.0))
+        self.role.stop(0.0)
+
+    def come_back(self) -> None:
+        """As Ray starts an actor again."""
+        self.role = self._create()
+        self._is_alive = True
+
+    def restart(self) -> None:
+        self.die()
+        self.come_back()
+
+    def kill(self) -> None:
+        self.die()
+
+    def close(self) -> None:
+        self._pool.shutdown()
