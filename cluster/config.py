@@ -53,6 +53,15 @@ class PlacementStrategy(StrEnum):
     STRICT_SPREAD = "STRICT_SPREAD"
 
 
+class PlacementPolicy(StrEnum):
+    """Which units there are, where they live and which get replicas; see router/placement."""
+
+    STATIC = "static"  # units in turn, from the model's shape alone
+    DEVICE_LIMITED = "device_limited"  # whole expert groups, by load; contiguous sets where the model has no groups
+    COACTIVATION = "coactivation"  # for models without groups: experts that fire together, by load
+    EPLB = "eplb"  # single experts, by load; a token may visit a shard for each of its experts
+
+
 class StrictModel(BaseModel, frozen=True, strict=True, extra="forbid"):
     """Unknown keys and wrong types are errors; nothing changes after reading."""
 
@@ -97,7 +106,9 @@ class ExpertShardsConfig(ActorConfig):
     count: Count = 4
     device: str = "cpu"
     max_weight_gib: Annotated[float, Field(gt=0)] | None = None  # per shard; unset: what the machine has free
-    num_replicas: Count = 1  # shards that hold each placement unit
+    placement_policy: PlacementPolicy = Field(default=PlacementPolicy.DEVICE_LIMITED, strict=False)
+    num_replicas: Count = 1  # the least number of shards that hold each placement unit
+    redundancy: Annotated[float, Field(ge=0, le=64)] = 0.0  # replicas beyond, as a share of the units: 0.25 a quarter
     units_per_layer: Count | None = None  # for models without expert groups; unset: up to 8 contiguous sets
     max_waiting_forwards: Annotated[int, Field(ge=1)] = 1024  # per shard; more are refused, not queued
     rebalancing: RebalancingConfig = Field(default_factory=RebalancingConfig)

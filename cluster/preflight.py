@@ -24,6 +24,7 @@ from experts.weight_store import ExpertModel
 from protos.rpc import MAX_FRAME_BYTES
 from router.expert_map import ExpertMap
 from router.placement import PlacementRequest, place_units
+from router.placement.units import experts_held
 
 TOKENIZER_FILE = "tokenizer.json"
 OPTIONAL_TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -140,10 +141,11 @@ def check(config: MobulaConfig) -> ServingPlan:
         ep_size=shards.count,
         units_per_layer=shards.units_per_layer,
         num_replicas=shards.num_replicas,
+        redundancy=shards.redundancy,
         expert_bytes=expert_bytes,
         max_weight_bytes=int(shards.max_weight_gib * 2**30) if shards.max_weight_gib else None,
     )
-    expert_map = place_units(request)
+    expert_map = place_units(request, policy=shards.placement_policy.value)
     try:
         cache = cache_config(config, model)
         max_model_len = config.attention_workers.engine.resolved_max_model_len(
@@ -164,10 +166,7 @@ def check(config: MobulaConfig) -> ServingPlan:
         expert_map=expert_map,
         placement_request=request,
         worker_weight_bytes=_worker_weight_bytes(config, model),
-        shard_weight_bytes=tuple(
-            expert_bytes * sum(len(unit.expert_ids) for unit in expert_map.units_of(rank))
-            for rank in range(shards.count)
-        ),
+        shard_weight_bytes=tuple((experts_held(expert_map, shards.count) * expert_bytes).tolist()),
         cache_bytes=cache.num_blocks * cache.bytes_per_block,
         num_workers=config.attention_workers.count,
         max_model_len=max_model_len,

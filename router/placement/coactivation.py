@@ -17,23 +17,26 @@ def place(request: PlacementRequest) -> Placement:
     A token visits as many shards as its experts lie in units of different shards, so there are no more units in a
     layer than shards, unless units_per_layer says so: more are placed for balance alone. Units are contiguous where
     no coactivation is known, and are the expert groups where the model has them: others would break the device limit.
+    Units cut anew change the order of sums, so the last bits of logits change with them; units now are therefore kept
+    while they serve about as well.
     Raises PlacementError, PlacementDoesNotFit.
     """
-    if request.units_per_layer is None and not request.gate.is_group_limited:
-        request = replace(request, units_per_layer=min(request.num_units, request.ep_size))
-    check_shards_have_units(request)
-    expert_to_unit = contiguous_units(request)
-    if request.coactivation is not None and not request.gate.is_group_limited and request.num_units > 1:
-        expert_to_unit = _units_that_fire_together(request, request.coactivation, expert_to_unit)
+    coactivation = request.coactivation
+    if coactivation is None or request.gate.is_group_limited:
+        check_shards_have_units(request)
+        expert_to_unit = contiguous_units(request)
+    else:
+        if request.units_per_layer is None:
+            request = replace(request, units_per_layer=min(request.num_units, request.ep_size))
+        check_shards_have_units(request)
+        expert_to_unit = _units_that_fire_together(request, coactivation)
     return Placement(expert_to_unit=expert_to_unit, unit_to_ep_ranks=solve(request, expert_to_unit, request.num_units))
 
 
-def _units_that_fire_together(
-    request: PlacementRequest, coactivation: Float64Array, contiguous: Int64Array
-) -> Int64Array:
+def _units_that_fire_together(request: PlacementRequest, coactivation: Float64Array) -> Int64Array:
     """[num_moe_layers, n_routed_experts]; units as large as contiguous ones."""
     load = load_or_even(request)
-    sizes = -np.sort(-np.bincount(contiguous[0], minlength=request.num_units))
+    sizes = -np.sort(-np.bincount(contiguous_units(request)[0]))
     units = []
     for row in range(request.num_layers):
         now = None if request.current is None else request.current.expert_to_unit[row]

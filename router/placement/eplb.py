@@ -37,7 +37,8 @@ def place(request: PlacementRequest) -> Placement:
 
     Every shard gets the same number of experts of each layer: the experts, num_replicas times, and the redundancy,
     rounded up to a multiple of ep_size, or down where only that fits. Hierarchical, groups packed on failure domains,
-    where domains are of one size, divide the groups and each unit needs one replica only; global elsewhere. Reads
+    where domains are of one size, divide the groups, have places enough for replicas on different shards, and each unit
+    needs only one; global elsewhere. Reads
     neither speeds nor the current map. Raises PlacementError, PlacementDoesNotFit.
     """
     num_experts = request.gate.n_routed_experts
@@ -54,6 +55,7 @@ def place(request: PlacementRequest) -> Placement:
         and num_domains > 1
         and len(set(np.bincount(domains).tolist())) == 1
         and request.gate.n_group % num_domains == 0
+        and num_physical // num_domains <= num_experts // num_domains * (request.ep_size // num_domains)
     )
     load = load_or_even(request)
     if is_hierarchical:

@@ -14,6 +14,7 @@ from router.placement.request import Float64Array
 
 MAX_PAIRS = 400_000  # that a step looks at in its first, rough pass
 MAX_EXACT_PAIRS = 2048  # that it looks at closely
+MAX_ROUNDS = 4  # of relieving totals and layers by turns; further ones gain next to nothing
 EVEN = 1e-3  # total busy times nearer than this share to what no placement can beat are even
 
 
@@ -38,7 +39,7 @@ class _Exchange:
 def improve(assignment: Assignment, *, enough: float = 0.0, max_steps: int = 1000) -> None:
     """Exchanges until nothing is gained, `max_steps` are done or Assignment.time is at most `enough`."""
     steps = 0
-    while steps < max_steps:
+    for _ in range(MAX_ROUNDS):
         before = steps
         steps = _even_totals(assignment, enough, steps, max_steps)
         steps = _cool_layers(assignment, enough, steps, max_steps)

@@ -68,26 +68,36 @@ def _best_shard(assignment: Assignment, layer: int, unit: int, can: BoolArray, p
 
 
 def fill_by_room(assignment: Assignment) -> None:
-    """The same without an eye on load: to the shards with the most room, units with most replicas first.
+    """The same without an eye on load: to the shards with the most room, units that lack most replicas first.
 
-    For units of one size that finds a place for all wherever there is one (as in Gale and Ryser's theorem); where
-    failure domains count too, or sizes differ, nearly always. Raises PlacementDoesNotFit.
+    The replicas that must lie in different failure domains come before all others. For units of one size that finds a
+    place for all wherever there is one (as in Gale and Ryser's theorem); where domains count too, or sizes differ,
+    nearly always. Raises PlacementDoesNotFit.
     """
+    units = assignment.units
+    for wanted in (np.minimum(units.min_domains, units.num_replicas), units.num_replicas):
+        missing = wanted - assignment.holds.sum(axis=2)
+        order = np.lexsort((-units.sizes.ravel(), -missing.ravel()))
+        for place in order.tolist():
+            layer, unit = divmod(place, units.load.shape[1])
+            for _ in range(int(missing[layer, unit])):
+                _put_where_most_room_is(assignment, layer, unit)
+
+
+def _put_where_most_room_is(assignment: Assignment, layer: int, unit: int) -> None:
     units, shards = assignment.units, assignment.shards
-    missing = units.num_replicas - assignment.holds.sum(axis=2)
-    order = np.lexsort((-units.sizes.ravel(), -missing.ravel()))
-    for layer, unit in zip(*np.unravel_index(order, missing.shape), strict=True):
-        for _ in range(int(missing[layer, unit])):
-            can = assignment.can_take(layer, unit)
-            if not can.any():
-                raise PlacementDoesNotFit(
-                    f"no shard has room for unit {unit} of the model's MoE layer number {layer}, in its "
-                    f"{units.num_replicas[layer, unit]} replicas on different shards and in "
-                    f"{units.min_domains[layer, unit]} failure domains; {assignment.room.sum()} experts would fit in "
-                    "all: use more shards, fewer replicas, less redundancy, or failure domains more alike in size"
-                )
-            room = np.bincount(shards.domains, weights=assignment.room, minlength=shards.num_domains)
-            opened = (assignment.domain_counts[layer, unit] > 0).sum()
-            is_spreading = units.min_domains[layer, unit] > max(1, opened)  # then the domain's room counts first
-            score = assignment.room + room[shards.domains] * (assignment.room.max() + 1) * is_spreading
-            assignment.put(layer, unit, int(np.where(can, score, -1).argmax()))
+    can = assignment.can_take(layer, unit)
+    counts = assignment.domain_counts[layer, unit]
+    score = assignment.room.astype(np.float64)
+    if units.min_domains[layer, unit] > max(1, int((counts > 0).sum())):
+        can &= (counts == 0)[shards.domains]
+        room = np.bincount(shards.domains, weights=assignment.room, minlength=shards.num_domains)
+        score += room[shards.domains] * (assignment.room.max() + 1)  # the domain's room counts first
+    if not can.any():
+        raise PlacementDoesNotFit(
+            f"no shard has room for unit {unit} of MoE layer number {layer} in {units.num_replicas[layer, unit]} "
+            f"replicas on different shards and in {units.min_domains[layer, unit]} failure domains; "
+            f"{assignment.room.sum()} experts would fit in all: use more shards, fewer replicas, less redundancy, or "
+            "failure domains more alike in size"
+        )
+    assignment.put(layer, unit, int(np.where(can, score, -1).argmax()))

@@ -107,21 +107,23 @@ def _improved(
     parts, experts = parts.copy(), np.arange(len(parts))
     more = load - load[:, None]  # what part of `row` gains in load when the expert of `column` replaces it
     least = SAME * max(float(together.sum()), SAME)
-    for _ in range(4 * len(parts)):
-        bound = together @ (parts[:, None] == np.arange(num_parts))  # [num_experts, num_parts]
-        to_other = bound[:, parts] - bound[experts, parts][:, None]
+    bound = together @ (parts[:, None] == np.arange(num_parts)).astype(np.float64)  # [num_experts, num_parts]
+    for _ in range(len(parts)):
+        to_other = (bound - bound[experts, parts][:, None])[:, parts]
         gain = to_other + to_other.T - 2 * together
         fits = more <= (limit * (1 + SAME) - _part_load(parts, load, num_parts))[parts][:, None]
-        gain[~(fits & fits.T) | (parts[:, None] == parts)] = -np.inf
+        gain = np.where(fits & fits.T, gain, -np.inf)  # within a part nothing is gained anyway
         partner = gain.argmax(axis=1)
         gains = gain[experts, partner]
         is_busy = np.zeros(num_parts, dtype=np.bool_)
-        for expert in np.argsort(-gains, kind="stable").tolist():
+        gaining = np.flatnonzero(gains > least)
+        for expert in gaining[np.argsort(-gains[gaining], kind="stable")].tolist():
             other = int(partner[expert])
-            if gains[expert] <= least or is_busy.all():
-                break
             first, second = int(parts[expert]), int(parts[other])
             if not (is_busy[first] or is_busy[second]):
+                change = together[:, other] - together[:, expert]
+                bound[:, first] += change
+                bound[:, second] -= change
                 parts[expert], parts[other] = second, first
                 is_busy[[first, second]] = True
         if not is_busy.any():

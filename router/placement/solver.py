@@ -6,6 +6,8 @@ times differ by no more than EQUAL_TIME. Candidates: one from scratch, its shard
 where there is a current map also that map with the least changed, its replicas as they are or as the load asks.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from router.expert_map import Int64Array
@@ -33,7 +35,12 @@ def solve(request: PlacementRequest, expert_to_unit: Int64Array, num_units: int)
     shards = _shards(request, sizes, slots)
     least = np.full(load.shape, request.num_replicas)
     counts = replica_counts(load, slots, least, shards.speeds)
-    fresh = _from_scratch(_units(load, sizes, counts, request, shards), shards)
+    units = _units(load, sizes, counts, request, shards)
+    try:
+        fresh = _from_scratch(units, shards)
+    except PlacementDoesNotFit:  # in a fair share of the memory each; then in all there is
+        shards = replace(shards, capacity=_limits(request, sizes))
+        fresh = _from_scratch(units, shards)
     if request.current is None:
         return fresh.unit_to_ep_ranks()
     held = _held_units(request, expert_to_unit, num_units)
@@ -65,11 +72,7 @@ def _shards(request: PlacementRequest, sizes: Int64Array, slots: int) -> Shards:
     names = request.shard_domains or ("",) * request.ep_size
     _, domains = np.unique(np.asarray(names), return_inverse=True)
     wanted = slots / sizes.size * float(sizes.sum())  # experts, counting replicas
-    limits = weight_limits(request)
-    if limits is None or not request.expert_bytes:
-        limit = np.full(request.ep_size, sizes.sum())
-    else:
-        limit = np.minimum(limits // request.expert_bytes, sizes.sum())
+    limit = _limits(request, sizes)
     if limit.sum() < wanted:
         raise PlacementDoesNotFit(
             f"{slots} units with {wanted:.0f} experts need {int(wanted) * request.expert_bytes} bytes, the limits of "
@@ -80,6 +83,14 @@ def _shards(request: PlacementRequest, sizes: Int64Array, slots: int) -> Shards:
     if request.num_replicas > 1 and domains.max() > 0:
         _make_room_outside_domains(capacity, limit, speeds, sizes, domains)
     return Shards(speeds=speeds, capacity=capacity, domains=domains)
+
+
+def _limits(request: PlacementRequest, sizes: Int64Array) -> Int64Array:
+    """Experts that each shard has memory for, at most all: [ep_size]."""
+    limits = weight_limits(request)
+    if limits is None or not request.expert_bytes:
+        return np.full(request.ep_size, sizes.sum())
+    return np.asarray(np.minimum(limits // request.expert_bytes, sizes.sum()))
 
 
 def _make_room_outside_domains(

@@ -42,8 +42,20 @@ def test_the_plan_counts_weights_by_role(folder: Path) -> None:
 
 
 def test_a_placement_that_does_not_fit_names_the_shard_and_the_limit(folder: Path) -> None:
+    shards = {"count": 1, "max_weight_gib": 0.0001}
     with pytest.raises(PlacementError, match=r"shard 0 needs .* limit is"):
-        plan_of(folder, expert_shards={"count": 1, "max_weight_gib": 0.0001})
+        plan_of(folder, expert_shards=shards | {"placement_policy": "static"})
+    with pytest.raises(PlacementError, match=r"24 units .* need .* bytes, the limits of the 1 shards are .* bytes"):
+        plan_of(folder, expert_shards=shards)
+
+
+def test_policy_and_redundancy_of_the_configuration_decide_the_placement(folder: Path) -> None:
+    plan = plan_of(folder, expert_shards={"count": 6, "redundancy": 0.25})
+    assert (plan.expert_map.unit_to_ep_ranks >= 0).sum() == 24 + 6
+    assert plan.expert_map.num_units == 8
+    single = plan_of(folder, expert_shards={"count": 4, "placement_policy": "eplb"})
+    assert single.expert_map.num_units == single.model.config.decoder.gate.n_routed_experts
+    assert max(plan.shard_weight_bytes) == plan.model.expert_bytes * 5 * 4  # of 30 units of 4 experts on 6 shards
 
 
 def test_more_shards_than_units_are_refused_with_the_numbers(folder: Path) -> None:
