@@ -1,15 +1,23 @@
 """The shape of a gate. Plain values: what only places experts needs no tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 
 class TopkMethod(StrEnum):
-    """How experts are selected from the scores; the names are those of config.json."""
+    """How experts are selected and weighted: the gates of gate.py. DeepSeek's names are those of config.json."""
 
     GREEDY = "greedy"
     GROUP_LIMITED_GREEDY = "group_limited_greedy"
     NOAUX_TC = "noaux_tc"
+    MIXTRAL = "mixtral"
+    GSHARD_TOP2 = "gshard_top2"
+    SWITCH_TOP1 = "switch_top1"
+
+    @property
+    def is_deepseek(self) -> bool:
+        """Whether scoring function, groups, normalisation and scaling are the checkpoint's to choose."""
+        return self in (TopkMethod.GREEDY, TopkMethod.GROUP_LIMITED_GREEDY, TopkMethod.NOAUX_TC)
 
 
 class ScoringFunc(StrEnum):
@@ -48,6 +56,19 @@ class GateConfig:
                 f"topk_group {self.topk_group} groups of {self.experts_per_group} experts hold {reachable}, "
                 f"fewer than num_experts_per_tok {self.num_experts_per_tok}"
             )
+        if not self.topk_method.is_deepseek:
+            self._check_fixed_gate()
+
+    def _check_fixed_gate(self) -> None:
+        """The gates that leave nothing but the number of experts open."""
+        fixed_top_k = {TopkMethod.GSHARD_TOP2: 2, TopkMethod.SWITCH_TOP1: 1}.get(self.topk_method)
+        if fixed_top_k is not None and self.num_experts_per_tok != fixed_top_k:
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}, {self.topk_method} has {fixed_top_k}")
+        for field in fields(self):
+            if field.name not in ("n_routed_experts", "num_experts_per_tok", "topk_method"):
+                value = getattr(self, field.name)
+                if value != field.default:
+                    raise ValueError(f"{field.name} is {value}, {self.topk_method} has {field.default}; leave it out")
 
     @property
     def experts_per_group(self) -> int:
@@ -56,7 +77,7 @@ class GateConfig:
     @property
     def is_group_limited(self) -> bool:
         """Whether a token's experts lie in at most `topk_group` of `n_group` expert groups."""
-        return self.topk_method is not TopkMethod.GREEDY
+        return self.topk_method in (TopkMethod.GROUP_LIMITED_GREEDY, TopkMethod.NOAUX_TC)
 
     @property
     def max_groups_per_token(self) -> int:
