@@ -20,6 +20,7 @@ from torch import Tensor
 
 from router.expert_map import Int64Array
 
+NO_EXPERT = -1  # in topk_ids: an assignment that is left out; a row may have none at all, its sum is then 0
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 
@@ -93,20 +94,21 @@ def plan_layer(
 ) -> DispatchPlan:
     """The messages that carry a layer's assignments to the shard chosen for each unit.
 
-    topk_ids: [num_tokens, top_k] int64, no duplicates within a row; topk_weights: [num_tokens, top_k] fp32;
-    expert_to_unit: [n_routed_experts] int64; unit_ep_ranks: [num_units] int64, the shard asked for each unit.
+    topk_ids: [num_tokens, top_k] int64, no duplicates within a row but for NO_EXPERT; topk_weights: [num_tokens, top_k]
+    fp32; expert_to_unit: [n_routed_experts] int64; unit_ep_ranks: [num_units] int64, the shard asked for each unit.
     """
     num_tokens, top_k = topk_ids.shape
-    expert_ids = topk_ids.numpy().ravel()
+    asked = np.flatnonzero(topk_ids.numpy() != NO_EXPERT)
+    expert_ids = topk_ids.numpy().ravel()[asked]
     units = expert_to_unit[expert_ids]
-    rows = np.arange(num_tokens).repeat(top_k)
+    rows = np.arange(num_tokens).repeat(top_k)[asked]
     pairs = units * num_tokens + rows  # (unit, row) as one number
     order = (pairs * len(expert_to_unit) + expert_ids).argsort()
     starts = _run_starts(pairs[order])
     assignments = _Assignments(
         rows=rows[order],
         expert_ids=expert_ids[order],
-        weights=topk_weights.numpy().ravel()[order],
+        weights=topk_weights.numpy().ravel()[asked][order],
         partial_sums=starts.cumsum() - 1,
         units=units[order],
     )

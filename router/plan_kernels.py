@@ -18,7 +18,7 @@ from router import plan
 from router.expert_map import Int64Array
 from router.plan import DispatchPlan, PartialSums, ShardMessage
 
-ABI = 1  # kAbi in native/plan.cpp
+ABI = 2  # kAbi in native/plan.cpp
 
 
 class _PlanCall(ctypes.Structure):

@@ -82,7 +82,8 @@ class Router:
         """Sends the rows to their experts and returns at once.
 
         hidden_states: [num_tokens, hidden_size] fp32 or bf16, not to be changed until combined;
-        topk_weights: [num_tokens, top_k] fp32; topk_ids: [num_tokens, top_k] int64, no duplicates within a row.
+        topk_weights: [num_tokens, top_k] fp32; topk_ids: [num_tokens, top_k] int64, no duplicates within a row but for
+        NO_EXPERT, which asks for nothing.
         """
         layer = LayerInput(
             layer_id=layer_id,

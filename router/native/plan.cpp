@@ -7,10 +7,10 @@
 
 namespace {
 
-constexpr int kAbi = 1;  // plan_kernels.py: ABI
+constexpr int kAbi = 2;  // plan_kernels.py: ABI
 
 struct PlanCall {
-  const int64_t* topk_ids;        // [num_tokens, top_k]
+  const int64_t* topk_ids;        // [num_tokens, top_k]; -1: left out
   const float* topk_weights;      // [num_tokens, top_k]
   const int64_t* expert_to_unit;  // [num_experts]
   const int64_t* unit_ep_ranks;   // [num_units]
@@ -55,8 +55,13 @@ bool sort_assignments(const PlanCall& call, Scratch& s) {
   const int top_k = call.top_k;
   const int64_t total = static_cast<int64_t>(call.num_tokens) * top_k;
   s.unit_starts.assign(call.num_units + 1, 0);
+  int64_t num_left_out = 0;
   for (int64_t i = 0; i < total; ++i) {
     const int64_t expert = call.topk_ids[i];
+    if (expert == -1) {
+      ++num_left_out;
+      continue;
+    }
     if (expert < 0 || expert >= call.num_experts) return false;
     const int64_t unit = call.expert_to_unit[expert];
     if (unit < 0 || unit >= call.num_units) return false;
@@ -65,17 +70,19 @@ bool sort_assignments(const PlanCall& call, Scratch& s) {
     ++s.unit_starts[unit + 1];
   }
   for (int unit = 0; unit < call.num_units; ++unit) s.unit_starts[unit + 1] += s.unit_starts[unit];
-  s.assignments.resize(total);
+  s.assignments.resize(total - num_left_out);
   s.order.resize(top_k);
   for (int row = 0; row < call.num_tokens; ++row) {
     const int64_t* experts = call.topk_ids + static_cast<int64_t>(row) * top_k;
     const float* weights = call.topk_weights + static_cast<int64_t>(row) * top_k;
+    int num_experts = 0;
     for (int k = 0; k < top_k; ++k) {
-      int place = k;
+      if (experts[k] == -1) continue;
+      int place = num_experts++;
       for (; place > 0 && experts[s.order[place - 1]] > experts[k]; --place) s.order[place] = s.order[place - 1];
       s.order[place] = k;
     }
-    for (int k = 0; k < top_k; ++k) {
+    for (int k = 0; k < num_experts; ++k) {
       const int64_t expert = experts[s.order[k]];
       const int64_t unit = call.expert_to_unit[expert];
       s.assignments[s.unit_starts[unit]++] = {row, static_cast<int32_t>(expert), static_cast<int32_t>(unit),

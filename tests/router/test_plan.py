@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router import plan_kernels
-from router.plan import DispatchPlan, PartialSums, plan_again, plan_layer, sum_partials
+from router.plan import NO_EXPERT, DispatchPlan, PartialSums, plan_again, plan_layer, sum_partials
 from router.replicas import choose_replicas
 from tests.fake_experts import Rows, greedy_gate, grouped_gate, placed, random_placement, random_rows
 
@@ -135,6 +135,35 @@ def test_a_message_planned_again_covers_its_own_partial_sums_and_no_others(num_t
         assert same.assignments.tolist() == message.assignments.tolist()
 
 
+@given(gate=gates, num_tokens=st.integers(0, 12), ep_size=st.integers(1, 8), seed=st.integers(0, 1000))
+def test_what_is_left_out_is_nowhere_in_the_plan(gate, num_tokens, ep_size, seed):
+    rows = random_rows(gate, num_tokens, hidden_size=2, seed=seed)
+    is_left_out = torch.rand(rows.topk_ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.6
+    rows.topk_ids[is_left_out] = NO_EXPERT
+    expert_map = random_placement(gate, ep_size, seed)
+    plan = plan_of(rows, expert_map, turn=seed)
+    found = set()
+    for message in plan.messages:
+        weights, local_rows, expert_ids, local_partial_sums = message.assignments
+        row_ids = message.row_ids[local_rows]
+        assert plan.partial_rows[message.partial_sums][local_partial_sums].tolist() == row_ids.tolist()
+        pairs = set(zip(expert_map.expert_to_unit[0, expert_ids].tolist(), row_ids.tolist(), strict=True))
+        assert (len(pairs), len(set(row_ids.tolist()))) == (message.num_partial_sums, message.num_rows)
+        weights = weights.view(np.float32)
+        found |= set(zip(row_ids.tolist(), expert_ids.tolist(), weights.tolist(), strict=True))
+    expected = {
+        (row, int(rows.topk_ids[row, column]), float(rows.topk_weights[row, column]))
+        for row, column in (~is_left_out).nonzero().tolist()
+    }
+    assert found == expected
+    assert sum(message.num_assignments for message in plan.messages) == len(expected)
+    assert sum(plan.num_tokens_by_ranks) == num_tokens
+    partial_sums = torch.ones(plan.num_partial_sums, 1)
+    units_of_rows = {(row, int(expert_map.expert_to_unit[0, expert])) for row, expert, _ in expected}
+    counts = [sum(row == found_row for found_row, _ in units_of_rows) for row in range(num_tokens)]
+    assert summed(plan, partial_sums)[:, 0].tolist() == counts  # 0.0 for a row that asks for nothing
+
+
 def test_no_rows_make_no_messages():
     gate = grouped_gate()
     plan = plan_of(random_rows(gate, 0, hidden_size=2), placed(gate, 4))
@@ -143,7 +172,7 @@ def test_no_rows_make_no_messages():
 
 
 @pytest.mark.skipif(plan_kernels.native() is None, reason="the library is not built")
-@pytest.mark.parametrize("wrong", [-1, 16])
+@pytest.mark.parametrize("wrong", [-2, 16])
 def test_an_expert_that_does_not_exist_is_refused(wrong):
     expert_map = placed(grouped_gate(), 2)
     with pytest.raises(ValueError, match="one does not exist"):

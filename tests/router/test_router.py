@@ -20,7 +20,7 @@ from protos.errors import (
 from router.completions import ForwardCall
 from router.expert_map import ExpertMap
 from router.local_transport import LocalTransport
-from router.plan import plan_layer
+from router.plan import NO_EXPERT, plan_layer
 from router.router import Router
 from router.router_config import RouterConfig
 from tests.fake_experts import (
@@ -278,6 +278,24 @@ def test_closing_the_router_ends_a_combine_that_waits():
     router.close()
     with pytest.raises(Unavailable, match="shutting down"):
         router.combine(handle)
+
+
+def test_an_assignment_that_is_left_out_is_sent_to_nobody_and_adds_nothing():
+    shards = [MultiplyingShard() for _ in range(3)]
+    router = local_router(shards, placed(GATE, 3))
+    rows = random_rows(GATE, 4, hidden_size=4)
+    rows.topk_ids[1] = NO_EXPERT
+    rows.topk_ids[2, 1:] = NO_EXPERT
+    rows.topk_weights[rows.topk_ids == NO_EXPERT] = float("nan")
+    found = combined(router, rows)
+    kept = Rows(rows.hidden_states, rows.topk_weights.nan_to_num(0.0), rows.topk_ids)
+    torch.testing.assert_close(found, multiplied(kept))
+    assert found[1].tolist() == [0.0] * 4
+    headers = [decode_frame(expert_pb2.ForwardHeader, shard.frames[0])[0] for shard in shards if shard.frames]
+    assert sum(header.num_assignments for header in headers) == 4 + 1 + 4
+    rows.topk_ids[:] = NO_EXPERT
+    assert combined(router, rows).tolist() == [[0.0] * 4] * 4
+    assert router.stats().num_tokens_by_ranks[0] == 1 + 4
 
 
 def test_nan_reaches_its_own_row_only():
