@@ -3,7 +3,7 @@
 A layer of one forward, for each micro-batch in turn (micro_batch.py):
 1. norm, attention over the latent cache (mla.py), residual;
 2. norm; a dense layer runs its MLP; a mixture layer
-3. chooses experts (router/gate.py, in fp32) and dispatches its rows;
+3. chooses experts (router/gate.py, in fp32; router/overload_valve.py, if any) and dispatches its rows;
 4. runs the shared experts meanwhile, and the other micro-batches;
 5. before its next layer combines: fp32 sum of routed, shared and residual, cast once.
 """
@@ -27,6 +27,8 @@ from attention.mla import Mla
 from attention.mla_form import MlaForm
 from attention.rotary import RotaryEmbedding
 from attention.torch_backend import TorchBackend
+from router.overload_valve import OverloadValve
+from router.plan import NO_EXPERT
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderWeights", "ExpertDispatcher"]
 
@@ -38,7 +40,7 @@ class ExpertDispatcher(Protocol):
         """Starts; returns a handle at once.
 
         hidden_states: [num_tokens, hidden_size]; topk_weights: [num_tokens, top_k] fp32; topk_ids: [num_tokens, top_k]
-        int64, ascending.
+        int64, ascending but for NO_EXPERT, which asks for nothing.
         """
         ...
 
@@ -63,13 +65,16 @@ class Decoder:
         attention_backend: AttentionBackend | None = None,
         mla_form: MlaForm = MlaForm.BY_POSITION,
         num_micro_batches: int | None = None,
+        valve: OverloadValve | None = None,
     ) -> None:
-        """num_micro_batches: of each step; unset: as measured."""
+        """num_micro_batches: of each step; unset: as measured. valve: unset where every assignment is computed."""
         self.config = config
         self._weights = weights
         self._dispatcher = dispatcher
         self._mla_form = mla_form
         self._micro_batch_count = MicroBatchCount(num_micro_batches)
+        self._valve = valve
+        self._num_dropped: Tensor | None = None
         self._dtype = weights.embedding.dtype
         self._rotary = RotaryEmbedding(config.rotary, weights.embedding.device)
         backend = TorchBackend() if attention_backend is None else attention_backend
@@ -79,6 +84,14 @@ class Decoder:
             else Mla(config.mla, layer.attention, config.softmax_scale, backend, latent_cache, layer_id)
             for layer_id, layer in enumerate(weights.layers)
         ]
+
+    @property
+    def num_dropped(self) -> Tensor | None:
+        """Assignments of each row of the newest forward that the valve left out: [num_tokens] int64; None without one.
+
+        Of all layers together.
+        """
+        return self._num_dropped
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
@@ -98,6 +111,8 @@ class Decoder:
             raise
         seconds = self._micro_batch_count.now_s() - started_s
         self._micro_batch_count.record(metadata.num_tokens, metadata.num_seqs, count, seconds)
+        if self._valve is not None:
+            self._num_dropped = torch.cat([micro_batch.num_dropped for micro_batch in micro_batches])
         return outputs[0] if count == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
@@ -110,6 +125,7 @@ class Decoder:
             plan=AttentionPlan.build(metadata, self._mla_form),
             rotation=self._rotary.at(metadata.positions),
             hidden_states=F.embedding(token_ids, self._weights.embedding),
+            num_dropped=torch.zeros_like(token_ids),
         )
 
     def _layer(self, layer_id: int, rows: MicroBatch) -> None:
@@ -122,7 +138,11 @@ class Decoder:
         if not isinstance(layer.mlp, MoeWeights):
             rows.hidden_states = hidden_states + layer.mlp(normed, hidden_states.dtype)
             return
-        topk_weights, topk_ids = choose_experts(normed, layer.mlp.gate, self.config.gate, layer.mlp.correction_bias)
+        topk_weights, topk_ids = choose_experts(
+            normed, layer.mlp.gate, self.config.gate, layer.mlp.correction_bias, self._valve
+        )
+        if self._valve is not None:
+            rows.num_dropped += (topk_ids == NO_EXPERT).sum(dim=-1)
         rows.routed = self._dispatcher.dispatch(layer_id, normed, topk_weights, topk_ids)
         rows.hidden_states = hidden_states.float()
         if layer.mlp.shared_experts is not None:

@@ -1,4 +1,7 @@
-"""A mixture layer's gate: which experts each row visits, by the kernel where it is built, else by router/gate.py."""
+"""A mixture layer's gate: which experts each row visits, by the kernel where it is built, else by router/gate.py.
+
+With an overload valve some of them are left out again; without one nothing is computed beyond the gate.
+"""
 
 import torch
 from torch import Tensor
@@ -8,17 +11,31 @@ from experts.kernels.gate import MAX_EXPERTS, kernel_select_experts
 from experts.kernels.library import native
 from router.gate import select_experts
 from router.gate_config import GateConfig, ScoringFunc, TopkMethod
+from router.overload_valve import OverloadValve
 
 
 def choose_experts(
-    hidden_states: Tensor, gate: Projection, config: GateConfig, correction_bias: Tensor | None
+    hidden_states: Tensor,
+    gate: Projection,
+    config: GateConfig,
+    correction_bias: Tensor | None,
+    valve: OverloadValve | None = None,
 ) -> tuple[Tensor, Tensor]:
     """topk_weights [num_tokens, top_k] fp32 and topk_ids [num_tokens, top_k] int64, ascending; see select_experts.
 
-    hidden_states: [num_tokens, hidden_size]; gate: in fp32; correction_bias: [n_routed_experts] fp32.
+    hidden_states: [num_tokens, hidden_size]; gate: in fp32; correction_bias: [n_routed_experts] fp32. Where the valve
+    left an assignment out its id is NO_EXPERT.
     """
     logits = gate(hidden_states, out_dtype=torch.float32)
-    if native() is None or logits.device.type != "cpu" or config.n_routed_experts > MAX_EXPERTS:
+    topk_weights, topk_ids = _chosen(logits, config, correction_bias)
+    if valve is not None:
+        topk_ids = valve.limit(topk_ids, logits)
+    return topk_weights, topk_ids
+
+
+def _chosen(logits: Tensor, config: GateConfig, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    is_native = native() is not None and logits.device.type == "cpu" and config.topk_method.is_deepseek
+    if not is_native or config.n_routed_experts > MAX_EXPERTS:
         return select_experts(logits, config, correction_bias)
     return kernel_select_experts(
         logits,

@@ -33,6 +33,7 @@ class MicroBatch:
     plan: AttentionPlan
     rotation: Rotation
     hidden_states: Tensor  # [num_rows, hidden_size]
+    num_dropped: Tensor  # [num_rows] int64, assignments that the overload valve left out so far
     routed: Any | None = None
 
 

@@ -3,6 +3,7 @@
 Knows nothing of requests, blocks' ownership or threads. The engine thread calls it.
 """
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -22,6 +23,10 @@ class Decoder(Protocol):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [n, hidden_size]. Returns [n, vocab_size] fp32."""
 
+    @property
+    def num_dropped(self) -> Tensor | None:
+        """Of each row of the newest forward, the assignments that were left out: [num_tokens] int64; None for none."""
+
 
 class ModelRunner:
     """Runs batches on one decoder."""
@@ -40,6 +45,8 @@ class ModelRunner:
         """
         metadata = attention_metadata(batch, self._block_size, self._device)
         hidden_states = self._decoder.forward(_token_ids(batch).to(self._device), metadata)  # [num_tokens, hidden_size]
+        if self._decoder.num_dropped is not None:
+            _charge(batch, self._decoder.num_dropped, metadata.query_start_loc)
         sampled: list[SampledToken | None] = [None] * len(batch.sequences)
         indices = [i for i, scheduled in enumerate(batch.sequences) if scheduled.needs_sample]
         if not indices:
@@ -68,6 +75,13 @@ def attention_metadata(batch: ScheduledBatch, block_size: int, device: torch.dev
         num_prompt_tokens=tuple(scheduled.sequence.num_prompt_tokens for scheduled in batch.sequences),
         block_tables=block_tables.to(device),
     )
+
+
+def _charge(batch: ScheduledBatch, num_dropped: Tensor, query_start_loc: tuple[int, ...]) -> None:
+    """Tells each sequence how many of its rows' assignments were left out."""
+    until = [0, *num_dropped.cumsum(0).tolist()]
+    for scheduled, (start, end) in zip(batch.sequences, pairwise(query_start_loc), strict=True):
+        scheduled.sequence.num_dropped_assignments += until[end] - until[start]
 
 
 def _block_tables(batch: ScheduledBatch, block_size: int) -> Tensor:

@@ -83,6 +83,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     arrival_number: int = -1  # order of arrival, set by the scheduler
     num_preemptions: int = 0
+    num_dropped_assignments: int = 0  # left out by the overload valve, in all layers; recomputed tokens count again
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -92,6 +92,7 @@ def _dispatch(stats: DispatchStats) -> generation_pb2.DispatchStats:
         max_ranks_per_token=stats.max_ranks_per_token,
         sent_bytes=stats.sent_bytes,
         received_bytes=stats.received_bytes,
+        num_dropped_assignments=stats.num_dropped_assignments,
     )
 
 

@@ -87,6 +87,11 @@ def generate(
             f"{rate:.1f} tokens/s, first after {(generation.first_token_s or 0) * 1000:.0f} ms, "
             f"ended by {generation.finish_reason}[/dim]"
         )
+        if generation.usage.num_dropped_assignments:
+            console.print(
+                f"[bold red]not quite the model's answer:[/bold red] the overload valve left out "
+                f"{generation.usage.num_dropped_assignments} expert computations"
+            )
 
 
 @app.command()

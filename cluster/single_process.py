@@ -26,6 +26,7 @@ from experts.shard import ExpertShard, ShardConfig
 from experts.weight_store import Unit
 from router.local_transport import LocalTransport
 from router.metrics import RouterMetrics
+from router.overload_valve import OverloadValve
 from router.router import Router
 
 CONNECT_TIMEOUT_S = 10.0  # in one process a connection is there or never will be
@@ -59,17 +60,19 @@ class SingleProcess:
         weights = DecoderWeights.read(model.checkpoint, decoder_config, model.dtype, workers.device)
         for shard in self._shards:
             shard.start()
+        router_metrics = RouterMetrics(registry, dp_rank=0)
         self._router = Router(
             config=workers.router,
             gate=decoder_config.gate,
             expert_map=expert_map,
             addresses={ep_rank: str(ep_rank) for ep_rank in range(expert_map.ep_size)},
             connect=lambda address: LocalTransport(self._shards[int(address)].forward, address),
-            metrics=RouterMetrics(registry, dp_rank=0),
+            metrics=router_metrics,
         )
         assert self._router.wait_until_connected(CONNECT_TIMEOUT_S) == [], "nothing lies between router and shards"
         cache = LatentCache(cache_config(config, model))
-        self._decoder = Decoder(decoder_config, weights, self._router, cache, mla_form=workers.mla_form)
+        valve = OverloadValve.wanted(workers.router, decoder_config.gate, router_metrics.count_dropped)
+        self._decoder = Decoder(decoder_config, weights, self._router, cache, mla_form=workers.mla_form, valve=valve)
         self._block_size = workers.engine.block_size
         self._max_step_tokens = workers.engine.max_num_batched_tokens
         self._device = torch.device(workers.device)

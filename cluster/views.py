@@ -202,6 +202,8 @@ def _ranks_view(
         f"   rows sent {format_bytes(load.dispatch.sent_bytes)}, answers {format_bytes(load.dispatch.received_bytes)}"
     )
     verdict.append(wire, style="default")
+    if load.dispatch.num_dropped_assignments:
+        verdict.append(f"\ndropped by the overload valve: {load.dispatch.num_dropped_assignments}", style="bold red")
     title = Text(
         f"shards visited per token and layer: limit {limit}, {placement.ep_size} shards in all", style="italic"
     )

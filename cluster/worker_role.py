@@ -30,6 +30,7 @@ from protos.codec import dtype_to_wire
 from protos.poller import Poller
 from router.expert_map import ExpertMap
 from router.metrics import RouterMetrics
+from router.overload_valve import OverloadValve
 from router.ring_transport import connect_to
 from router.router import Router
 
@@ -59,13 +60,20 @@ class WorkerRole(Role):
         model.checkpoint.check_role(decoder_config.weight_shapes())
         weights = DecoderWeights.read(model.checkpoint, decoder_config, model.dtype, workers.device)
         poller = Poller()
+        router_metrics = RouterMetrics(self._registry, self._dp_rank)
+        valve = OverloadValve.wanted(workers.router, decoder_config.gate, router_metrics.count_dropped)
+        if valve is not None:
+            logger.warning(
+                "capacity_policy is %s: under load answers lack experts and depend on what else is in a step",
+                workers.router.capacity_policy.value,
+            )
         router = Router(
             config=workers.router,
             gate=decoder_config.gate,
             expert_map=expert_map,
             addresses={},
             connect=connect_to(self._loop.loop, poller, workers.router.shared_memory_mib),
-            metrics=RouterMetrics(self._registry, self._dp_rank),
+            metrics=router_metrics,
             poller=poller,
         )
         cache = LatentCache(cache_config(self._config, model))
@@ -77,6 +85,7 @@ class WorkerRole(Role):
                 cache,
                 mla_form=workers.mla_form,
                 num_micro_batches=workers.num_micro_batches,
+                valve=valve,
             ),
             block_size=workers.engine.block_size,
             device=workers.device,

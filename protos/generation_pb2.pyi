@@ -96,12 +96,14 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_completion_tokens")
+    __slots__ = ("num_prompt_tokens", "num_completion_tokens", "num_dropped_assignments")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DROPPED_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_completion_tokens: int
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_completion_tokens: _Optional[int] = ...) -> None: ...
+    num_dropped_assignments: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_completion_tokens: _Optional[int] = ..., num_dropped_assignments: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "logprobs", "finish_reason", "usage", "matched_stop_string", "matched_stop_token_id")
@@ -214,16 +216,18 @@ class ShardLoad(_message.Message):
     def __init__(self, ep_rank: _Optional[int] = ..., address: _Optional[str] = ..., num_units: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_assignments: _Optional[int] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
 
 class DispatchStats(_message.Message):
-    __slots__ = ("num_tokens_by_ranks", "max_ranks_per_token", "sent_bytes", "received_bytes")
+    __slots__ = ("num_tokens_by_ranks", "max_ranks_per_token", "sent_bytes", "received_bytes", "num_dropped_assignments")
     NUM_TOKENS_BY_RANKS_FIELD_NUMBER: _ClassVar[int]
     MAX_RANKS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_DROPPED_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     num_tokens_by_ranks: _containers.RepeatedScalarFieldContainer[int]
     max_ranks_per_token: int
     sent_bytes: int
     received_bytes: int
-    def __init__(self, num_tokens_by_ranks: _Optional[_Iterable[int]] = ..., max_ranks_per_token: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
+    num_dropped_assignments: int
+    def __init__(self, num_tokens_by_ranks: _Optional[_Iterable[int]] = ..., max_ranks_per_token: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., num_dropped_assignments: _Optional[int] = ...) -> None: ...
 
 class GetExpertLoadResponse(_message.Message):
     __slots__ = ("placement_version", "layers", "shards", "dispatch")

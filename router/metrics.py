@@ -33,6 +33,7 @@ class DispatchStats:
     num_device_limit_violations: int
     sent_bytes: int
     received_bytes: int
+    num_dropped_assignments: int
 
 
 class RouterMetrics(Collector):
@@ -46,6 +47,7 @@ class RouterMetrics(Collector):
         self._rows: Tally[int] = Tally()
         self._retries: Tally[str] = Tally()
         self._num_violations = 0
+        self._num_dropped = 0
         self._placement_version = 0
         self._max_ranks_per_token = 0
         self._latency = TallyHistogram(
@@ -68,6 +70,10 @@ class RouterMetrics(Collector):
         for num_ranks, num_tokens in enumerate(num_tokens_by_ranks):
             self._num_tokens_by_ranks[num_ranks] += num_tokens
         self._num_violations += sum(num_tokens_by_ranks[self._max_ranks_per_token + 1 :])
+
+    def count_dropped(self, num_assignments: int) -> None:
+        """Assignments of one layer that the overload valve left out."""
+        self._num_dropped += num_assignments
 
     def count_sent(self, ep_rank: int, num_rows: int, num_bytes: int, carrier: Carrier) -> None:
         """A forward that was sent, retries included."""
@@ -94,6 +100,7 @@ class RouterMetrics(Collector):
             num_device_limit_violations=self._num_violations,
             sent_bytes=self._sent_bytes.total(),
             received_bytes=self._received_bytes.total(),
+            num_dropped_assignments=self._num_dropped,
         )
 
     def describe(self) -> Iterable[Metric]:
@@ -127,6 +134,13 @@ class RouterMetrics(Collector):
         )
         violations.add_metric((dp_rank,), self._num_violations)
         yield violations
+        dropped = CounterMetricFamily(
+            "mobula_dropped_assignments",
+            "(token, layer, expert) computations that the overload valve left out; 0 where it is off.",
+            labels=("dp_rank",),
+        )
+        dropped.add_metric((dp_rank,), self._num_dropped)
+        yield dropped
         retries = CounterMetricFamily(
             "mobula_expert_retries", "Messages to shards that were sent again.", labels=("dp_rank", "reason")
         )

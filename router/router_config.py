@@ -1,15 +1,31 @@
 """The router's settings, apart from what computes with them: who only reads a configuration needs no torch."""
 
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import BaseModel, Field
 
 
+class CapacityPolicy(StrEnum):
+    """Who is served where an expert or a device is asked for more than it may take; capacity.py defines them."""
+
+    DROPLESS = "dropless"
+    SWITCH = "switch"
+    GSHARD = "gshard"
+    DEVICE_DROP = "device_drop"
+
+
 class RouterConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
-    """How long the router waits for shards."""
+    """How long the router waits for shards, and whether it spares them work under overload."""
 
     forward_timeout_s: Annotated[float, Field(gt=0)] = 120.0  # per layer, retries included; covers a shard's restart
     attempt_timeout_s: Annotated[float, Field(gt=0)] = 20.0  # without an answer for so long, ask again or elsewhere
     shared_memory_mib: Annotated[int, Field(ge=0, le=65536)] = (
         256  # with each shard of this host; used as needed; 0: none
     )
+
+    # The overload valve. "dropless" computes every assignment. Any other policy leaves some out, in each layer of each
+    # micro-batch for itself: answers get worse, and depend on what else is in a step; each says how many it lacks.
+    capacity_policy: CapacityPolicy = Field(default=CapacityPolicy.DROPLESS, strict=False)
+    capacity_factor: Annotated[float, Field(gt=0, le=1024)] = 1.25  # times an even share of the assignments
+    min_capacity: Annotated[int, Field(ge=1)] = 8  # assignments always taken: a step of a few rows overloads nobody

@@ -22,6 +22,8 @@ VOCAB_SIZE = 300
 class CountingDecoder:
     """The next token is the last one plus one."""
 
+    num_dropped = None
+
     def __init__(self, vocab_size=VOCAB_SIZE):
         self.vocab_size = vocab_size
         self.before_forward: Callable[[torch.Tensor], None] = lambda token_ids: None

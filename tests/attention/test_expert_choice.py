@@ -9,7 +9,11 @@ from attention.expert_choice import choose_experts
 from attention.layers import TorchProjection
 from router.gate import select_experts
 from router.gate_config import GateConfig
+from router.overload_valve import OverloadValve
+from router.plan import NO_EXPERT
+from router.router_config import CapacityPolicy, RouterConfig
 from tests.router.test_gate import V2, V2_LITE, V3
+from tests.router.test_published_gates import GSHARD, MIXTRAL, SWITCH
 
 PUBLISHED_V3 = replace(V3, n_routed_experts=256, n_group=8, topk_group=4)
 CONFIGS = {
@@ -53,3 +57,25 @@ def test_a_rows_choice_does_not_depend_on_the_rows_beside_it(config: GateConfig,
         alone_weights, alone_ids = choose_experts(logits[row : row + 1], identity, config, None)
         assert torch.equal(alone_weights[0], weights[row])
         assert torch.equal(alone_ids[0], ids[row])
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, GSHARD, SWITCH], ids=["mixtral", "gshard", "switch"])
+def test_gates_that_have_no_kernel_are_computed_by_torch(config: GateConfig) -> None:
+    logits = torch.randn(40, config.n_routed_experts, generator=torch.Generator().manual_seed(1))
+    weights, ids = choose_experts(logits, TorchProjection(torch.eye(config.n_routed_experts)), config, None)
+    expected_weights, expected_ids = select_experts(logits, config)
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(weights, expected_weights)
+
+
+def test_the_valve_comes_after_the_gate_and_leaves_weights_as_they_are() -> None:
+    logits = torch.zeros(20, V2.n_routed_experts)
+    identity = TorchProjection(torch.eye(V2.n_routed_experts))
+    weights, ids = choose_experts(logits, identity, V2, None)
+    dropped: list[int] = []
+    config = RouterConfig(capacity_policy=CapacityPolicy.SWITCH, min_capacity=5)
+    limited_weights, limited = choose_experts(logits, identity, V2, None, OverloadValve(config, V2, dropped.append))
+    assert torch.equal(limited_weights, weights)
+    assert torch.equal(limited[:5], ids[:5])  # all tokens choose the same six experts
+    assert (limited[5:] == NO_EXPERT).all()
+    assert dropped == [15 * 6]

@@ -40,6 +40,18 @@ def test_only_sequences_whose_last_token_is_computed_are_sampled():
     assert [None if token is None else token.token_id for token in tokens] == [15, None, 32]
 
 
+def test_what_was_left_out_is_charged_to_the_sequence_of_its_row_and_adds_up():
+    class OverloadedDecoder(CountingDecoder):
+        num_dropped = torch.tensor([5, 0, 1, 2, 0, 0])
+
+    sequences = [scheduled.sequence for scheduled in BATCH.sequences]
+    before = [sequence.num_dropped_assignments for sequence in sequences]
+    assert before == [0, 0, 0]
+    for _ in range(2):
+        ModelRunner(OverloadedDecoder(), block_size=4).run(BATCH)
+    assert [sequence.num_dropped_assignments for sequence in sequences] == [10, 6, 0]
+
+
 def test_logits_are_not_computed_when_nothing_is_sampled():
     class NoLogits(CountingDecoder):
         def logits(self, hidden_states):

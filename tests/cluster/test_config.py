@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ConfigError, DTypeName, parse_config, read_config
+from router.router_config import CapacityPolicy
 
 
 def test_an_empty_file_is_the_bundled_model_with_two_workers_and_four_shards(tmp_path: Path) -> None:
@@ -14,6 +15,7 @@ def test_an_empty_file_is_the_bundled_model_with_two_workers_and_four_shards(tmp
     assert config.model == "bundled"
     assert (config.attention_workers.count, config.expert_shards.count) == (2, 4)
     assert config.ray.address is None
+    assert config.attention_workers.router.capacity_policy is CapacityPolicy.DROPLESS
 
 
 def test_values_reach_the_part_that_reads_them() -> None:
@@ -35,6 +37,11 @@ def test_values_reach_the_part_that_reads_them() -> None:
         ({"drain_timeout_s": float("nan")}, "drain_timeout_s: input should be greater than or equal to 0, got nan"),
         ({"attention_workers": {"router": {"forward_timeout_s": -1.0}}}, "attention_workers.router.forward_timeout_s"),
         ({"attention_workers": {"strategy": "NEAR"}}, "attention_workers.strategy"),
+        (
+            {"attention_workers": {"router": {"capacity_policy": "drop"}}},
+            "router.capacity_policy: input should be 'dropless', 'switch', 'gshard' or 'device_drop', got 'drop'",
+        ),
+        ({"attention_workers": {"router": {"capacity_factor": 0.0}}}, "attention_workers.router.capacity_factor"),
         ([1, 2], "the document"),
         ("bundled", "the document"),
     ],

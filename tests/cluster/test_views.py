@@ -45,6 +45,14 @@ def test_a_violated_limit_is_counted() -> None:
     assert "over the limit: 10" in text_of(experts_view(broken, pb.GetPlacementResponse(ep_size=2), 100))
 
 
+def test_what_the_overload_valve_dropped_is_shown_if_anything() -> None:
+    overloaded = load(1, 1)
+    assert "valve" not in text_of(experts_view(overloaded, pb.GetPlacementResponse(ep_size=2), 100))
+    overloaded.dispatch.num_dropped_assignments = 17
+    text = text_of(experts_view(overloaded, pb.GetPlacementResponse(ep_size=2), 100))
+    assert "dropped by the overload valve: 17" in text
+
+
 def test_a_layer_wider_than_the_terminal_is_summed_over_neighbours() -> None:
     text = text_of(experts_view(load(*range(256)), pb.GetPlacementResponse(ep_size=2), 100), width=100)
     assert max(len(line) for line in text.splitlines()) <= 100

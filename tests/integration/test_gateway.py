@@ -67,6 +67,7 @@ class FakeWorker:
         response.layers.add(layer_id=1, num_tokens=[4, 2])
         response.dispatch.num_tokens_by_ranks.extend([0] + [self.dp_rank + 1] * (self.dp_rank + 1))
         response.dispatch.sent_bytes = 100
+        response.dispatch.num_dropped_assignments = 3
         return response.SerializeToString()
 
     async def get_model_info(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
@@ -176,6 +177,7 @@ def test_expert_load_adds_the_dispatch_counters_of_all_workers_but_counts_expert
         assert list(load.layers[0].num_tokens) == [4, 2]
         assert list(load.dispatch.num_tokens_by_ranks) == [0, 1 + 2, 2]
         assert load.dispatch.sent_bytes == 200
+        assert load.dispatch.num_dropped_assignments == 6
 
 
 def test_health_follows_the_workers() -> None:

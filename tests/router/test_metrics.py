@@ -40,6 +40,8 @@ def test_bytes_rows_retries_and_version_are_shown_by_label():
     metrics.count_sent(ep_rank=1, num_rows=1, num_bytes=11, carrier=Carrier.RING)
     metrics.count_received(ep_rank=0, num_bytes=50, carrier=Carrier.GRPC)
     metrics.count_retry("timeout")
+    metrics.count_dropped(9)
+    metrics.count_dropped(1)
     metrics.observe_latency(0.25)
     sample = registry.get_sample_value
     sent = {"dp_rank": "3", "ep_rank": "1", "direction": "sent", "transport": "ring"}
@@ -48,6 +50,8 @@ def test_bytes_rows_retries_and_version_are_shown_by_label():
     assert sample("mobula_dispatch_bytes_total", received) == 50
     assert sample("mobula_dispatch_rows_total", {"dp_rank": "3", "ep_rank": "1"}) == 5
     assert sample("mobula_expert_retries_total", {"dp_rank": "3", "reason": "timeout"}) == 1
+    assert sample("mobula_dropped_assignments_total", {"dp_rank": "3"}) == 10
+    assert metrics.stats().num_dropped_assignments == 10
     assert sample("mobula_placement_version", {"dp_rank": "3"}) == 7
     assert sample("mobula_dispatch_latency_seconds_sum", {"dp_rank": "3"}) == 0.25
     assert (metrics.stats().sent_bytes, metrics.stats().received_bytes) == (111, 50)
