@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-KERNELS := $(wildcard experts/kernels/native/*.h experts/kernels/native/*.cpp router/native/*.cpp)
+KERNELS := $(wildcard experts/kernels/native/*.h experts/kernels/native/*.cpp router/native/*.h router/native/*.cpp)
 
 .PHONY: demo serve test test-bf16-kernels lint check bench protos train clean
 

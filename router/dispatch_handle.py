@@ -37,9 +37,10 @@ from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall, O
 from router.expert_map import ExpertMap, Int64Array
 from router.metrics import RouterMetrics
 from router.plan import DispatchPlan, PartialSums, ShardMessage, plan_again
-from router.plan_kernels import plan_layer, sum_partials
-from router.replicas import choose_replicas
+from router.plan_kernels import native, plan_layer, sum_partials
+from router.replicas import choose_replicas, usable_replicas
 from router.router_config import RouterConfig
+from router.shard_queues import ShardQueues
 from router.transport import ShardTransport
 
 MIN_RETRY_WAIT_S = 0.005  # the first retry goes out at once, the second after about this time
@@ -91,6 +92,7 @@ class HandleContext:
     sequence_numbers: Iterator[int]
     turns: Iterator[int]
     handles_by_version: dict[int, int]
+    queues: ShardQueues
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -138,12 +140,13 @@ class DispatchHandle:
         self._hold_version(routing.expert_map.placement_version)
         row = routing.expert_map.row(self._layer.layer_id)
         self._expert_to_unit = routing.expert_map.expert_to_unit[row]
-        ep_ranks = choose_replicas(
-            routing.expert_map.unit_to_ep_ranks[row], next(self._context.turns), self._avoid(routing)
-        )
-        layer = self._layer
+        layer, ep_size = self._layer, routing.expert_map.ep_size
+        unit_to_ep_ranks, queues = routing.expert_map.unit_to_ep_ranks[row], None
+        if routing.expert_map.max_replicas > 1:
+            unit_to_ep_ranks = self._candidates(unit_to_ep_ranks, routing)
+            queues = self._context.queues.expected(ep_size)
         self._plan = plan_layer(
-            layer.topk_ids, layer.topk_weights, self._expert_to_unit, ep_ranks, routing.expert_map.ep_size
+            layer.topk_ids, layer.topk_weights, self._expert_to_unit, unit_to_ep_ranks, ep_size, queues
         )
         for message in self._plan.messages:
             self._send(message, routing, number=1)
@@ -168,7 +171,7 @@ class DispatchHandle:
     def abandon(self) -> None:
         """Gives up whatever is outstanding, and what was answered."""
         for attempt in self._in_flight:
-            _give_up(attempt)
+            self._give_up(attempt)
         self._in_flight.clear()
         self._failed.clear()
         for _, answer in self._answers:
@@ -187,6 +190,12 @@ class DispatchHandle:
             if not counts[held]:
                 del counts[held]
 
+    def _candidates(self, unit_to_ep_ranks: Int64Array, routing: Routing) -> Int64Array:
+        """The replicas that may be asked; one of each unit where the plan does not choose itself."""
+        if native() is None:
+            return choose_replicas(unit_to_ep_ranks, next(self._context.turns), self._avoid(routing))[:, None]
+        return usable_replicas(unit_to_ep_ranks, self._avoid(routing))
+
     @staticmethod
     def _avoid(routing: Routing) -> list[int]:
         return routing.down() if routing.expert_map.max_replicas > 1 else []
@@ -203,6 +212,7 @@ class DispatchHandle:
             self._retry(attempt, ShardUnavailable.reason.lower(), f"shard {message.ep_rank} is down")
             return
         self._in_flight.add(attempt)
+        self._context.queues.sent(message.ep_rank, message.num_assignments)
         attempt.call = call = self._call(attempt, routing.expert_map.placement_version)
         transport.forward(call)
         self._context.metrics.count_sent(message.ep_rank, message.num_rows, call.sent_bytes, call.carrier)
@@ -232,6 +242,11 @@ class DispatchHandle:
             tell=lambda outcome: self._finish(attempt, outcome),
         )
 
+    def _give_up(self, attempt: _Attempt) -> None:
+        self._context.queues.ended(attempt.message.ep_rank, attempt.message.num_assignments)
+        if attempt.call is not None:
+            attempt.call.is_given_up = True
+
     def _next_due_s(self) -> float:
         """Seconds until the time of something comes."""
         times = [attempt.give_up_at_s for attempt in self._in_flight]
@@ -245,6 +260,7 @@ class DispatchHandle:
                 outcome.release()
             return
         self._in_flight.remove(attempt)
+        self._context.queues.ended(attempt.message.ep_rank, attempt.message.num_assignments)
         try:
             if isinstance(outcome, MobulaError):
                 raise outcome
@@ -279,6 +295,10 @@ class DispatchHandle:
         num_bytes = header.ByteSize() + answer.payload.nbytes
         assert attempt.call
         self._context.metrics.count_received(message.ep_rank, num_bytes, attempt.call.carrier)
+        timing = header.timing
+        self._context.queues.answered(
+            message.ep_rank, message.num_assignments, timing.queue_ns / 1e9, timing.compute_ns / 1e9
+        )
         return PartialSums(message.partial_sums, values)
 
     def _retry(self, attempt: _Attempt, reason: str, failure: str) -> None:
@@ -323,7 +343,7 @@ class DispatchHandle:
         now_s = time.monotonic()
         for attempt in [attempt for attempt in self._in_flight if attempt.give_up_at_s <= now_s]:
             self._in_flight.remove(attempt)
-            _give_up(attempt)
+            self._give_up(attempt)
             if now_s >= self._deadline_s:
                 raise self._out_of_time(attempt)
             self._retry(attempt, "timeout", f"no answer within {self._context.config.attempt_timeout_s} s")
@@ -336,11 +356,6 @@ class DispatchHandle:
             "retry when the shard is back",
             retry_after_s=1.0,
         )
-
-
-def _give_up(attempt: _Attempt) -> None:
-    if attempt.call is not None:
-        attempt.call.is_given_up = True
 
 
 def sequence_numbers() -> Iterator[int]:

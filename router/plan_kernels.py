@@ -17,8 +17,9 @@ from protos import native_library
 from router import plan
 from router.expert_map import Int64Array
 from router.plan import DispatchPlan, PartialSums, ShardMessage
+from router.shard_queues import ExpectedQueues
 
-ABI = 2  # kAbi in native/plan.cpp
+ABI = 3  # kAbi in native/plan.cpp
 
 
 class _PlanCall(ctypes.Structure):
@@ -26,7 +27,11 @@ class _PlanCall(ctypes.Structure):
         ("topk_ids", c_void_p),
         ("topk_weights", c_void_p),
         ("expert_to_unit", c_void_p),
-        ("unit_ep_ranks", c_void_p),
+        ("unit_to_ep_ranks", c_void_p),  # this and the next three: struct Replicas
+        ("waits", c_void_p),
+        ("seconds_per_assignment", c_void_p),
+        ("max_replicas", c_int32),
+        ("padding", c_int32),
         ("wire", c_void_p),
         ("row_ids", c_void_p),
         ("partial_sums", c_void_p),
@@ -68,18 +73,31 @@ def native() -> ctypes.CDLL | None:
 
 
 def plan_layer(
-    topk_ids: Tensor, topk_weights: Tensor, expert_to_unit: Int64Array, unit_ep_ranks: Int64Array, ep_size: int
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    expert_to_unit: Int64Array,
+    unit_to_ep_ranks: Int64Array,
+    ep_size: int,
+    queues: ExpectedQueues | None = None,
 ) -> DispatchPlan:
-    """See plan.plan_layer; tensors contiguous. Raises ValueError for an expert, unit or shard that does not exist."""
+    """See plan.plan_layer; tensors contiguous. Raises ValueError for an expert, unit or shard that does not exist.
+
+    unit_to_ep_ranks: [num_units, max_replicas] int64, the shards that may be asked for each unit; -1 for none. Of
+    several each row asks where it visits fewest shards, and then where the queue is expected to be shortest.
+    queues: needed only where there are several.
+    """
     library = native()
     if library is None:
-        return plan.plan_layer(topk_ids, topk_weights, expert_to_unit, unit_ep_ranks)
+        assert unit_to_ep_ranks.shape[1] == 1, "choose_replicas chooses where the library is not built"
+        return plan.plan_layer(topk_ids, topk_weights, expert_to_unit, unit_to_ep_ranks[:, 0])
+    max_replicas = unit_to_ep_ranks.shape[1]
+    assert queues is not None or max_replicas == 1
     assert topk_ids.dtype is torch.int64
     assert topk_weights.dtype is torch.float32
     assert topk_weights.shape == topk_ids.shape
     assert topk_ids.is_contiguous()
     assert topk_weights.is_contiguous()
-    unit_ep_ranks = np.ascontiguousarray(unit_ep_ranks)
+    unit_to_ep_ranks = np.ascontiguousarray(unit_to_ep_ranks)
     num_tokens, top_k = topk_ids.shape
     most = num_tokens * top_k  # rows, partial sums
     wire = np.empty(4 * most, dtype=np.int32)
@@ -91,7 +109,11 @@ def plan_layer(
         topk_ids.data_ptr(),
         topk_weights.data_ptr(),
         expert_to_unit.ctypes.data,
-        unit_ep_ranks.ctypes.data,
+        unit_to_ep_ranks.ctypes.data,
+        None if queues is None else queues.waits_s.ctypes.data,
+        None if queues is None else queues.seconds_per_assignment.ctypes.data,
+        max_replicas,
+        0,
         wire.ctypes.data,
         start,
         start + 8 * most,
@@ -101,13 +123,13 @@ def plan_layer(
         num_tokens,
         top_k,
         len(expert_to_unit),
-        len(unit_ep_ranks),
+        len(unit_to_ep_ranks),
         ep_size,
     )
     if not library.mobula_plan(ctypes.addressof(call)):
         raise ValueError(
             f"experts {topk_ids.min()} to {topk_ids.max()} were chosen of {len(expert_to_unit)}, on shards "
-            f"{unit_ep_ranks.min()} to {unit_ep_ranks.max()} of {ep_size}: one does not exist"
+            f"{unit_to_ep_ranks.min()} to {unit_to_ep_ranks.max()} of {ep_size}: one does not exist"
         )
     return DispatchPlan(
         num_tokens=num_tokens,

@@ -1,6 +1,7 @@
-"""Which shard is asked for each unit when several hold it.
+"""Which shards may be asked for each unit when several hold it.
 
-Any choice gives the same bits (see plan.py), so this may follow load and health freely. Knows nothing of transports.
+Any choice gives the same bits (see plan.py), so this may follow load and health freely. Compiled plans choose for each
+row (native/replicas.h); without the library units take their replicas in turn. Knows nothing of transports.
 """
 
 from collections.abc import Collection
@@ -17,11 +18,17 @@ def choose_replicas(unit_to_ep_ranks: Int64Array, turn: int, avoid: Collection[i
     """
     if unit_to_ep_ranks.shape[1] == 1:
         return unit_to_ep_ranks[:, 0]
-    placed = unit_to_ep_ranks >= 0
-    usable = placed & ~np.isin(unit_to_ep_ranks, list(avoid))
-    usable = np.where(usable.any(axis=-1, keepdims=True), usable, placed)
+    usable = usable_replicas(unit_to_ep_ranks, avoid) >= 0
     num_usable = usable.sum(axis=-1).clip(min=1)
     wanted = (np.arange(len(usable)) + turn) % num_usable  # [num_units], the how-manieth usable replica
     index = ((usable.cumsum(axis=-1) - 1 == wanted[:, None]) & usable).argmax(axis=-1)
     ep_ranks: Int64Array = unit_to_ep_ranks[np.arange(len(usable)), index]
     return ep_ranks
+
+
+def usable_replicas(unit_to_ep_ranks: Int64Array, avoid: Collection[int]) -> Int64Array:
+    """The same with -1 for shards in `avoid`, but for units that no other shard has."""
+    if not avoid:
+        return unit_to_ep_ranks
+    usable = (unit_to_ep_ranks >= 0) & ~np.isin(unit_to_ep_ranks, list(avoid))
+    return np.where(usable | ~usable.any(axis=-1, keepdims=True), unit_to_ep_ranks, -1)

@@ -26,6 +26,7 @@ from router.expert_map import ExpertMap
 from router.gate_config import GateConfig
 from router.metrics import DispatchStats, RouterMetrics
 from router.router_config import RouterConfig
+from router.shard_queues import ShardQueues
 from router.transport import ShardTransport, TransportFactory
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Router:
             sequence_numbers=sequence_numbers(),
             turns=itertools.count(),
             handles_by_version={},
+            queues=ShardQueues(),
         )
         self.update_placement(expert_map, addresses)
 

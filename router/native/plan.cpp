@@ -5,15 +5,17 @@
 #include <cstring>
 #include <vector>
 
+#include "replicas.h"
+
 namespace {
 
-constexpr int kAbi = 2;  // plan_kernels.py: ABI
+constexpr int kAbi = 3;  // plan_kernels.py: ABI
 
 struct PlanCall {
   const int64_t* topk_ids;        // [num_tokens, top_k]; -1: left out
   const float* topk_weights;      // [num_tokens, top_k]
   const int64_t* expert_to_unit;  // [num_experts]
-  const int64_t* unit_ep_ranks;   // [num_units]
+  Replicas replicas;
   int32_t* wire;                  // [4 * num_tokens * top_k], message after message: [4, its assignments]
   int64_t* row_ids;               // [num_tokens * top_k], message after message
   int64_t* partial_sums;          // [num_tokens * top_k], message after message
@@ -42,6 +44,7 @@ struct Assignment {
 struct Scratch {
   std::vector<int32_t> unit_starts, local_rows, num_ranks, next_in_message, next_partial, order;
   std::vector<Assignment> assignments;
+  std::vector<RowUnit> row_units;
 };
 
 Scratch& scratch() {
@@ -49,10 +52,30 @@ Scratch& scratch() {
   return kept;
 }
 
+// Whether the unit has a shard, and none that does not exist.
+bool has_replica(const PlanCall& call, int64_t unit) {
+  bool has_any = false;
+  for (int r = 0; r < call.replicas.max_replicas; ++r) {
+    const int64_t ep_rank = call.replicas.unit_to_ep_ranks[unit * call.replicas.max_replicas + r];
+    if (ep_rank >= call.ep_size) return false;
+    has_any |= ep_rank >= 0;
+  }
+  return has_any;
+}
+
+// A row has few units, so looking through them is the fastest way to find one.
+RowUnit& unit_of_row(Scratch& s, int64_t unit) {
+  for (RowUnit& known : s.row_units)
+    if (known.unit == unit) return known;
+  s.row_units.push_back({unit, 0, -1});
+  return s.row_units.back();
+}
+
 // The assignments in ascending order of (unit, row, expert): a counting sort by unit of rows in order, each of whose
 // experts are put in order first. False for an expert, unit or shard that does not exist.
 bool sort_assignments(const PlanCall& call, Scratch& s) {
   const int top_k = call.top_k;
+  ReplicaChoice choice(call.replicas);
   const int64_t total = static_cast<int64_t>(call.num_tokens) * top_k;
   s.unit_starts.assign(call.num_units + 1, 0);
   int64_t num_left_out = 0;
@@ -65,8 +88,7 @@ bool sort_assignments(const PlanCall& call, Scratch& s) {
     if (expert < 0 || expert >= call.num_experts) return false;
     const int64_t unit = call.expert_to_unit[expert];
     if (unit < 0 || unit >= call.num_units) return false;
-    const int64_t ep_rank = call.unit_ep_ranks[unit];
-    if (ep_rank < 0 || ep_rank >= call.ep_size) return false;
+    if (!has_replica(call, unit)) return false;
     ++s.unit_starts[unit + 1];
   }
   for (int unit = 0; unit < call.num_units; ++unit) s.unit_starts[unit + 1] += s.unit_starts[unit];
@@ -82,11 +104,14 @@ bool sort_assignments(const PlanCall& call, Scratch& s) {
       for (; place > 0 && experts[s.order[place - 1]] > experts[k]; --place) s.order[place] = s.order[place - 1];
       s.order[place] = k;
     }
+    s.row_units.clear();
+    for (int k = 0; k < num_experts; ++k) ++unit_of_row(s, call.expert_to_unit[experts[s.order[k]]]).num_assignments;
+    choice.choose(s.row_units);
     for (int k = 0; k < num_experts; ++k) {
       const int64_t expert = experts[s.order[k]];
-      const int64_t unit = call.expert_to_unit[expert];
-      s.assignments[s.unit_starts[unit]++] = {row, static_cast<int32_t>(expert), static_cast<int32_t>(unit),
-                                              static_cast<int32_t>(call.unit_ep_ranks[unit]), weights[s.order[k]]};
+      const RowUnit& unit = unit_of_row(s, call.expert_to_unit[expert]);
+      s.assignments[s.unit_starts[unit.unit]++] = {row, static_cast<int32_t>(expert), static_cast<int32_t>(unit.unit),
+                                                   unit.ep_rank, weights[s.order[k]]};
     }
   }
   return true;

@@ -17,7 +17,7 @@ def plan_of(rows: Rows, expert_map, turn: int = 0) -> DispatchPlan:
     ep_ranks = choose_replicas(expert_map.unit_to_ep_ranks[0], turn)
     given_layer = (rows.topk_ids, rows.topk_weights, expert_map.expert_to_unit[0], ep_ranks)
     plan = plan_layer(*given_layer)
-    compiled = plan_kernels.plan_layer(*given_layer, expert_map.ep_size)
+    compiled = plan_kernels.plan_layer(*given_layer[:3], ep_ranks[:, None], expert_map.ep_size)
     assert compiled.partial_rows.tolist() == plan.partial_rows.tolist()
     assert compiled.num_tokens_by_ranks == plan.num_tokens_by_ranks
     assert len(compiled.messages) == len(plan.messages)
@@ -178,7 +178,7 @@ def test_an_expert_that_does_not_exist_is_refused(wrong):
     with pytest.raises(ValueError, match="one does not exist"):
         plan_kernels.plan_layer(
             torch.tensor([[0, wrong]]), torch.ones(1, 2), expert_map.expert_to_unit[0],
-            expert_map.unit_to_ep_ranks[0, :, 0], 2,
+            expert_map.unit_to_ep_ranks[0], 2,
         )  # fmt: skip
 
 
