@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cluster import checkpoint_command
+from cluster import checkpoint_command, trace_command
 from cluster.client import DEFAULT_ADDRESS, InferenceClient
 from cluster.views import experts_view
 from protos import generation_pb2
@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Serves DeepSeek-V2-class models with attention and experts in separate processes.",
 )
 app.add_typer(checkpoint_command.app, name="checkpoint")
+app.add_typer(trace_command.app, name="trace")
 console = Console()
 Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 ConfigFile = Annotated[
