@@ -61,8 +61,8 @@ def record(
     from cluster.config import ConfigError
     from cluster.json_fields import UnsupportedModel
     from cluster.safetensors_file import InvalidCheckpoint
-    from cluster.trace_recording import RecordingConfig
     from cluster.trace_recording import record as run
+    from cluster.trace_requests import RecordingConfig
     from router.placement import PlacementError
 
     try:

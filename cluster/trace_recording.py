@@ -1,16 +1,15 @@
 """Records which experts a model's tokens choose, in one process without Ray: the gate's own answers, on real text.
 
 The life of a recording:
-1. Requests come one after the other: a text to read, or a prompt to read and to continue.
+1. Requests come one after the other (trace_requests.py): a text to read, or a prompt to read and to continue.
 2. The decoder runs as it is served; what it dispatches passes a RecordingDispatcher, which keeps the expert ids.
 3. Each request becomes a window of the trace, labelled with its kind.
-4. It ends after so many tokens, so many seconds, or with Ctrl-C; what was recorded until then is kept.
+4. It ends after so many tokens, so many seconds, or with Ctrl-C; the requests that were done until then are kept.
 """
 
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,35 +21,25 @@ from torch import Tensor
 from attention.decoder import ExpertDispatcher
 from attention.sampling_params import SamplingParams
 from attention.tokenizer import Tokenizer
-from cluster.bundled_model.corpus import Kind, collect
 from cluster.config import MobulaConfig, parse_config
 from cluster.model_shapes import model_shape
 from cluster.preflight import open_model
 from cluster.single_process import SingleProcess
+from cluster.trace_requests import (
+    NEW_TOKENS,
+    TEMPERATURE,
+    TEXT_TOKENS,
+    OnProgress,
+    RecordingConfig,
+    Request,
+    continue_prompts,
+    describe,
+    encode_prompts,
+    read_texts,
+)
 from router.trace.model_shape import ModelShape
 from router.trace.trace import ExpertIds, TraceError, TraceHeader, TraceWindow, id_dtype
 from router.trace.trace_file import TraceWriter
-
-TEXT_TOKENS = 256  # of a request that is only read
-NEW_TOKENS = 256  # of a prompt that is continued, at most
-TEMPERATURE = 0.6  # of continuations: greedy ones repeat themselves
-OnProgress = Callable[[str, int], None]  # what is being done, and the tokens recorded so far
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordingConfig:
-    """What is to be recorded. model: folder, Hugging Face id, or "bundled".
-
-    prompts: continued in turn, again and again with other seeds; texts: read in pieces, by label; without either the
-    four kinds of text the bundled model knows are read in turn.
-    """
-
-    model: str
-    max_tokens: int
-    max_seconds: float | None = None  # unset: until max_tokens
-    prompts: tuple[str, ...] = ()
-    texts: Mapping[str, str] | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +54,6 @@ class Recording:
     @property
     def num_tokens(self) -> int:
         return sum(self.num_tokens_by_label.values())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    label: str
-    token_ids: list[int]
-    num_new_tokens: int = 0
-    seed: int = 0
 
 
 class RecordingDispatcher:
@@ -109,55 +90,92 @@ def record(config: RecordingConfig, path: Path, on_progress: OnProgress = lambda
     served = open_model(parse_config({"model": config.model}))
     shape = model_shape(config.model, served.config, served.dtype.itemsize)
     tokenizer = Tokenizer.read(served.tokenizer_folder())
-    prompts = _prompts(config, tokenizer, served.config.decoder.max_position_embeddings)
-    max_model_len = max(TEXT_TOKENS, *(len(prompt) + NEW_TOKENS + 1 for prompt in prompts), 0)
-    settings = _one_process(config.model, min(max_model_len, served.config.decoder.max_position_embeddings))
+    max_positions = served.config.decoder.max_position_embeddings
+    prompts = encode_prompts(config, tokenizer, max_positions)
+    max_model_len = min(max_positions, max(TEXT_TOKENS, *(len(prompt) + NEW_TOKENS + 1 for prompt in prompts), 0))
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    header = TraceHeader(model=shape, source=_source(config), seed=config.seed, started_at=started_at)
+    header = TraceHeader(model=shape, source=describe(config), seed=config.seed, started_at=started_at)
     recorders: list[RecordingDispatcher] = []
 
     def wrap(dispatcher: ExpertDispatcher) -> ExpertDispatcher:
         recorders.append(RecordingDispatcher(dispatcher, shape))
         return recorders[0]
 
-    counts: dict[str, int] = {}
-    was_interrupted = False
-    with SingleProcess(settings, wrap) as process, TraceWriter(path, header) as writer:
-        started_s = now_s = time.monotonic()
-        continued = _continued(prompts, process.plan.max_model_len, config.seed)
-        try:
-            for request in continued if prompts else _read(config, tokenizer, process.plan.max_model_len, on_progress):
-                first_s = time.monotonic()
-                if not counts:
-                    started_s = first_s  # collecting text is no part of it
-                give_up_at_s = started_s + (config.max_seconds or float("inf"))
-                num_left = config.max_tokens - writer.num_tokens
-                for num_new in _run(process, request, num_left, give_up_at_s):
-                    on_progress(request.label, writer.num_tokens + num_new)
-                now_s = time.monotonic()
-                window = TraceWindow(
-                    topk_ids=recorders[0].take()[:, :num_left],
-                    start_s=first_s - started_s,
-                    seconds=now_s - first_s,
-                    label=request.label,
-                )
-                writer.add(window)
-                counts[request.label] = counts.get(request.label, 0) + window.num_tokens
-                if writer.num_tokens >= config.max_tokens or now_s >= give_up_at_s:
-                    break
-        except KeyboardInterrupt:
-            was_interrupted = True
+    with SingleProcess(_one_process(config.model, max_model_len), wrap) as process, TraceWriter(path, header) as writer:
+        if prompts:
+            requests = continue_prompts(prompts, max_model_len, config.seed)
+        else:
+            requests = read_texts(config, tokenizer, max_model_len, on_progress)
+        session = _Session(config, process, recorders[0], writer, on_progress)
+        was_interrupted = session.run(requests)
         if not writer.num_tokens:
             raise TraceError("not one token was recorded: give it more time, or a text that is not empty")
     return Recording(
-        num_tokens_by_label=counts,
-        seconds=now_s - started_s,
+        num_tokens_by_label=session.counts,
+        seconds=session.seconds,
         num_bytes=path.stat().st_size,
         was_interrupted=was_interrupted,
     )
 
 
-def _run(process: SingleProcess, request: _Request, num_left: int, give_up_at_s: float) -> Iterator[int]:
+class _Session:
+    """Runs requests until it has enough. counts: tokens by label; seconds: since the first request began."""
+
+    def __init__(
+        self,
+        config: RecordingConfig,
+        process: SingleProcess,
+        recorder: RecordingDispatcher,
+        writer: TraceWriter,
+        on_progress: OnProgress,
+    ) -> None:
+        self.counts: dict[str, int] = {}
+        self.seconds = 0.0
+        self._config = config
+        self._process = process
+        self._recorder = recorder
+        self._writer = writer
+        self._on_progress = on_progress
+
+    def run(self, requests: Iterator[Request]) -> bool:
+        """Whether Ctrl-C ended it."""
+        started_s: float | None = None
+        try:
+            for request in requests:
+                first_s = time.monotonic()
+                started_s = first_s if started_s is None else started_s  # finding texts is no part of it
+                self._record(request, started_s, first_s)
+                self.seconds = time.monotonic() - started_s
+                if self._num_left <= 0 or self.seconds >= self._max_seconds:
+                    break
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    @property
+    def _num_left(self) -> int:
+        return self._config.max_tokens - self._writer.num_tokens
+
+    @property
+    def _max_seconds(self) -> float:
+        return float("inf") if self._config.max_seconds is None else self._config.max_seconds
+
+    def _record(self, request: Request, started_s: float, first_s: float) -> None:
+        for num_done in _compute(self._process, request, self._num_left):
+            self._on_progress(request.label, self._writer.num_tokens + num_done)
+            if time.monotonic() - started_s >= self._max_seconds:
+                break
+        window = TraceWindow(
+            topk_ids=self._recorder.take()[:, : self._num_left],
+            start_s=first_s - started_s,
+            seconds=time.monotonic() - first_s,
+            label=request.label,
+        )
+        self._writer.add(window)
+        self.counts[request.label] = self.counts.get(request.label, 0) + window.num_tokens
+
+
+def _compute(process: SingleProcess, request: Request, num_left: int) -> Iterator[int]:
     """Reads the request's text and continues it, or only reads it; tells how many tokens are done."""
     token_ids = request.token_ids[:num_left]
     if not request.num_new_tokens or len(token_ids) == num_left:
@@ -169,65 +187,6 @@ def _run(process: SingleProcess, request: _Request, num_left: int, give_up_at_s:
     params = SamplingParams(temperature=TEMPERATURE, seed=request.seed, max_tokens=num_new, ignore_eos=True)
     for position, _ in enumerate(process.generate(token_ids, num_new, params)):
         yield len(token_ids) + position
-        if time.monotonic() >= give_up_at_s:
-            return
-
-
-def _read(
-    config: RecordingConfig, tokenizer: Tokenizer, max_model_len: int, on_progress: OnProgress
-) -> Iterator[_Request]:
-    """Until the last text is read."""
-    if config.texts:
-        texts = {label: iter([text]) for label, text in config.texts.items()}
-    else:
-        on_progress("collecting text", 0)
-        documents = sorted(collect(seed=config.seed), key=lambda document: not document.is_held_out)
-        texts = {kind.value: iter([d.text for d in documents if d.kind is kind]) for kind in Kind}
-    pieces = {label: _pieces(texts[label], tokenizer, min(TEXT_TOKENS, max_model_len)) for label in texts}
-    num_given = dict.fromkeys(pieces, 0)
-    while pieces:
-        label = min(pieces, key=lambda name: num_given[name])  # whichever had least, so that all get alike
-        piece = next(pieces[label], None)
-        if piece is None:
-            del pieces[label]
-            continue
-        num_given[label] += len(piece)
-        yield _Request(label=label, token_ids=piece)
-
-
-def _continued(prompts: list[list[int]], max_model_len: int, seed: int) -> Iterator[_Request]:
-    """Each prompt in turn, without end, every round with a seed of its own."""
-    for round_seed in itertools.count(seed):
-        for number, token_ids in enumerate(prompts, start=1):
-            num_new_tokens = min(NEW_TOKENS, max_model_len - 1 - len(token_ids))
-            yield _Request(
-                label=f"prompt {number}", token_ids=token_ids, num_new_tokens=num_new_tokens, seed=round_seed
-            )
-
-
-def _prompts(config: RecordingConfig, tokenizer: Tokenizer, max_position_embeddings: int) -> list[list[int]]:
-    """Token ids of each. Raises TraceError for one that leaves no room."""
-    prompts = [tokenizer.encode_text(prompt) for prompt in config.prompts]
-    limit = max_position_embeddings - 2
-    for number, token_ids in enumerate(prompts, start=1):
-        if not 1 <= len(token_ids) <= limit:
-            raise TraceError(f"prompt {number} has {len(token_ids)} tokens, must be 1 to {limit}: shorten it")
-    return prompts
-
-
-def _pieces(texts: Iterator[str], tokenizer: Tokenizer, num_tokens: int) -> Iterator[list[int]]:
-    """Each text's tokens, cut into requests."""
-    for text in texts:
-        token_ids = tokenizer.encode_text(text)
-        for start in range(0, len(token_ids), num_tokens):
-            yield token_ids[start : start + num_tokens]
-
-
-def _source(config: RecordingConfig) -> str:
-    if config.prompts:
-        return f"{config.model}, {len(config.prompts)} prompts continued at temperature {TEMPERATURE}"
-    labels = ", ".join(config.texts) if config.texts else ", ".join(Kind)
-    return f"{config.model}, reading {labels}"[:1000]
 
 
 def _one_process(model: str, max_model_len: int) -> MobulaConfig:

@@ -12,7 +12,8 @@ from attention.sampling_params import SamplingParams
 from cluster.bundled_model.corpus import Kind
 from cluster.config import parse_config
 from cluster.single_process import SequenceTooLong, SingleProcess
-from cluster.trace_recording import RecordingConfig, RecordingDispatcher, record
+from cluster.trace_recording import RecordingDispatcher, record
+from cluster.trace_requests import RecordingConfig
 from router.trace.trace_file import TraceFile
 from tests.checkpoints import write_checkpoint
 from tests.router.trace.traces import random_ids, tiny_model
