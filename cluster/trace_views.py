@@ -15,7 +15,7 @@ from router.trace.trace import TraceHeader
 
 _PLOT_DPI = 150
 _LINES = ("-", "--", ":", "-.")
-VIEW_WIDTH = 112  # columns that the table needs
+VIEW_WIDTH = 118  # columns that the table needs
 
 
 class CannotPlot(Exception):
@@ -27,7 +27,9 @@ def replay_view(
 ) -> RenderableType:
     """Policies side by side, for each number of shards and redundancy; under it how to read it."""
     title = f"{header.source}; {_describe(header.model)}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
+    )
     table.add_column("shards\n+ extra", no_wrap=True)
     table.add_column("policy", no_wrap=True)
     for heading in (
@@ -111,7 +113,7 @@ def plot_replay(results: Sequence[ReplayResult], path: Path) -> None:
 def _cells(result: ReplayResult) -> list[str]:
     score = result.score
     if score is None:
-        return ["no placement", *["-"] * 9]
+        return ["-"] * 10
     return [
         f"{score.balancedness_total:.3f}",
         f"{score.balancedness_layer_p01:.3f}",
@@ -120,7 +122,7 @@ def _cells(result: ReplayResult) -> list[str]:
         f"{score.ranks_per_token_mean:.2f}",
         str(score.ranks_per_token_max),
         *map(format_bytes, (score.bytes_per_token, result.weight_bytes, result.moved_bytes)),
-        f"{score.step_time_s * 1e3:.3g}",
+        f"{score.step_time_s * 1e3:.2f}",
     ]
 
 

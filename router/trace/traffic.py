@@ -28,24 +28,29 @@ def count_traffic(
     """Of the first `num_tokens` tokens."""
     model = trace.header.model
     num_experts = model.gate.n_routed_experts
-    together = np.zeros((model.num_moe_layers, num_experts, num_experts))
+    num_layers = model.num_moe_layers
+    together = np.zeros((num_layers, num_experts, num_experts), dtype=np.int64)
     num_counted = 0
     for window in trace.windows():
         topk_ids = window.topk_ids[:, : num_tokens - num_counted]
-        for layer, ids in enumerate(topk_ids):
-            together[layer] += _pairs(ids, num_experts)
+        together += _pairs(topk_ids, num_experts)
         num_counted += topk_ids.shape[1]
         on_progress(num_counted / num_tokens)
         if num_counted == num_tokens:
             break
-    load = np.diagonal(together, axis1=1, axis2=2).copy()
-    np.einsum("lee->le", together)[...] = 0.0
-    return Traffic(load=load, coactivation=together)
+    load = np.diagonal(together, axis1=1, axis2=2).astype(np.float64)
+    coactivation = (together + together.swapaxes(1, 2)).astype(np.float64)
+    np.einsum("lee->le", coactivation)[...] = 0.0
+    return Traffic(load=load, coactivation=coactivation)
 
 
-def _pairs(topk_ids: ExpertIds, num_experts: int) -> npt.NDArray[np.float32]:
-    """[num_experts, num_experts]: tokens that chose both; the diagonal has those that chose the one. Exact to 2**24."""
-    is_chosen = np.zeros((len(topk_ids), num_experts), dtype=np.float32)
-    np.put_along_axis(is_chosen, topk_ids.astype(np.int64), 1.0, axis=-1)
-    pairs: npt.NDArray[np.float32] = is_chosen.T @ is_chosen
-    return pairs
+def _pairs(topk_ids: ExpertIds, num_experts: int) -> npt.NDArray[np.int64]:
+    """Tokens that chose both, [num_moe_layers, num_experts, num_experts], above the diagonal; those that chose the one
+    on it. topk_ids: [num_moe_layers, num_tokens, top_k], ascending in a row."""
+    num_layers, _, top_k = topk_ids.shape
+    first, second = np.triu_indices(top_k)
+    ids = topk_ids.astype(np.int64)
+    pairs = ids[..., first] * num_experts + ids[..., second]  # [num_moe_layers, num_tokens, top_k * (top_k + 1) / 2]
+    pairs += np.arange(num_layers)[:, None, None] * num_experts**2
+    counts = np.bincount(pairs.ravel(), minlength=num_layers * num_experts**2)
+    return counts.reshape(num_layers, num_experts, num_experts)
