@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from cluster.trace_views import VIEW_WIDTH, CannotPlot, check_plot, plot_replay, replay_json, replay_view
+from cluster.trace_views import VIEW_WIDTH, CannotPlot, check_plot, plot_replay, replay_json, replay_view, size_of
 from router.placement import POLICIES
 from router.trace.cost_model import CostModel
 from router.trace.model_shape import PUBLISHED, ModelShape
-from router.trace.replay import ReplayCase, ReplaySettings, replay
+from router.trace.replay import ReplayCase, ReplayResult, ReplaySettings, replay
 from router.trace.synthetic import Skew, SyntheticTrace
 from router.trace.trace import Trace, TraceError
 from router.trace.trace_file import TraceFile
@@ -160,11 +160,20 @@ def replay_command(
     else:
         view = replay_view(trace.header, trace.num_tokens, settings, results)
         Console(width=max(console.width, VIEW_WIDTH)).print(view)
-    missing = [result for result in results if result.score is None]
-    for result in missing:
-        errors.print(f"[yellow]no placement[/yellow] by {result.case}: {escape(result.error)}", highlight=False)
-    if len(missing) == len(results):
+    if _tell_missing(results) == len(results):
         raise typer.Exit(1)
+
+
+def _tell_missing(results: list[ReplayResult]) -> int:
+    """Says which cases have no placement and why, once for those with one reason. Returns how many."""
+    sizes: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        if result.score is None:
+            sizes.setdefault((result.case.policy, result.error), []).append(size_of(result.case))
+    for (policy, error), names in sizes.items():
+        message = f"[yellow]no placement[/yellow] by {policy} for {', '.join(names)}: {escape(error)}"
+        errors.print(message, highlight=False, soft_wrap=True)
+    return sum(map(len, sizes.values()))
 
 
 def _trace(

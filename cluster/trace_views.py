@@ -40,7 +40,7 @@ def replay_view(
     group = ""
     for result in results:
         case = result.case
-        shown, group = group, f"{case.ep_size} +{case.redundancy:.0%}"
+        shown, group = group, size_of(case)
         if shown and shown != group:
             table.add_section()
         table.add_row("" if shown == group else group, case.policy, *_cells(result))
@@ -63,6 +63,11 @@ def replay_json(result: ReplayResult) -> dict[str, str | int | float]:
         "moved_bytes": result.moved_bytes,
         "step_time": score.step_time_s,
     }
+
+
+def size_of(case: ReplayCase) -> str:
+    """ "12 +25%": shards, and replicas beyond the least."""
+    return f"{case.ep_size} +{case.redundancy * 100:g}%"
 
 
 def check_plot() -> None:
@@ -153,4 +158,4 @@ def _describe(model: ModelShape) -> str:
 
 
 def _label(case: ReplayCase) -> str:
-    return f"{case.policy}, {case.ep_size} shards, +{case.redundancy:.0%}"
+    return f"{case.policy}, {size_of(case)}"

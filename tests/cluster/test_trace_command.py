@@ -200,7 +200,7 @@ def test_a_policy_without_a_placement_is_told_beside_those_that_have_one(trace: 
     result = run(*arguments, "--shards", 4)
     assert result.exit_code == 0
     assert [row["shards"] for row in json.loads(result.stdout)] == [4]
-    assert "no placement by static on 2 shards with redundancy 0: num_replicas is 3" in result.stderr.replace("\n", " ")
+    assert "no placement by static for 2 +0%: num_replicas is 3" in result.stderr
 
 
 def test_a_picture_without_matplotlib_says_how_to_install_it(
