@@ -110,6 +110,9 @@ def replay_command(
         list[float] | None, typer.Option(help="Extra replicas as a share of all units; give several times; unset: 0.")
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Shards that hold each unit, at least.")] = 1,
+    from_static: Annotated[
+        bool, typer.Option("--from-static", help="Rebalance the static placement with few moves; else place anew.")
+    ] = False,
     step_tokens: Annotated[int, typer.Option(help="Tokens of one dispatch.")] = SETTINGS.step_tokens,
     in_flight: Annotated[int, typer.Option(help="Steps of all workers under way at a time.")] = COSTS.steps_in_flight,
     tflops: Annotated[float, typer.Option(help="Of a shard, for the step time.")] = COSTS.flops_per_s / 1e12,
@@ -129,6 +132,7 @@ def replay_command(
             check_plot()
         settings = ReplaySettings(
             step_tokens=step_tokens,
+            is_rebalance=from_static,
             cost_model=CostModel(
                 flops_per_s=tflops * 1e12,
                 message_s=message_us * 1e-6,

@@ -135,14 +135,17 @@ def _legend(model: ModelShape, num_tokens: int, settings: ReplaySettings) -> str
     num_training = int(num_tokens * settings.training_share)
     cost = settings.cost_model
     part = "n_group" if model.gate.is_group_limited else "shards"
+    moves = ", as few as pay" if settings.is_rebalance else "; --from-static places with fewer moves"
     hashed = ", ".join(sorted(HASHED_POLICIES))
     return (
         f"placed by the first {num_training:,} tokens, scored on the {num_tokens - num_training:,} after them, in "
-        f"steps of {settings.step_tokens}; extra: replicas, as a share of all units\n"
-        f"replicas asked: {hashed} by a hash of (token, expert), the others as the router chooses\n"
+        f"steps of {settings.step_tokens}\n"
+        f"extra: replicas as a share of all units; which is asked: {hashed} by a hash of (token, expert), the "
+        "others as the router\n"
         "balance: mean over max of the shards' load, 1 is even; total: over all layers; layer: their 1st percentile\n"
         f"hottest: the hottest shard within a layer over the layer's load / {part}; mean and 99th percentile\n"
-        "ranks: shards a token visits in a layer; bytes: both ways, all layers; moved: from the static placement\n"
+        "ranks: shards a token visits in a layer; bytes: both ways, all layers\n"
+        f"moved: what shards that hold the static placement would fetch{moves}\n"
         f"step: sum over layers of (hottest shard at {cost.flops_per_s / 1e12:g} TFLOP/s "
         f"+ {cost.message_s * 1e6:g} us a shard asked + bytes at {cost.bytes_per_s / 1e9:g} GB/s), "
         f"{cost.steps_in_flight} in flight"

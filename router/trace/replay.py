@@ -1,7 +1,7 @@
 """Replays a trace under several placements at once: each is computed from the first part and scored on the rest.
 
 1. One pass over the first `training_share` of the tokens adds up the load and which experts fire together.
-2. Each case's policy places the units, starting from the static placement of the same shards.
+2. Each case's policy places the units: on empty shards, or with few moves from the static placement of those shards.
 3. One pass over the remaining tokens, cut into steps, scores every placement.
 
 Holds one window and a few arrays for each case, whatever the length of the trace.
@@ -58,6 +58,7 @@ class ReplaySettings:
     step_tokens: int = 256  # of one dispatch of one worker
     training_share: float = 0.5  # of the tokens, from the first on
     cost_model: CostModel = field(default_factory=CostModel)
+    is_rebalance: bool = False  # place with few moves from the static placement, not as for shards that are empty
 
     def __post_init__(self) -> None:
         if not 1 <= self.step_tokens <= MAX_STEP_TOKENS:
@@ -97,7 +98,7 @@ def replay(
     placed = []
     for number, case in enumerate(cases):
         on_progress(f"placing {case}", number / len(cases))
-        placed.append(_place(case, trace.header.model, traffic, settings.cost_model))
+        placed.append(_place(case, trace.header.model, traffic, settings))
     num_scored = trace.num_tokens - num_training
     for step, topk_ids in enumerate(steps(trace, num_training, settings.step_tokens)):
         for _, scorer in placed:
@@ -138,7 +139,7 @@ def _from_token(trace: Trace, first_token: int) -> Iterator[ExpertIds]:
 
 
 def _place(
-    case: ReplayCase, model: ModelShape, traffic: Traffic, cost_model: CostModel
+    case: ReplayCase, model: ModelShape, traffic: Traffic, settings: ReplaySettings
 ) -> tuple[ReplayResult, Scorer | None]:
     """The placement's costs, and a scorer for it unless the policy has none."""
     try:
@@ -155,7 +156,7 @@ def _place(
             redundancy=case.redundancy,
             load=traffic.load,
             coactivation=traffic.coactivation,
-            current=current,
+            current=current if settings.is_rebalance else None,
         )
         expert_map = place_units(request, placement_version=2, policy=case.policy)
     except PlacementError as error:
@@ -170,7 +171,7 @@ def _place(
         if current is None
         else moved_bytes(current, expert_map, model.expert_bytes),
     )
-    return result, Scorer(model, expert_map, choice, cost_model)
+    return result, Scorer(model, expert_map, choice, settings.cost_model)
 
 
 def _static_placement(request: PlacementRequest) -> ExpertMap | None:

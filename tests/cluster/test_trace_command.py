@@ -143,6 +143,12 @@ def test_all_policies_are_replayed_unless_one_is_named() -> None:
     assert [row["policy"] for row in json.loads(run(*arguments, "--policy", "static").stdout)] == ["static"]
 
 
+def test_a_rebalance_from_the_static_placement_is_told_apart() -> None:
+    arguments = ("replay", "--synthetic", "zipf", "--tokens", 64, "--policy", "device_limited")
+    assert "--from-static places with fewer moves" in run(*arguments).stdout
+    assert "as few as pay" in run(*arguments, "--from-static").stdout
+
+
 @pytest.mark.parametrize("synthetic", ["zipf:1.1", "drift", "bursts", "correlated"])
 @pytest.mark.parametrize("model", ["v2", "v2-lite", "v3"])
 def test_drawn_traffic_of_every_published_model_is_replayed_alike_for_a_seed(synthetic: str, model: str) -> None:

@@ -72,6 +72,15 @@ def test_every_policy_replays_v2_or_says_why_not() -> None:
             assert result.score.ranks_per_token_max <= (6 if result.case.policy == "eplb" else 3)
 
 
+def test_a_rebalance_moves_less_than_placing_anew_and_static_moves_nothing() -> None:
+    trace = SyntheticTrace(V2, Skew.parse("zipf"), num_tokens=512, seed=0)
+    cases = [ReplayCase(policy=name, ep_size=12) for name in ("static", "device_limited")]
+    anew = [result.moved_bytes for result in replay(trace, cases)]
+    rebalanced = [result.moved_bytes for result in replay(trace, cases, ReplaySettings(is_rebalance=True))]
+    assert anew[0] == rebalanced[0] == 0
+    assert 0 < rebalanced[1] < anew[1] / 2
+
+
 def test_a_case_without_a_placement_is_an_error_of_its_own() -> None:
     trace = trace_of(tiny_model(), random_ids(tiny_model(), 8, seed=0))
     fits, too_many = replay(trace, [STATIC, replace(STATIC, num_replicas=3)])
