@@ -10,7 +10,7 @@ from attention.layers import Projection
 from experts.kernels.gate import MAX_EXPERTS, kernel_select_experts
 from experts.kernels.library import native
 from router.gate import select_experts
-from router.gate_config import GateConfig, ScoringFunc, TopkMethod
+from router.gate_config import DEEPSEEK_METHODS, GateConfig, ScoringFunc, TopkMethod
 from router.overload_valve import OverloadValve
 
 
@@ -34,8 +34,8 @@ def choose_experts(
 
 
 def _chosen(logits: Tensor, config: GateConfig, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    is_native = native() is not None and logits.device.type == "cpu" and config.topk_method.is_deepseek
-    if not is_native or config.n_routed_experts > MAX_EXPERTS:
+    has_kernel = native() is not None and logits.device.type == "cpu" and config.topk_method in DEEPSEEK_METHODS
+    if not has_kernel or config.n_routed_experts > MAX_EXPERTS:
         return select_experts(logits, config, correction_bias)
     return kernel_select_experts(
         logits,

@@ -14,10 +14,9 @@ class TopkMethod(StrEnum):
     GSHARD_TOP2 = "gshard_top2"
     SWITCH_TOP1 = "switch_top1"
 
-    @property
-    def is_deepseek(self) -> bool:
-        """Whether scoring function, groups, normalisation and scaling are the checkpoint's to choose."""
-        return self in (TopkMethod.GREEDY, TopkMethod.GROUP_LIMITED_GREEDY, TopkMethod.NOAUX_TC)
+
+# Those whose scoring function, groups, normalisation and scaling are the checkpoint's to choose.
+DEEPSEEK_METHODS = frozenset({TopkMethod.GREEDY, TopkMethod.GROUP_LIMITED_GREEDY, TopkMethod.NOAUX_TC})
 
 
 class ScoringFunc(StrEnum):
@@ -56,7 +55,7 @@ class GateConfig:
                 f"topk_group {self.topk_group} groups of {self.experts_per_group} experts hold {reachable}, "
                 f"fewer than num_experts_per_tok {self.num_experts_per_tok}"
             )
-        if not self.topk_method.is_deepseek:
+        if self.topk_method not in DEEPSEEK_METHODS:
             self._check_fixed_gate()
 
     def _check_fixed_gate(self) -> None:
@@ -77,7 +76,7 @@ class GateConfig:
     @property
     def is_group_limited(self) -> bool:
         """Whether a token's experts lie in at most `topk_group` of `n_group` expert groups."""
-        return self.topk_method in (TopkMethod.GROUP_LIMITED_GREEDY, TopkMethod.NOAUX_TC)
+        return self.topk_method is TopkMethod.GROUP_LIMITED_GREEDY or self.topk_method is TopkMethod.NOAUX_TC
 
     @property
     def max_groups_per_token(self) -> int:
