@@ -11,6 +11,7 @@ from router.expert_map import Int64Array
 from router.placement.request import Float64Array
 
 UNEVEN = 0.1  # how far the hottest part may be above what parts cut for even loads alone would have
+KEPT = 0.05  # what parts may be worse and still be kept: measured pairs are no surer
 SAME = 1e-9
 
 
@@ -28,8 +29,10 @@ def partition(together: Float64Array, load: Float64Array, sizes: Int64Array, cur
     starts = [even] if grown is None else [grown, even]
     found = [_improved(together, load, start, limit, len(sizes)) for start in starts]
     best = max(found, key=lambda parts: _within(together, parts))
-    if current is not None and _is_as_good(together, load, current, best, limit, sizes):
-        best = current
+    if current is not None:
+        fewer_moves = [current, _improved(together, load, current, limit, len(sizes))] if _has(current, sizes) else []
+        for parts in reversed(fewer_moves):
+            best = parts if _is_as_good(together, load, parts, best, limit) else best
     _, first = np.unique(best, return_index=True)
     return np.argsort(np.argsort(first))[np.unique(best, return_inverse=True)[1]]
 
@@ -43,21 +46,15 @@ def _part_load(parts: Int64Array, load: Float64Array, num_parts: int) -> Float64
     return np.asarray(np.bincount(parts, weights=load, minlength=num_parts), dtype=np.float64)
 
 
-def _is_as_good(
-    together: Float64Array,
-    load: Float64Array,
-    current: Int64Array,
-    best: Int64Array,
-    limit: float,
-    sizes: Int64Array,
-) -> bool:
-    """Whether the parts now have the right sizes, keep the limit and miss only a hundredth of what was found."""
-    num_parts = len(sizes)
-    if current.max() >= num_parts or sorted(np.bincount(current, minlength=num_parts)) != sorted(sizes.tolist()):
-        return False
-    if _part_load(current, load, num_parts).max() > limit * (1 + SAME):
-        return False
-    return _within(together, current) >= 0.99 * _within(together, best)
+def _has(parts: Int64Array, sizes: Int64Array) -> bool:
+    """Whether parts are as large as they should be."""
+    return bool(parts.max() < len(sizes)) and sorted(np.bincount(parts, minlength=len(sizes))) == sorted(sizes)
+
+
+def _is_as_good(together: Float64Array, load: Float64Array, parts: Int64Array, best: Int64Array, limit: float) -> bool:
+    """Whether parts miss only KEPT, in load and pairs, of the best found."""
+    hottest = _part_load(parts, load, int(parts.max()) + 1).max()
+    return bool(hottest <= limit * (1 + KEPT) and _within(together, parts) >= (1 - KEPT) * _within(together, best))
 
 
 def _even_parts(load: Float64Array, sizes: Int64Array) -> Int64Array:
@@ -79,22 +76,23 @@ def _grown_parts(together: Float64Array, load: Float64Array, sizes: Int64Array, 
     num_experts, num_parts = len(load), len(sizes)
     own = together.sum(axis=1).clip(min=SAME)
     parts = np.full(num_experts, -1)
-    bound = np.zeros((num_experts, num_parts))  # pairs of each expert with each part's
+    bound = np.zeros((num_experts, num_parts))  # the share of each expert's pairs that is with each part's
+    share = together / own[:, None]
     busy, room = np.zeros(num_parts), sizes.copy()
     for step in range(num_experts):
         is_free = parts < 0
         if step < num_parts:
-            stranger = np.where(is_free, bound.sum(axis=1) / own, np.inf)
+            stranger = np.where(is_free, bound.sum(axis=1), np.inf)
             expert = int(np.lexsort((-own, stranger))[0])
             part = step
         else:
             fits = is_free[:, None] & (room > 0) & (busy + load[:, None] <= limit * (1 + SAME))
-            score = np.where(fits, bound / own[:, None] / (sizes - room), -1.0)
+            score = np.where(fits, bound / (sizes - room), -1.0)
             expert, part = divmod(int(score.argmax()), num_parts)
             if score[expert, part] < 0:
                 return None
         parts[expert] = part
-        bound[:, part] += together[:, expert]
+        bound[:, part] += share[:, expert]
         busy[part] += load[expert]
         room[part] -= 1
     return parts if busy.max() <= limit * (1 + SAME) else None
@@ -105,14 +103,16 @@ def _improved(
 ) -> Int64Array:
     """Exchanges until none gains; several at once where they concern different parts and so do not disturb."""
     parts, experts = parts.copy(), np.arange(len(parts))
+    together, load = together.astype(np.float32), load.astype(np.float32)  # half the time, and counts no surer
     more = load - load[:, None]  # what part of `row` gains in load when the expert of `column` replaces it
-    least = SAME * max(float(together.sum()), SAME)
-    bound = together @ (parts[:, None] == np.arange(num_parts)).astype(np.float64)  # [num_experts, num_parts]
+    least, twice = 1e-6 * max(float(together.sum()), SAME), 2 * together
+    bound = together @ (parts[:, None] == np.arange(num_parts)).astype(np.float32)  # [num_experts, num_parts]
     for _ in range(len(parts)):
         to_other = (bound - bound[experts, parts][:, None])[:, parts]
-        gain = to_other + to_other.T - 2 * together
-        fits = more <= (limit * (1 + SAME) - _part_load(parts, load, num_parts))[parts][:, None]
-        gain = np.where(fits & fits.T, gain, -np.inf)  # within a part nothing is gained anyway
+        gain = to_other + to_other.T - twice
+        spare = (limit - _part_load(parts, load, num_parts)).astype(np.float32)
+        fits = more <= spare[parts][:, None]
+        gain = np.where(fits & fits.T, gain, np.float32(-np.inf))  # within a part nothing is gained anyway
         partner = gain.argmax(axis=1)
         gains = gain[experts, partner]
         is_busy = np.zeros(num_parts, dtype=np.bool_)

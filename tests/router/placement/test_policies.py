@@ -39,7 +39,7 @@ def skip_what_eplb_cannot(policy: str, request: PlacementRequest) -> None:
 
 
 @pytest.mark.parametrize("policy", BALANCING)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(request=requests())
 def test_every_expert_is_placed_with_its_replicas_and_survives_any_domain(policy: str, request) -> None:
     skip_what_eplb_cannot(policy, request)
@@ -49,7 +49,7 @@ def test_every_expert_is_placed_with_its_replicas_and_survives_any_domain(policy
 
 
 @pytest.mark.parametrize("policy", BALANCING)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(request=requests())
 def test_the_same_request_gives_the_same_placement(policy: str, request) -> None:
     skip_what_eplb_cannot(policy, request)
@@ -59,7 +59,7 @@ def test_the_same_request_gives_the_same_placement(policy: str, request) -> None
 
 
 @pytest.mark.parametrize("policy", ["device_limited", "coactivation"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(request=requests(), spare=st.lists(st.integers(0, 12), min_size=7, max_size=7))
 def test_shards_of_different_memory_are_never_filled_beyond_their_limit(policy: str, request, spare) -> None:
     request = replace(request, num_replicas=1, redundancy=0.0)
@@ -80,7 +80,7 @@ def test_too_little_memory_is_an_error_that_says_how_much_is_needed(policy: str,
 
 
 @pytest.mark.parametrize("policy", ["device_limited", "coactivation"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(request=requests(), seed=st.integers(0, 2**32))
 def test_a_current_map_costs_no_rule_and_no_more_bytes_than_starting_over(policy: str, request, seed) -> None:
     request = replace(request, load=np.random.default_rng(seed).pareto(1.0, (3, 16)))
@@ -94,7 +94,7 @@ def test_a_current_map_costs_no_rule_and_no_more_bytes_than_starting_over(policy
         assert moved_bytes(first, kept, 1) <= moved_bytes(first, fresh, 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(request=requests())
 def test_redundancy_adds_at_most_its_share_of_the_units(request) -> None:
     counts = num_replicas(place_units(request, policy="device_limited"))
