@@ -26,9 +26,7 @@ def partition(together: Float64Array, load: Float64Array, sizes: Int64Array, cur
     even = _even_parts(load, sizes)
     limit = _part_load(even, load, len(sizes)).max() * (1 + UNEVEN)
     grown = _grown_parts(together, load, sizes, limit)
-    starts = [even] if grown is None else [grown, even]
-    found = [_improved(together, load, start, limit, len(sizes)) for start in starts]
-    best = max(found, key=lambda parts: _within(together, parts))
+    best = _improved(together, load, even if grown is None else grown, limit, len(sizes))
     if current is not None:
         fewer_moves = [current, _improved(together, load, current, limit, len(sizes))] if _has(current, sizes) else []
         for parts in reversed(fewer_moves):
