@@ -70,7 +70,7 @@ class ControllerActor:
         """Places and creates every actor. Raises StartError when the Ray cluster has no room."""
         processes = _create_processes(self._config, self._host)
         rebalancing = self._config.expert_shards.rebalancing
-        self._controller = Controller(processes, self._expert_map, _proposer(self._request), rebalancing)
+        self._controller = Controller(processes, self._expert_map, _proposer(self._config, self._request), rebalancing)
         self._controller.start()
 
     def status(self) -> ClusterStatus | None:
@@ -91,9 +91,11 @@ def create_controller(config: MobulaConfig, expert_map: ExpertMap, request: Plac
     return ray.remote(ControllerActor).options(**options).remote(config, expert_map, request, host)
 
 
-def _proposer(request: PlacementRequest) -> Proposer:
+def _proposer(config: MobulaConfig, request: PlacementRequest) -> Proposer:
+    policy = config.expert_shards.placement_policy.value
+
     def place(load: Float64Array, current: ExpertMap, placement_version: int) -> ExpertMap:
-        return place_units(replace(request, load=load, current=current), placement_version, policy="device_limited")
+        return place_units(replace(request, load=load, current=current), placement_version, policy)
 
     limit = request.max_weight_bytes
     return Proposer(place, request.expert_bytes, limit if isinstance(limit, int) else None)
