@@ -17,6 +17,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from cluster.metrics import GatewayMetrics, RequestOutcome
+from cluster.relay import abort_as, forwarded, was_answered
 from protos import errors, generation_pb2, rpc
 
 logger = logging.getLogger(__name__)
@@ -113,21 +114,21 @@ class GatewayServicer:
             tried.add(worker.dp_rank)
             num_answers = 0
             worker.num_in_flight += 1
-            call = worker.generate()(request, timeout=context.time_remaining(), metadata=_forwarded(context))
+            call = worker.generate()(request, timeout=context.time_remaining(), metadata=forwarded(context))
             try:
                 async for response in call:
                     num_answers += 1
                     yield response
             except grpc.aio.AioRpcError as error:
-                is_lost = error.code() is grpc.StatusCode.UNAVAILABLE and not _was_answered(error)
+                is_lost = error.code() is grpc.StatusCode.UNAVAILABLE and not was_answered(error)
                 if is_lost and num_answers:
                     raise errors.Unavailable(
                         f"attention worker {worker.dp_rank} was lost after {num_answers} answers; send it again",
                         retry_after_s=1.0,
                     ) from error
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or _was_answered(error):
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or was_answered(error):
                     outcome.code = error.code().name
-                    await _abort_as(context, error)
+                    await abort_as(context, error)
                 logger.warning(
                     "worker %d at %s is gone, trying another: %s", worker.dp_rank, worker.address, error.details()
                 )
@@ -146,8 +147,8 @@ class GatewayServicer:
                 try:
                     return await worker.unary(method)(request, timeout=METHOD_TIMEOUT_S)  # type: ignore[no-any-return]
                 except grpc.aio.AioRpcError as error:
-                    if error.code() is not grpc.StatusCode.UNAVAILABLE or _was_answered(error):
-                        await _abort_as(context, error)
+                    if error.code() is not grpc.StatusCode.UNAVAILABLE or was_answered(error):
+                        await abort_as(context, error)
 
         return relay
 
@@ -162,7 +163,7 @@ class GatewayServicer:
         if not loads:
             failures = [error for error in answers if isinstance(error, grpc.aio.AioRpcError)]
             if failures:
-                await _abort_as(context, failures[0])
+                await abort_as(context, failures[0])
             raise errors.Unavailable("no attention worker can be reached; retry later", retry_after_s=1.0)
         merged = loads[0]
         for other in loads[1:]:
@@ -227,21 +228,3 @@ def _add_dispatch(total: generation_pb2.DispatchStats, other: generation_pb2.Dis
     total.received_bytes += other.received_bytes
     total.num_dropped_assignments += other.num_dropped_assignments
     total.max_ranks_per_token = max(total.max_ranks_per_token, other.max_ranks_per_token)
-
-
-def _forwarded(context: grpc.aio.ServicerContext) -> tuple[tuple[str, str], ...]:
-    """The client's own metadata, so that tracing and request ids reach the worker."""
-    skipped = ("user-agent", "grpc-", "content-type", "te")
-    return tuple((key, value) for key, value in context.invocation_metadata() or () if not key.startswith(skipped))
-
-
-def _was_answered(error: grpc.aio.AioRpcError) -> bool:
-    """Whether a worker itself said UNAVAILABLE, rather than the connection to it."""
-    return any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
-
-
-async def _abort_as(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:
-    """Ends the client's call with the worker's status and details."""
-    details = tuple(item for item in error.trailing_metadata() or () if item[0] == "grpc-status-details-bin")
-    context.set_trailing_metadata(details)
-    await context.abort(error.code(), error.details() or "")
