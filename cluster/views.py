@@ -50,7 +50,7 @@ def processes_view(status: ClusterStatus | None) -> RenderableType:
             Text(health.state.value, style=STATE_STYLES[health.state]),
             str(health.pid) if is_up else "",
             format_bytes(health.weight_bytes) if health.weight_bytes else "",
-            health.address or health.detail,
+            Text(health.address or health.detail),  # not markup: an error may hold brackets
         )
     return table
 

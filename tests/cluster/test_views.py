@@ -69,11 +69,11 @@ def test_kinds_of_prompt_are_compared_with_the_first() -> None:
 
 
 def test_processes_show_their_state_and_why_they_failed() -> None:
-    failed = ProcessHealth(generation="a", state=ProcessState.FAILED, detail="disk is full", pid=7)
+    failed = ProcessHealth(generation="a", state=ProcessState.FAILED, detail="disk [a] is full", pid=7)
     status = ClusterStatus(processes=(("shard-0", failed),), is_serving=False, placement_version=1)
     text = text_of(processes_view(status))
     assert "failed" in text
-    assert "disk is full" in text
+    assert "disk [a] is full" in text
     assert "waiting for Ray" in text_of(processes_view(None))
 
 
