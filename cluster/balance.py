@@ -21,7 +21,7 @@ from cluster.rebalance import (
     plan_rebalance,
 )
 from cluster.rebalancer import Rebalancer
-from protos.errors import MobulaError, RebalanceRefused
+from protos.errors import DeadlineExceeded, MobulaError, RebalanceRefused
 from router.expert_map import ExpertMap
 from router.load import LoadConfig, LoadTracker
 from router.placement import PlacementError
@@ -92,11 +92,18 @@ class Balance:
     def ask(self, *, start: bool) -> RebalancePlan:
         """The plan for the load as it is, begun if `start`. From any thread but the controller's.
 
-        Raises RebalanceRefused when it cannot begin now, or no placement satisfies the configuration.
+        Raises RebalanceRefused when it cannot begin now, or no placement satisfies the configuration; DeadlineExceeded
+        when the controller's thread has no time for it.
         """
         answer: Future[RebalancePlan] = Future()
         self._asked.put((start, answer))
-        return answer.result(ASK_TIMEOUT_S)
+        try:
+            return answer.result(ASK_TIMEOUT_S)
+        except TimeoutError as error:
+            answer.cancel()  # nobody is left to be told: what has not begun must not
+            raise DeadlineExceeded(
+                f"the controller took longer than {ASK_TIMEOUT_S:.0f} s; its status says whether a rebalance began"
+            ) from error
 
     def round(self, expert_map: ExpertMap, *, is_serving: bool) -> None:
         """One round under the placement in use."""
@@ -126,6 +133,8 @@ class Balance:
     def _answer(self, expert_map: ExpertMap, is_serving: bool) -> None:
         while not self._asked.empty():
             start, answer = self._asked.get()
+            if not answer.set_running_or_notify_cancel():
+                continue
             try:
                 plan = self._plan(expert_map)
                 if start:

@@ -73,6 +73,13 @@ class RebalanceRefused(MobulaError):
     reason = "REBALANCE_REFUSED"
 
 
+class DeadlineExceeded(MobulaError):
+    """A process did not answer in time; what was asked of it may still happen."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
 class Unavailable(MobulaError):
     """A process is down, starting or draining; a retry may reach another one."""
 
