@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.admin_server import AdminServer
 from cluster.balance import Proposer
 from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller import Controller, StartError
@@ -65,12 +66,15 @@ class ControllerActor:
         self._request = request
         self._host = host
         self._controller: Controller | None = None
+        self._admin: AdminServer | None = None
 
     def start(self) -> None:
         """Places and creates every actor. Raises StartError when the Ray cluster has no room."""
         processes = _create_processes(self._config, self._host)
         rebalancing = self._config.expert_shards.rebalancing
         self._controller = Controller(processes, self._expert_map, _proposer(self._config, self._request), rebalancing)
+        self._admin = AdminServer(self._controller)
+        self._controller.admin_address = self._admin.start(self._host or ray.util.get_node_ip_address())
         self._controller.start()
 
     def status(self) -> ClusterStatus | None:
@@ -79,6 +83,8 @@ class ControllerActor:
 
     def stop(self, drain_timeout_s: float) -> None:
         """Ends every process, gateways first."""
+        if self._admin:
+            self._admin.stop()
         if self._controller:
             self._controller.stop(drain_timeout_s)
 

@@ -4,7 +4,7 @@ One round of the loop, the same at start, after a process died and when nothing 
   1. observe: ask every process for its health; one that does not answer is DOWN;
   2. load: tell every NEW process to load; a FAILED one is restarted after a while, and is NEW again like one that died;
   3. connect: tell every ready worker where the shards are, if that changed since it was told;
-  4. publish: tell the gateway which workers serve and which endpoints hold metrics;
+  4. publish: tell the gateway which workers serve, which endpoints hold metrics and who answers admin calls;
   5. balance: watch the experts' load and move them while requests run (balance.py).
 Tokens never pass here: while the controller is gone, everything that runs goes on. Knows nothing of Ray.
 """
@@ -43,7 +43,10 @@ class StartError(Exception):
 
 
 class Controller:
-    """Owns the processes and the expert map. All its state is touched by one thread only: its own."""
+    """Owns the processes and the expert map. All its state is touched by one thread only: its own.
+
+    admin_address: host:port of this controller's admin calls, which gateways are told; set before `start`.
+    """
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class Controller:
         self._processes = processes
         self._expert_map = expert_map
         self._clock = clock
+        self.admin_address = ""
         self._balance = Balance(
             shards=self._members(RoleName.SHARD),
             workers=self._members(RoleName.WORKER),
@@ -115,7 +119,7 @@ class Controller:
             placement = (self._expert_map.placement_version, shards)
             self._tell(RoleName.WORKER, placement, "update_placement", self._expert_map, shards)
         workers = {p.rank: p.health.address for p in self._members(RoleName.WORKER) if p.is_connected}
-        members = (workers, self._metrics_addresses())
+        members = (workers, self._metrics_addresses(), self.admin_address)
         self._tell(RoleName.GATEWAY, members, "update_members", *members)
         self._publish_status(has_all_shards)
 

@@ -1,4 +1,5 @@
-"""The front door: relays the inference API to attention workers. Holds no model state and parses no tokens.
+"""The front door: relays the inference API to attention workers, and an operator's calls to the controller. Holds no
+model state and parses no tokens.
 
 The life of a Generate call here: (1) admitted, or RESOURCE_EXHAUSTED; (2) the worker with the fewest calls in flight
 is chosen; (3) its answers are passed on as raw bytes; (4) a worker that is gone before its first answer costs a retry
@@ -16,6 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from cluster import admin_relay
+from cluster.admin_relay import AdminRelay
 from cluster.metrics import GatewayMetrics, RequestOutcome
 from cluster.relay import abort_as, forwarded, was_answered
 from protos import errors, generation_pb2, rpc
@@ -172,10 +175,11 @@ class GatewayServicer:
 
 
 class Gateway:
-    """The gateway's server: inference, health, reflection. Lives on one event loop."""
+    """The gateway's server: inference, admin calls, health, reflection. Lives on one event loop."""
 
     def __init__(self, max_concurrent_requests: int, metrics: GatewayMetrics) -> None:
         self._pool = WorkerPool(max_concurrent_requests)
+        self._admin = AdminRelay()
         self._metrics = metrics
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(options=[*rpc.client_options(), ("grpc.so_reuseport", 0)])
@@ -186,9 +190,11 @@ class Gateway:
 
     async def start(self, host: str, port: int) -> int:
         """Listens; serves once `update_workers` names a worker. Returns the port. Raises Unavailable if it is taken."""
-        self._server.add_generic_rpc_handlers((GatewayServicer(self._pool, self._metrics).handlers(),))
+        inference = GatewayServicer(self._pool, self._metrics)
+        self._server.add_generic_rpc_handlers((inference.handlers(), self._admin.handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        names = (SERVICE, admin_relay.SERVICE, health, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         await self._set_serving(False)
         try:
@@ -206,11 +212,16 @@ class Gateway:
         await self._pool.update(addresses)
         await self._set_serving(bool(addresses))
 
+    async def update_admin(self, address: str) -> None:
+        """Where the controller serves the admin calls; "" while it does not."""
+        await self._admin.update(address)
+
     async def stop(self, drain_timeout_s: float) -> None:
         """Refuses new calls, lets those in flight end, then stops."""
         await self._set_serving(False)
         await self._server.stop(grace=drain_timeout_s)
         await self._pool.update({})
+        await self._admin.update("")
 
     async def _set_serving(self, is_serving: bool) -> None:
         status = health_pb2.HealthCheckResponse

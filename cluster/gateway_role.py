@@ -30,10 +30,13 @@ class GatewayRole(Role):
         self._gateway, port = self._loop.run(start())
         return f"{self._host}:{port}", 0
 
-    def update_members(self, workers: Mapping[int, str], metrics_addresses: Mapping[str, str]) -> None:
-        """The workers that serve, by dp_rank, and every process's Prometheus endpoint, by name."""
+    def update_members(
+        self, workers: Mapping[int, str], metrics_addresses: Mapping[str, str], admin_address: str = ""
+    ) -> None:
+        """The workers that serve, by dp_rank; every process's Prometheus endpoint, by name; the controller's server."""
         assert self._gateway
         self._metrics.processes.targets = dict(metrics_addresses)
+        self._loop.run(self._gateway.update_admin(admin_address), CONTROL_TIMEOUT_S)
         self._loop.run(self._gateway.update_workers(dict(workers)), CONTROL_TIMEOUT_S)
 
     def stop(self, drain_timeout_s: float) -> None:

@@ -1,7 +1,15 @@
 """The controller against processes that are plain objects."""
 
+from dataclasses import replace
+
+import pytest
+
+from cluster import balance
+from cluster.balance import Proposer
 from cluster.process import ProcessState
+from protos.errors import DeadlineExceeded
 from tests.cluster.fake_processes import run, system
+from tests.fake_experts import grouped_gate, random_placement
 
 
 def test_new_processes_are_loaded_connected_and_published() -> None:
@@ -11,7 +19,7 @@ def test_new_processes_are_loaded_connected_and_published() -> None:
     assert len(fakes["shard-0"].told("load")) == 1
     ((_, shards),) = fakes["worker-1"].told("update_placement")
     assert shards == {0: "shard-0.0:1", 1: "shard-1.0:1"}
-    workers, metrics = fakes["gateway-0"].told("update_members")[-1]
+    workers, metrics, _ = fakes["gateway-0"].told("update_members")[-1]
     assert set(workers) == {0, 1}
     assert set(metrics) == {"shard-0", "shard-1", "worker-0", "worker-1"}
 
@@ -92,7 +100,7 @@ def test_workers_wait_until_every_shard_is_ready() -> None:
     fakes["shard-1"].die()
     run(controller, 3)
     assert fakes["worker-0"].told("update_placement") == []
-    assert all(workers == {} for workers, _ in fakes["gateway-0"].told("update_members"))
+    assert all(workers == {} for workers, *_ in fakes["gateway-0"].told("update_members"))
 
 
 def test_the_system_stops_in_the_order_gateway_workers_shards() -> None:
@@ -103,3 +111,25 @@ def test_the_system_stops_in_the_order_gateway_workers_shards() -> None:
         fake.kill = lambda name=fake.name: order.append(name)  # type: ignore[method-assign]
     controller.stop(drain_timeout_s=0.0)
     assert order == ["gateway-0", "worker-0", "worker-1", "shard-0", "shard-1"]
+
+
+def test_the_gateway_is_told_who_answers_admin_calls() -> None:
+    controller, fakes = system()
+    controller.admin_address = "127.0.0.1:7"
+    run(controller, 4)
+    assert fakes["gateway-0"].told("update_members")[-1][2] == "127.0.0.1:7"
+
+
+def test_an_operator_whom_the_controllers_thread_keeps_waiting_is_told_and_his_rebalance_does_not_begin_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = random_placement(grouped_gate(), 2, seed=1)
+    proposer = Proposer(place=lambda load, current, version: replace(other, placement_version=version), expert_bytes=1)
+    controller, fakes = system(proposer=proposer)
+    run(controller, 4)
+    monkeypatch.setattr(balance, "ASK_TIMEOUT_S", 0.01)
+    with pytest.raises(DeadlineExceeded, match="its status says whether"):
+        controller.rebalance()
+    run(controller, 2)
+    assert fakes["shard-0"].told("stage") == fakes["shard-1"].told("stage") == []
+    assert controller.status().rebalance.target_version is None
