@@ -5,15 +5,14 @@ should not wait for torch and Ray.
 import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import grpc
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from cluster import checkpoint_command, trace_command
+from cluster import admin_command, checkpoint_command, trace_command
 from cluster.client import DEFAULT_ADDRESS, InferenceClient
+from cluster.terminal import console, fail, fail_call
 from cluster.views import experts_view
 from protos import generation_pb2
 
@@ -29,7 +28,6 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint_command.app, name="checkpoint")
 app.add_typer(trace_command.app, name="trace")
-console = Console()
 Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; unset: the bundled model on this machine.")
@@ -79,7 +77,7 @@ def generate(
                 shown = len(generation.text)
     except grpc.RpcError as error:
         console.print()
-        _fail_call(error)
+        fail_call(error)
     console.print()
     if generation:
         rate = generation.num_tokens / generation.total_s
@@ -102,7 +100,11 @@ def experts(address: Address = DEFAULT_ADDRESS) -> None:
         with InferenceClient(address) as client:
             console.print(experts_view(client.expert_load(), client.placement(), console.width))
     except grpc.RpcError as error:
-        _fail_call(error)
+        fail_call(error)
+
+
+app.command()(admin_command.status)
+app.command()(admin_command.rebalance)
 
 
 def _settings(path: Path | None, model: str | None) -> "MobulaConfig":
@@ -116,7 +118,7 @@ def _settings(path: Path | None, model: str | None) -> "MobulaConfig":
     try:
         config = read_config(path) if path else parse_config(None)
     except ConfigError as error:
-        _fail(str(error))
+        fail(str(error))
     if config.ray.address is None and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -126,17 +128,6 @@ def _settings(path: Path | None, model: str | None) -> "MobulaConfig":
 def _exit_on_failure(has_succeeded: bool) -> None:
     if not has_succeeded:
         raise typer.Exit(1)
-
-
-def _fail(message: str) -> NoReturn:
-    console.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False)
-    raise typer.Exit(1)
-
-
-def _fail_call(error: grpc.RpcError) -> NoReturn:
-    code, details = error.code(), error.details()
-    hint = " (is `mobula serve` running, and is this its address?)" if code is grpc.StatusCode.UNAVAILABLE else ""
-    _fail(f"{code.name}: {details}{hint}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""A client of the inference API for the command line and the demo. Any stock gRPC client does as well."""
+"""Clients of the inference API and of the admin calls, for the command line and the demo. Any stock gRPC client does as
+well.
+"""
 
 import time
 from collections.abc import Iterator
@@ -8,10 +10,11 @@ from typing import Self
 
 import grpc
 
-from protos import generation_pb2, generation_pb2_grpc, rpc
+from protos import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc, rpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 CALL_TIMEOUT_S = 10.0
+REBALANCE_TIMEOUT_S = 70.0  # more than gateway and controller give a plan, who say better what was late
 
 
 @dataclass(slots=True)
@@ -31,13 +34,12 @@ class Generation:
     usage: generation_pb2.Usage = field(default_factory=generation_pb2.Usage)
 
 
-class InferenceClient:
-    """Calls a gateway or a worker."""
+class Connection:
+    """A channel that is closed at the end of a `with` block."""
 
     def __init__(self, address: str) -> None:
         self.address = address
         self._channel = grpc.insecure_channel(address, options=rpc.client_options())
-        self._stub = generation_pb2_grpc.InferenceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -46,6 +48,14 @@ class InferenceClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._channel.close()
+
+
+class InferenceClient(Connection):
+    """Calls a gateway or a worker."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self._stub = generation_pb2_grpc.InferenceStub(self._channel)
 
     def generate(
         self, prompt: str, params: generation_pb2.SamplingParams, *, is_chat: bool = False, timeout_s: float = 300.0
@@ -86,3 +96,22 @@ class InferenceClient:
             generation_pb2.GetPlacementRequest(), timeout=CALL_TIMEOUT_S
         )
         return placement
+
+
+class AdminClient(Connection):
+    """Calls a gateway, which passes it on to the controller."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self._stub = admin_pb2_grpc.AdminStub(self._channel)
+
+    def status(self) -> admin_pb2.GetStatusResponse:
+        status: admin_pb2.GetStatusResponse = self._stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S)
+        return status
+
+    def rebalance(self, *, is_dry_run: bool) -> admin_pb2.RebalanceResponse:
+        """What is done, or would be. Returns when it has begun."""
+        plan: admin_pb2.RebalanceResponse = self._stub.Rebalance(
+            admin_pb2.RebalanceRequest(dry_run=is_dry_run), timeout=REBALANCE_TIMEOUT_S
+        )
+        return plan

@@ -1,12 +1,14 @@
-"""Shows the processes coming up: a live table in a terminal, one line per change elsewhere (logs, CI)."""
+"""Shows the processes coming up and experts moving: live in a terminal, one line per change elsewhere (logs, CI)."""
 
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.process import ClusterStatus, ProcessState
+from cluster.rebalance import RebalanceState, RebalanceStatus
 from cluster.views import processes_view
 
 
@@ -39,5 +41,37 @@ class StartProgress:
                 ProcessState.STARTING,
                 ProcessState.DOWN,
             ):
-                self._console.print(f"  {name}: {health.state} {health.address or health.detail}")
+                self._console.print(f"  {name}: {health.state} {health.address or health.detail}", markup=False)
                 self._states[name] = health.state
+
+
+class RebalanceProgress:
+    """Use as a context manager; call `show` with every new status."""
+
+    def __init__(self, console: Console, planned_bytes: int, *, is_shown: bool = True) -> None:
+        """planned_bytes: that shards read in all; is_shown: False to write nothing."""
+        self._console = console
+        self._is_shown = is_shown
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+        is_live = is_shown and console.is_terminal
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not is_live)
+        self._task = self._bar.add_task("waiting", total=planned_bytes)
+        self._state = RebalanceState.IDLE
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, status: RebalanceStatus) -> None:
+        """Draws the bytes that were read. When idle: it has not begun, or has ended."""
+        if status.state is RebalanceState.IDLE:
+            return
+        self._bar.update(self._task, description=status.state.value, completed=status.moved_bytes)
+        if self._is_shown and self._bar.disable and status.state is not self._state:
+            self._console.print(f"  {status.state}")
+        self._state = status.state
