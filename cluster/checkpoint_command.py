@@ -2,19 +2,20 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from cluster.terminal import console, fail
 
 if TYPE_CHECKING:
     from cluster.accuracy import Accuracy
 
 app = typer.Typer(no_args_is_help=True, help="Convert checkpoints and compare them.")
-console = Console()
 
 MaxTokens = Annotated[int, typer.Option(min=2, help="How much of the text is read.")]
 TextFile = Annotated[
@@ -60,9 +61,9 @@ def convert(
             task = bar.add_task(f"experts to {conversion.matrix_format}", total=conversion.num_bytes)
             conversion.write(folder, lambda num_bytes: bar.advance(task, num_bytes))
     except (CannotConvert, InvalidCheckpoint, UnsupportedModel, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
-        _fail(f"interrupted; {destination} is as it was")
+        fail(f"interrupted; {destination} is as it was")
     console.print(f"[green]wrote[/green] {escape(str(destination))}", highlight=False)
     if compare:
         _compare(source, str(destination), text, max_tokens)
@@ -118,11 +119,11 @@ def _compare(reference: str, candidate: str, text: Path | None, max_tokens: int)
 
             accuracy = run(reference, candidate, text=content, max_tokens=max_tokens, on_progress=show)
     except (CannotCompare, ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError) as error:
-        _fail(f"the checkpoints are not compared: {error}")
+        fail(f"the checkpoints are not compared: {error}")
     except (OSError, UnicodeDecodeError) as error:
-        _fail(f"{text or 'the logits'}: {error}")
+        fail(f"{text or 'the logits'}: {error}")
     except KeyboardInterrupt:
-        _fail("interrupted before the comparison was done")
+        fail("interrupted before the comparison was done")
     console.print(accuracy_view(accuracy, reference, candidate))
 
 
@@ -136,8 +137,3 @@ def _location(source: str) -> str | Path:
 def _bytes_bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)
-
-
-def _fail(message: str) -> NoReturn:
-    console.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False)
-    raise typer.Exit(1)

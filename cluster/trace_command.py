@@ -5,13 +5,14 @@ Loads torch only to record, or to read a config.json.
 
 import json
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from cluster.terminal import console, errors, fail
 from cluster.trace_views import VIEW_WIDTH, CannotPlot, check_plot, plot_replay, replay_json, replay_view, size_of
 from router.placement import POLICIES
 from router.trace.cost_model import CostModel
@@ -22,8 +23,6 @@ from router.trace.trace import Trace, TraceError
 from router.trace.trace_file import TraceFile
 
 app = typer.Typer(no_args_is_help=True, help="Record which experts tokens choose; replay it under other placements.")
-console = Console()
-errors = Console(stderr=True)
 
 ALL = "all"
 DEFAULT_MODEL, DEFAULT_SEED, DEFAULT_TOKENS = "v2", 0, 16384
@@ -53,11 +52,11 @@ def record(
     Without --prompt and --text it reads the four kinds of text that the bundled model knows, in turn.
     """
     if seconds is not None and not 0 < seconds < float("inf"):
-        _fail(f"--seconds is {seconds}, must be more than 0")
+        fail(f"--seconds is {seconds}, must be more than 0")
     if prompt and text:
-        _fail("--prompt and --text are given: a trace has prompts that are continued or texts that are read, not both")
+        fail("--prompt and --text are given: a trace has prompts that are continued or texts that are read, not both")
     if out.exists() and not force:
-        _fail(f"{out} exists; name another file or give --force")
+        fail(f"{out} exists; name another file or give --force")
     from cluster.config import ConfigError
     from cluster.json_fields import UnsupportedModel
     from cluster.safetensors_file import InvalidCheckpoint
@@ -78,11 +77,11 @@ def record(
             task = bar.add_task("", total=tokens or (RECORDED_TOKENS if seconds is None else None))
             recording = run(config, out, lambda stage, count: bar.update(task, description=stage, completed=count))
     except (TraceError, ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError) as error:
-        _fail(f"nothing is recorded: {error}")
+        fail(f"nothing is recorded: {error}")
     except (OSError, UnicodeDecodeError) as error:
-        _fail(f"nothing is recorded: {error}")
+        fail(f"nothing is recorded: {error}")
     except KeyboardInterrupt:
-        _fail("interrupted before the first token was recorded")
+        fail("interrupted before the first token was recorded")
     kinds = ", ".join(f"{label} {count:,}" for label, count in recording.num_tokens_by_label.items())
     end = "interrupted after" if recording.was_interrupted else "wrote"
     console.print(
@@ -153,11 +152,11 @@ def replay_command(
         if plot is not None:
             plot_replay(results, plot)
     except (TraceError, CannotPlot) as error:
-        _fail(str(error))
+        fail(str(error))
     except (OSError, ValueError) as error:  # of writing the picture
-        _fail(f"{plot}: {error}")
+        fail(f"{plot}: {error}")
     except KeyboardInterrupt:
-        _fail("interrupted")
+        fail("interrupted")
     if as_json:
         rows = [json.dumps(replay_json(result)) for result in results if result.score is not None]
         typer.echo("[\n" + ",\n".join(rows) + "\n]")
@@ -225,8 +224,3 @@ def _cases(policies: list[str], shards: list[int], redundancies: list[float], re
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
-
-
-def _fail(message: str) -> NoReturn:
-    errors.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
