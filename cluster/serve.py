@@ -54,6 +54,7 @@ def _print_banner(deployment: Deployment, console: Console) -> None:
     console.print(f"\n[bold green]serving[/bold green] {model} at [bold]{address}[/bold]", highlight=False)
     console.print(f"  try:      {mobula} generate 'def main():'{option}", highlight=False)
     console.print(f"  experts:  {mobula} experts{option}", highlight=False)
+    console.print(f"  status:   {mobula} status{option}", highlight=False)
     console.print(f"  metrics:  http://{deployment.metrics_address}/metrics", highlight=False)
     console.print("  stop:     Ctrl-C\n")
 

@@ -13,7 +13,7 @@ errors = Console(stderr=True)
 
 def fail(message: str) -> NoReturn:
     """Prints the error and ends the command with status 1."""
-    errors.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False)
+    errors.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 
