@@ -10,7 +10,7 @@ import asyncio
 import grpc
 import grpc.aio
 
-from cluster.relay import abort_as, forwarded, was_answered
+from cluster.relay import abort_as, forwarded, is_client_gone, was_answered
 from protos import admin_pb2, errors, rpc
 
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"]
@@ -55,7 +55,7 @@ class AdminRelay:
                     await abort_as(context, error)
                 raise _connection_error(error, address, timeout_s) from error
             except asyncio.CancelledError as error:
-                if _was_cancelled_by_client():
+                if is_client_gone():
                     raise
                 raise errors.Unavailable(
                     f"the controller at {address} was let go of while it was asked; see the status, then ask again",
@@ -66,12 +66,6 @@ class AdminRelay:
 
 
 _CONNECTION_ERRORS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-
-
-def _was_cancelled_by_client() -> bool:
-    """Rather than by `update`, which closed the channel. Without this the client would get no status at all."""
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
 
 
 def _connection_error(error: grpc.aio.AioRpcError, address: str, timeout_s: float) -> errors.MobulaError:

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from cluster import admin_relay
 from cluster.admin_relay import AdminRelay
 from cluster.metrics import GatewayMetrics, RequestOutcome
-from cluster.relay import abort_as, forwarded, was_answered
+from cluster.relay import abort_as, forwarded, is_client_gone, was_answered
 from protos import errors, generation_pb2, rpc
 
 logger = logging.getLogger(__name__)
@@ -123,18 +123,14 @@ class GatewayServicer:
                     num_answers += 1
                     yield response
             except grpc.aio.AioRpcError as error:
-                is_lost = error.code() is grpc.StatusCode.UNAVAILABLE and not was_answered(error)
-                if is_lost and num_answers:
-                    raise errors.Unavailable(
-                        f"attention worker {worker.dp_rank} was lost after {num_answers} answers; send it again",
-                        retry_after_s=1.0,
-                    ) from error
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or was_answered(error):
                     outcome.code = error.code().name
                     await abort_as(context, error)
-                logger.warning(
-                    "worker %d at %s is gone, trying another: %s", worker.dp_rank, worker.address, error.details()
-                )
+                _note_loss(worker, num_answers, error.details())
+            except asyncio.CancelledError:
+                if is_client_gone():
+                    raise
+                _note_loss(worker, num_answers, "it is no longer listed")
             else:
                 return
             finally:
@@ -152,6 +148,9 @@ class GatewayServicer:
                 except grpc.aio.AioRpcError as error:
                     if error.code() is not grpc.StatusCode.UNAVAILABLE or was_answered(error):
                         await abort_as(context, error)
+                except asyncio.CancelledError:
+                    if is_client_gone():
+                        raise
 
         return relay
 
@@ -228,6 +227,15 @@ class Gateway:
         value = status.SERVING if is_serving else status.NOT_SERVING
         for name in ("", SERVICE):
             await self._health.set(name, value)
+
+
+def _note_loss(worker: WorkerChannel, num_answers: int, detail: str | None) -> None:
+    """Raises Unavailable when the client has had answers of the worker that is lost; else another may be tried."""
+    if num_answers:
+        raise errors.Unavailable(
+            f"attention worker {worker.dp_rank} was lost after {num_answers} answers; send it again", retry_after_s=1.0
+        )
+    logger.warning("worker %d at %s is gone, trying another: %s", worker.dp_rank, worker.address, detail)
 
 
 def _add_dispatch(total: generation_pb2.DispatchStats, other: generation_pb2.DispatchStats) -> None:

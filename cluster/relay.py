@@ -2,6 +2,8 @@
 back. Knows nothing of services.
 """
 
+import asyncio
+
 import grpc
 import grpc.aio
 
@@ -15,6 +17,16 @@ def forwarded(context: grpc.aio.ServicerContext) -> tuple[tuple[str, str], ...]:
 def was_answered(error: grpc.aio.AioRpcError) -> bool:
     """Whether the other side itself ended the call so, rather than the connection to it."""
     return any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+
+
+def is_client_gone() -> bool:
+    """Whether the running handler's call was cancelled, rather than the call that it passed it on with.
+
+    That one is cancelled when its channel is closed. A handler that ends so, its own call going on, would leave the
+    client without any status.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 async def abort_as(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:

@@ -94,6 +94,9 @@ class Front:
         addresses = {worker.dp_rank: f"{HOST}:{worker.port}" for worker in self.workers}
         self._loop.run(self.gateway.update_workers(addresses))
 
+    def disconnect(self) -> None:
+        self._loop.run(self.gateway.update_workers({}))
+
     def generate(self, text: str = "x") -> Iterator[generation_pb2.GenerateResponse]:
         return self.stub.Generate(generation_pb2.GenerateRequest(text=text), timeout=10.0)
 
@@ -127,6 +130,17 @@ def test_a_worker_that_is_gone_costs_a_retry_on_another_one() -> None:
         opened.workers[0].stop()
         assert [answer.text for answer in opened.generate()] == ["1"]
         assert opened.stub.GetModelInfo(generation_pb2.GetModelInfoRequest(), timeout=10.0).model_id == "1"
+
+
+def test_a_worker_that_is_no_longer_listed_ends_its_calls_with_a_status() -> None:
+    with front(num_workers=1) as opened:
+        running = opened.generate("endless")
+        next(iter(running))
+        opened.disconnect()
+        with pytest.raises(grpc.RpcError) as raised:
+            list(running)
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "attention worker 0 was lost after" in raised.value.details()
 
 
 def test_what_a_worker_refuses_reaches_the_client_with_its_details_and_is_not_retried() -> None:
