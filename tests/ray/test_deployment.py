@@ -11,7 +11,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.client import InferenceClient
+from cluster.client import AdminClient, InferenceClient
 from cluster.config import parse_config
 from cluster.launch import Deployment
 from cluster.process import ProcessHealth
@@ -103,6 +103,20 @@ def test_gateway_says_that_it_serves(deployment: Deployment) -> None:
             health_pb2.HealthCheckRequest(service="mobula.v1.Inference"), timeout=5.0
         )
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_an_operator_asks_the_gateway_and_the_controller_answers(deployment: Deployment) -> None:
+    with AdminClient(deployment.address) as client:
+        answer = client.status()
+        plan = client.rebalance(is_dry_run=True)
+    status = deployment.status()
+    assert status
+    assert {process.name: process.pid for process in answer.processes} == {
+        name: health.pid for name, health in status.processes
+    }
+    assert answer.is_serving
+    assert plan.old_placement_version == answer.placement_version
+    assert not plan.started
 
 
 def test_a_request_waits_for_a_killed_shard_and_gets_the_same_text(deployment: Deployment) -> None:
