@@ -33,11 +33,12 @@ from protos.errors import (
     Unavailable,
     from_code,
 )
+from router.compiled import native
 from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall, Outcome
 from router.expert_map import ExpertMap, Int64Array
 from router.metrics import RouterMetrics
 from router.plan import DispatchPlan, PartialSums, ShardMessage, plan_again
-from router.plan_kernels import native, plan_layer, sum_partials
+from router.plan_kernels import plan_layer, sum_partials
 from router.replicas import choose_replicas, usable_replicas
 from router.router_config import RouterConfig
 from router.shard_queues import ShardQueues

@@ -6,20 +6,16 @@ The same messages and the same bits, see tests/router/test_plan.py.
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int32, c_void_p
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from protos import native_library
 from router import plan
+from router.compiled import native
 from router.expert_map import Int64Array
 from router.plan import DispatchPlan, PartialSums, ShardMessage
 from router.shard_queues import ExpectedQueues
-
-ABI = 3  # kAbi in native/plan.cpp
 
 
 class _PlanCall(ctypes.Structure):
@@ -61,15 +57,6 @@ class _SumCall(ctypes.Structure):
         ("hidden_size", c_int32),
         ("is_bfloat16", c_int32),
     )
-
-
-@cache
-def native() -> ctypes.CDLL | None:
-    """The library, or None where it was not built."""
-    library = native_library.load(Path(__file__).parent / "native", "mobula_plan_abi", ABI)
-    if library is not None:
-        library.mobula_plan.argtypes = library.mobula_sum_partials.argtypes = [c_void_p]
-    return library
 
 
 def plan_layer(

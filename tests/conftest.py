@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from experts.kernels.library import native, set_num_threads
 from protos import native_library
-from router import plan_kernels
+from router import compiled
 
 settings.register_profile("mobula", deadline=None)  # a busy machine is not a fault
 settings.load_profile("mobula")
@@ -26,7 +26,7 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine where the package was installed without a C++ compiler: no library is found."""
-    libraries = (native, plan_kernels.native)
+    libraries = (native, compiled.native)
     monkeypatch.setattr(native_library.importlib.machinery, "EXTENSION_SUFFIXES", [])
     for library in libraries:
         library.cache_clear()

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int kAbi = 3;  // plan_kernels.py: ABI
+constexpr int kAbi = 4;  // compiled.py: ABI
 
 struct PlanCall {
   const int64_t* topk_ids;        // [num_tokens, top_k]; -1: left out
@@ -24,6 +24,13 @@ struct PlanCall {
   int64_t* tokens_by_ranks;       // [ep_size + 1], zeros
   int32_t num_tokens, top_k, num_experts, num_units, ep_size;
   int32_t num_partial_sums, max_ranks;  // written; max_ranks: the most shards that a row visits, -1 without rows
+};
+
+struct ChoiceCall {
+  const int64_t* units;  // [num_rows, top_k]
+  Replicas replicas;
+  int64_t* ep_ranks;  // [num_rows, top_k], written
+  int32_t num_rows, top_k;
 };
 
 struct SumCall {
@@ -224,6 +231,20 @@ EXPORT int mobula_plan(PlanCall* call) {
   number_rows(*call, s);
   write_messages(*call, s);
   return 1;
+}
+
+// The shard that each row asks for each of its units, as mobula_plan chooses it.
+EXPORT void mobula_choose_replicas(const ChoiceCall* call) {
+  Scratch& s = scratch();
+  ReplicaChoice choice(call->replicas);
+  for (int row = 0; row < call->num_rows; ++row) {
+    const int64_t* units = call->units + static_cast<int64_t>(row) * call->top_k;
+    s.row_units.clear();
+    for (int k = 0; k < call->top_k; ++k) ++unit_of_row(s, units[k]).num_assignments;
+    choice.choose(s.row_units);
+    for (int k = 0; k < call->top_k; ++k)
+      call->ep_ranks[static_cast<int64_t>(row) * call->top_k + k] = unit_of_row(s, units[k]).ep_rank;
+  }
 }
 
 // Adds each row's partial sums in ascending order, from +0.0; 0 when one is missing.

@@ -4,8 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from router.compiled import native
 from router.expert_map import ExpertMap, Int64Array
+from router.replica_kernels import choose_for_rows
 from router.replicas import choose_replicas
+from router.shard_queues import ExpectedQueues
 
 # (expert map, units [num_moe_layers, num_tokens, top_k], step number) -> ep_ranks of the same shape
 ReplicaChoice = Callable[[ExpertMap, Int64Array, int], Int64Array]
@@ -14,10 +17,21 @@ _MULTIPLIERS = np.array((0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E377
 
 
 def router_choice(expert_map: ExpertMap, units: Int64Array, step: int) -> Int64Array:
-    """What router/replicas.py says for the step: one replica of a unit for all of a step's tokens, in turn."""
+    """As the router chooses for a step of tokens in every layer, from queues that are empty and shards alike.
+
+    Without the compiled library: one replica of a unit for all of a step's tokens, in turn (router/replicas.py).
+    """
     if expert_map.max_replicas == 1:
         return np.take_along_axis(expert_map.unit_to_ep_ranks[:, :, 0], units.reshape(len(units), -1), 1).reshape(
             units.shape
+        )
+    if native() is not None:
+        alike = np.ones(expert_map.ep_size)
+        return np.stack(
+            [
+                choose_for_rows(mine, ranks, ExpectedQueues(np.zeros(expert_map.ep_size), alike))
+                for mine, ranks in zip(units.astype(np.int64), expert_map.unit_to_ep_ranks, strict=True)
+            ]
         )
     chosen = np.stack([choose_replicas(ranks, turn=step) for ranks in expert_map.unit_to_ep_ranks])
     return np.take_along_axis(chosen, units.reshape(len(units), -1), 1).reshape(units.shape)

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router import plan_kernels
+from router.compiled import native
 from router.plan import NO_EXPERT, DispatchPlan, PartialSums, plan_again, plan_layer, sum_partials
 from router.replicas import choose_replicas
 from tests.fake_experts import Rows, greedy_gate, grouped_gate, placed, random_placement, random_rows
@@ -171,7 +172,7 @@ def test_no_rows_make_no_messages():
     assert summed(plan, torch.zeros(0, 2)).shape == (0, 2)
 
 
-@pytest.mark.skipif(plan_kernels.native() is None, reason="the library is not built")
+@pytest.mark.skipif(native() is None, reason="the library is not built")
 @pytest.mark.parametrize("wrong", [-2, 16])
 def test_an_expert_that_does_not_exist_is_refused(wrong):
     expert_map = placed(grouped_gate(), 2)
@@ -182,7 +183,7 @@ def test_an_expert_that_does_not_exist_is_refused(wrong):
         )  # fmt: skip
 
 
-@pytest.mark.skipif(plan_kernels.native() is None, reason="the library is not built")
+@pytest.mark.skipif(native() is None, reason="the library is not built")
 def test_a_sum_without_one_of_its_parts_is_refused():
     plan = plan_of(Rows(torch.ones(1, 1), torch.ones(1, 2), torch.tensor([[0, 2]])), placed(grouped_gate(), 1))
     with pytest.raises(ValueError, match="1 partial sums were answered, the plan has 2"):

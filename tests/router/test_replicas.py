@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router import plan_kernels
+from router.compiled import native
 from router.plan import DispatchPlan
 from router.replicas import choose_replicas, usable_replicas
 from router.shard_queues import ExpectedQueues, ShardQueues
@@ -32,7 +33,7 @@ def test_a_unit_is_asked_of_a_shard_that_holds_it(turn, avoid):
         assert chosen in ranks[ranks >= 0]
 
 
-needs_library = pytest.mark.skipif(plan_kernels.native() is None, reason="the library is not built")
+needs_library = pytest.mark.skipif(native() is None, reason="the library is not built")
 
 
 def queues(waits: list[float], seconds_per_assignment: float = 1.0) -> ExpectedQueues:

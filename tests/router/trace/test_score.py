@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.compiled import native
 from router.expert_map import ExpertMap
 from router.trace.cost_model import CostModel
 from router.trace.model_shape import ModelShape
@@ -148,7 +149,12 @@ def test_replicas_by_hash_are_used_alike_and_differ_between_steps() -> None:
     assert len({tuple(row) for row in first[0, :200].tolist()}) > 100, "the units of a token are spread on their own"
 
 
-def test_the_router_asks_one_replica_a_step_and_the_others_in_turn() -> None:
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_the_router_spreads_a_unit_over_its_replicas(is_compiled: bool, request: pytest.FixtureRequest) -> None:
+    if not is_compiled:
+        request.getfixturevalue("without_kernels")
+    elif native() is None:
+        pytest.skip("the library is not built")
     expert_map = ExpertMap(
         placement_version=1,
         ep_size=2,
@@ -158,7 +164,11 @@ def test_the_router_asks_one_replica_a_step_and_the_others_in_turn() -> None:
     )
     units = np.zeros((2, 5, 2), dtype=np.int64)
     for step in range(4):
-        assert (router_choice(expert_map, units, step) == step % 2).all()
+        ep_ranks = router_choice(expert_map, units, step)
+        if is_compiled:  # row by row, each row whole
+            assert ep_ranks.tolist() == [[[0, 0], [1, 1], [0, 0], [1, 1], [0, 0]]] * 2
+        else:  # step by step
+            assert (ep_ranks == step % 2).all()
 
 
 def test_balancedness_is_mean_over_max_and_nothing_is_even() -> None:
