@@ -21,7 +21,7 @@ from cluster.rebalance import (
     plan_rebalance,
 )
 from cluster.rebalancer import Rebalancer
-from protos.errors import DeadlineExceeded, MobulaError, RebalanceRefused
+from protos.errors import DeadlineExceeded, InternalError, MobulaError, RebalanceRefused
 from router.expert_map import ExpertMap
 from router.load import LoadConfig, LoadTracker
 from router.placement import PlacementError
@@ -142,6 +142,9 @@ class Balance:
                 answer.set_result(plan)
             except MobulaError as error:
                 answer.set_exception(error)
+            except Exception as error:  # a fault of a policy must not leave the operator waiting
+                logger.exception("no plan could be made")
+                answer.set_exception(InternalError(f"no plan could be made: {error}"))
 
     def _rebalance_by_itself(self, expert_map: ExpertMap, is_serving: bool) -> None:
         is_due = self._clock() - self._ended_s >= self._config.min_interval_s

@@ -11,7 +11,7 @@ from cluster.balance import Proposer
 from cluster.config import RebalancingConfig
 from cluster.controller import Controller
 from cluster.rebalance import RebalancePlan, RebalanceState
-from protos.errors import RebalanceRefused
+from protos.errors import InternalError, MobulaError, RebalanceRefused
 from router.expert_map import ExpertMap
 from router.placement import PlacementError
 from tests.cluster.fake_processes import FakeProcess, run, system
@@ -42,7 +42,7 @@ def asked(controller: Controller, *, start: bool = True) -> RebalancePlan:
     def ask() -> None:
         try:
             answers.append(controller.rebalance() if start else controller.plan_rebalance())
-        except RebalanceRefused as error:
+        except MobulaError as error:
             answers.append(error)
 
     thread = threading.Thread(target=ask)
@@ -201,6 +201,16 @@ def test_a_placement_that_cannot_be_computed_is_refused_with_its_reason() -> Non
     controller, _ = serving(proposer=Proposer(place, expert_bytes=10))
     with pytest.raises(RebalanceRefused, match="no placement can be computed: too few shards"):
         asked(controller)
+
+
+def test_a_fault_of_a_policy_is_told_to_the_operator_and_the_rounds_go_on() -> None:
+    def place(load: np.ndarray, current: ExpertMap, placement_version: int) -> ExpertMap:
+        raise ZeroDivisionError("division by zero")
+
+    controller, _ = serving(proposer=Proposer(place, expert_bytes=10))
+    with pytest.raises(InternalError, match="no plan could be made: division by zero"):
+        asked(controller)
+    assert controller.status().is_serving
 
 
 def test_by_itself_only_when_enabled_due_and_worth_it() -> None:
