@@ -33,7 +33,7 @@ from router.expert_map import ExpertMap
 logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0  # a process that takes longer is DOWN for this round; its answer is still awaited
-ROUND_S = 0.25  # between two rounds
+ROUND_S = 0.5  # between two rounds; calls through Ray cost some milliseconds of a core each
 BUSY_ROUND_S = 0.05  # while the system is not up or experts move, when each round may find something to do
 RESTART_WAIT_S = 10.0  # after a process was told to load what it then could not
 

@@ -47,26 +47,50 @@ class WorkerChannel:
 
 @dataclass(slots=True)
 class WorkerPool:
-    """The workers that can be called now. Used from the event loop only."""
+    """The workers that can be called now. Used from the event loop only.
+
+    leaving: no longer listed, but with calls in flight, which may end: a worker that was slow to say that it is well is
+        not gone, and the connection to one that is gone breaks by itself.
+    """
 
     max_concurrent_requests: int
     workers: dict[int, WorkerChannel] = field(default_factory=dict)
+    leaving: list[WorkerChannel] = field(default_factory=list)
 
     @property
     def num_in_flight(self) -> int:
-        return sum(worker.num_in_flight for worker in self.workers.values())
+        return sum(worker.num_in_flight for worker in (*self.workers.values(), *self.leaving))
 
     async def update(self, addresses: dict[int, str]) -> None:
-        """Connects to new addresses and lets go of those that are no longer listed."""
+        """Connects to new addresses and chooses those that are no longer listed no more."""
         stale = [worker for rank, worker in self.workers.items() if addresses.get(rank) != worker.address]
         for worker in stale:
             del self.workers[worker.dp_rank]
         for dp_rank, address in sorted(addresses.items()):
             if dp_rank not in self.workers:
-                channel = grpc.aio.insecure_channel(address, options=rpc.client_options())
-                self.workers[dp_rank] = WorkerChannel(dp_rank, address, channel)
-        for worker in stale:
+                self.workers[dp_rank] = self._connection(dp_rank, address)
+        self.leaving += stale
+        await self.close_idle()
+
+    async def close_idle(self) -> None:
+        """Lets go of leaving workers without calls."""
+        idle = [worker for worker in self.leaving if not worker.num_in_flight]
+        self.leaving = [worker for worker in self.leaving if worker.num_in_flight]
+        for worker in idle:
             await worker.channel.close(grace=0)
+
+    async def close(self) -> None:
+        """Lets go of all, and ends their calls."""
+        await self.update({})
+        for worker in self.leaving:
+            await worker.channel.close(grace=0)
+
+    def _connection(self, dp_rank: int, address: str) -> WorkerChannel:
+        for worker in self.leaving:
+            if (worker.dp_rank, worker.address) == (dp_rank, address):
+                self.leaving.remove(worker)
+                return worker
+        return WorkerChannel(dp_rank, address, grpc.aio.insecure_channel(address, options=rpc.relay_options()))
 
     def choose(self, excluded: set[int]) -> WorkerChannel:
         """The worker with the fewest calls in flight, the lower rank first. Raises Unavailable if there is none."""
@@ -130,7 +154,7 @@ class GatewayServicer:
             except asyncio.CancelledError:
                 if is_client_gone():
                     raise
-                _note_loss(worker, num_answers, "it is no longer listed")
+                _note_loss(worker, num_answers, "the gateway stops")
             else:
                 return
             finally:
@@ -219,7 +243,7 @@ class Gateway:
         """Refuses new calls, lets those in flight end, then stops."""
         await self._set_serving(False)
         await self._server.stop(grace=drain_timeout_s)
-        await self._pool.update({})
+        await self._pool.close()
         await self._admin.update("")
 
     async def _set_serving(self, is_serving: bool) -> None:

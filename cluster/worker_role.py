@@ -148,7 +148,7 @@ class WorkerRole(Role):
         self._router.close()
 
     async def _serve(self, servicer: InferenceServicer) -> int:
-        server = grpc.aio.server(options=rpc.client_options())
+        server = grpc.aio.server(options=rpc.relay_options())
         server.add_generic_rpc_handlers((servicer.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health_servicer, server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)

@@ -24,6 +24,14 @@ MAX_FRAME_BYTES = 256 * 1024 * 1024  # rows of one micro-batch to one shard; che
 MessageT = TypeVar("MessageT", bound=Message)
 
 
+_KEEPALIVE = [  # of both ends: calls to a peer that says nothing for so long end
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+]
+
+
 def client_options() -> list[tuple[str, int]]:
     """Settings of a client's channel and of the servers that clients reach."""
     return [
@@ -32,15 +40,17 @@ def client_options() -> list[tuple[str, int]]:
     ]
 
 
+def relay_options() -> list[tuple[str, int]]:
+    """Settings of both ends between a gateway and a worker: messages are a client's, a hung peer is noticed."""
+    return [*client_options(), *_KEEPALIVE]
+
+
 def frame_options() -> list[tuple[str, int]]:
-    """Settings of both ends of the data plane; a dead peer is noticed within the keepalive time."""
+    """Settings of both ends of the data plane."""
     return [
         ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
         ("grpc.max_send_message_length", MAX_FRAME_BYTES),
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        *_KEEPALIVE,
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
     ]

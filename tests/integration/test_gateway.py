@@ -132,15 +132,20 @@ def test_a_worker_that_is_gone_costs_a_retry_on_another_one() -> None:
         assert opened.stub.GetModelInfo(generation_pb2.GetModelInfoRequest(), timeout=10.0).model_id == "1"
 
 
-def test_a_worker_that_is_no_longer_listed_ends_its_calls_with_a_status() -> None:
+def test_a_worker_that_is_no_longer_listed_gets_no_new_calls_and_those_in_flight_go_on() -> None:
     with front(num_workers=1) as opened:
         running = opened.generate("endless")
         next(iter(running))
         opened.disconnect()
+        for _ in range(3):
+            next(running)
         with pytest.raises(grpc.RpcError) as raised:
-            list(running)
+            next(iter(opened.generate()))
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "attention worker 0 was lost after" in raised.value.details()
+        opened.connect()  # it was only slow to say that it is well
+        next(running)
+        assert next(iter(opened.generate()))
+        running.cancel()
 
 
 def test_what_a_worker_refuses_reaches_the_client_with_its_details_and_is_not_retried() -> None:
@@ -171,6 +176,17 @@ def test_more_requests_than_allowed_are_refused_with_the_limit() -> None:
             next(iter(opened.generate()))
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "limit is 1" in raised.value.details()
+
+
+def test_calls_in_flight_end_with_a_status_when_the_gateway_stops() -> None:
+    with front(num_workers=1) as opened:
+        running = opened.generate("endless")
+        next(iter(running))
+        opened.disconnect()
+        opened._loop.run(opened.gateway.stop(0.0))
+        with pytest.raises(grpc.RpcError) as raised:
+            list(running)
+        assert raised.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 def test_a_cancelled_call_is_cancelled_at_the_worker() -> None:
