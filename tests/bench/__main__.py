@@ -26,7 +26,7 @@ from tests.bench.table import table_of
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("wire", "kernels", "layers", "decode", "prefill", "startup", "memory", "context", "placement")
+PARTS = ("wire", "kernels", "layers", "decode", "prefill", "startup", "memory", "context", "placement", "rebalance")
 NOT_BUILT = {"cache": "the prefix cache is not built yet"}
 PLAIN_WIDTH = 160  # of a table that is not for a terminal
 MODELS = ("lite4", "tiny")
