@@ -90,8 +90,8 @@ class Router:
         layer = LayerInput(
             layer_id=layer_id,
             hidden_states=hidden_states.detach().cpu().contiguous(),
-            topk_weights=topk_weights.detach().float().cpu(),
-            topk_ids=topk_ids.cpu(),
+            topk_weights=topk_weights.detach().float().cpu().contiguous(),
+            topk_ids=topk_ids.cpu().contiguous(),
         )
         handle = DispatchHandle(layer, self._context, hidden_states.device)
         try:
