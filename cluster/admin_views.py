@@ -39,7 +39,7 @@ def plan_view(plan: admin_pb2.RebalanceResponse) -> RenderableType:
     """What each shard reads, what that gains, and whether it would be done without being asked."""
     versions = f"{plan.old_placement_version} → {plan.new_placement_version}"
     title = Text(f"rebalance: placement version {versions}", style="italic")
-    verdict = Text("worth it: ", style="bold")
+    verdict = Text("worth it by itself: ", style="bold")
     verdict.append("yes, " if plan.is_worth_it else "no, ", style="green" if plan.is_worth_it else "yellow")
     verdict.append(plan.reason, style="default")
     if not plan.moves:

@@ -19,6 +19,7 @@ from cluster.model_config import DTYPES, ModelConfig
 from cluster.quantization import IntQuantization
 from cluster.views import format_bytes
 from experts.kernels.library import native
+from experts.kernels.packed_matrix import PANEL_OUTPUTS
 from experts.quantized_matrix import MatrixFormat
 from experts.weight_store import ExpertModel
 from protos.rpc import MAX_FRAME_BYTES
@@ -66,12 +67,14 @@ class ServedModel:
         """Of one routed expert as a shard keeps it: integers where there are kernels for them, else multiplied out."""
         kept = self.expert_format
         shapes = [(rows, columns) for rows, columns in self.config.decoder.expert_weight_shapes(0, 0).values()]
+        if native() is not None:  # packed in whole panels
+            shapes = [(-(-rows // PANEL_OUTPUTS) * PANEL_OUTPUTS, columns) for rows, columns in shapes]
         if (
             kept is None
             or native() is None
             or any((kept.group_size or columns) % KERNEL_GROUP_COLUMNS for _, columns in shapes)
         ):
-            return self.expert_model.expert_bytes
+            return sum(rows * columns for rows, columns in shapes) * self.dtype.itemsize
         return sum(kept.nbytes(rows, columns) for rows, columns in shapes)
 
     def tokenizer_folder(self) -> Path:

@@ -153,6 +153,8 @@ def parts_to_stage(plan: RebalancePlan, max_bytes: int) -> dict[int, list[StageP
 
 
 def _judge(moves: tuple[UnitMove, ...], ratio: float, num_tokens: int, hysteresis: Hysteresis) -> tuple[bool, str]:
+    if not num_tokens:
+        return False, "no load was counted yet"
     if not moves:
         return False, "the placement is already the one that the load asks for"
     if num_tokens < hysteresis.min_tokens:

@@ -23,7 +23,7 @@ from router.expert_map import ExpertMap
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 256 * 2**20  # read by one call to a shard; a part is at least a unit
+PART_S = 1.0  # of reading asked for in one call to a shard, or one unit: how long a shard reads on after an abort
 
 
 class Rebalancer:
@@ -65,7 +65,7 @@ class Rebalancer:
         assert self.is_idle
         self._plan = plan
         self._generations = {shard.rank: shard.health.generation for shard in self._shards}
-        self._parts = parts_to_stage(plan, PART_BYTES)
+        self._parts = parts_to_stage(plan, int(PART_S * self._max_bytes_per_s))
         self._calls = {}
         self._status = replace(
             self._status,
@@ -119,7 +119,7 @@ class Rebalancer:
         """Why it cannot go on, before anything was published."""
         for shard in self._shards:
             if not shard.is_ready or shard.health.generation != self._generations[shard.rank]:
-                return f"{shard.name} was lost ({shard.health.state} {shard.health.detail})"
+                return f"{shard.name} was lost: it {shard.health.detail or f'is {shard.health.state} again'}"
         for name, call in self._calls.items():
             if call.done() and (error := call.exception()) is not None:
                 return f"{name} could not take its units: {error}"

@@ -26,7 +26,7 @@ def replay_view(
     header: TraceHeader, num_tokens: int, settings: ReplaySettings, results: Sequence[ReplayResult]
 ) -> RenderableType:
     """Policies side by side, for each number of shards and redundancy; under it how to read it."""
-    title = f"{header.source}; {_describe(header.model)}"
+    title = Text(_printable(f"{header.source}; {_describe(header.model)}"), style="table.title")
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True
     )
@@ -45,6 +45,11 @@ def replay_view(
             table.add_section()
         table.add_row("" if shown == group else group, case.policy, *_cells(result))
     return Group(table, Text(_legend(header.model, num_tokens, settings), style="dim"))
+
+
+def _printable(text: str) -> str:
+    """What a file says may hold anything, and goes to a terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def replay_json(result: ReplayResult) -> dict[str, str | int | float]:

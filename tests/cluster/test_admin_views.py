@@ -61,13 +61,13 @@ def test_a_plan_shows_what_it_gains_and_why_it_would_be_done() -> None:
     assert "0.500 → 0.875" in text
     assert "x 0.750 (-25.0%)" in text
     assert "12,345" in text
-    assert "worth it: yes, expected to save 25.0% of the experts' time" in text
+    assert "worth it by itself: yes, expected to save 25.0% of the experts' time" in text
 
 
 def test_a_plan_without_moves_says_so_and_why() -> None:
     text = text_of(plan_view(rebalance_message(rebalance_plan(moves=()), is_dry_run=True)))
     assert "no shard has anything to read" in text
-    assert "worth it: no, the placement is already the one" in text
+    assert "worth it by itself: no, the placement is already the one" in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (7380, "2 h 3 min")])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,19 @@ def test_the_model_may_be_a_config_file(checkpoint: Path) -> None:
         result = run("replay", "--synthetic", "zipf", "--model", path, "--tokens", 32, "--shards", 2)
         assert result.exit_code == 0, result.output
         assert "tiny: " in result.stdout
+
+
+def test_what_a_trace_says_of_itself_does_nothing_to_the_terminal(trace: Path, tmp_path: Path) -> None:
+    recorded = TraceFile(trace)
+    hostile = tmp_path / "hostile.npz"
+    header = replace(recorded.header, source="\x1b[31mred[bold]x")
+    with TraceWriter(hostile, header) as writer:
+        for window in recorded.windows():
+            writer.add(window)
+    result = run("replay", hostile, "--policy", "static")
+    assert result.exit_code == 0, result.output
+    assert "\x1b[31m" not in result.stdout
+    assert "red[bold]x" in result.stdout
 
 
 def test_the_table_is_whole_in_a_narrow_terminal() -> None:
