@@ -1,7 +1,7 @@
 """A weight matrix as small integers with a scale for every group of neighbouring columns.
 
-Pure tensor mathematics; knows nothing of files (cluster/quantization.py) nor of the kernels' layout. Symmetric:
-weight = value * scale, no zero points.
+Pure tensor mathematics; knows nothing of files (cluster/checkpoint/quantization.py) nor of the kernels' layout.
+Symmetric: weight = value * scale, no zero points.
 """
 
 from dataclasses import dataclass

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from cluster.admin_server import AdminServer
-from cluster.gateway import Gateway
-from cluster.metrics import GatewayMetrics
-from cluster.process import ClusterStatus, ProcessHealth, ProcessState
-from cluster.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, UnitMove
+from cluster.controller.admin_server import AdminServer
+from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState
+from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, UnitMove
+from cluster.gateway.gateway import Gateway
+from cluster.gateway.metrics import GatewayMetrics
 from protos.loop_thread import LoopThread
 from tests.fake_experts import grouped_gate, placed
 

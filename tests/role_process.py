@@ -4,13 +4,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from cluster.process import ProcessDied
-from cluster.role import Role
-from cluster.shard_role import ShardRole
+from cluster.controller.process import ProcessDied
+from cluster.roles.role import Role
+from cluster.roles.shard_role import ShardRole
 
 
 class RoleProcess:
-    """Implements cluster.process.ProcessHandle. `role` is the newest."""
+    """Implements cluster.controller.process.ProcessHandle. `role` is the newest."""
 
     def __init__(self, create: Callable[[], Role], role: Role) -> None:
         self.role = role

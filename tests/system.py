@@ -11,12 +11,12 @@ from typing import Any, Self
 import grpc
 
 from cluster.config import MobulaConfig, parse_config
-from cluster.gateway_role import GatewayRole
-from cluster.preflight import check
-from cluster.process import ProcessState
-from cluster.role import Role
-from cluster.shard_role import ShardRole
-from cluster.worker_role import WorkerRole
+from cluster.controller.process import ProcessState
+from cluster.roles.gateway_role import GatewayRole
+from cluster.roles.preflight import check
+from cluster.roles.role import Role
+from cluster.roles.shard_role import ShardRole
+from cluster.roles.worker_role import WorkerRole
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
 

@@ -11,7 +11,7 @@ from attention.attention_metadata import AttentionMetadata
 from attention.decoder import Decoder, DecoderConfig, DecoderWeights
 from attention.latent_cache import LatentCache, LatentCacheConfig
 from attention.mla_form import MlaForm
-from cluster.checkpoint import Checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint
 from tests.fakes import LocalExperts
 
 BLOCK_SIZE = 16

@@ -266,7 +266,7 @@ def _convert(source: Path, target: Path, kind: str, console: Console) -> None:
     """With the command that a user has."""
     _check_disk(target.parent, sum(path.stat().st_size for path in source.glob("*.safetensors")))
     console.print(f"converting the experts of {source} to {kind}, into {target}")
-    command = [sys.executable, "-m", "cluster.cli", "checkpoint", "convert", str(source), str(target)]
+    command = [sys.executable, "-m", "cluster.commands.cli", "checkpoint", "convert", str(source), str(target)]
     result = subprocess.run([*command, "--experts", kind], capture_output=True, text=True, check=False)
     if result.returncode:
         shutil.rmtree(target, ignore_errors=True)

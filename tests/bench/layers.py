@@ -14,11 +14,11 @@ from typing import Any
 from unittest import mock
 
 from cluster.config import MobulaConfig, parse_config
-from cluster.preflight import check
-from cluster.process import ProcessState
-from cluster.role import Role
-from cluster.shard_role import ShardRole
-from cluster.worker_role import WorkerRole
+from cluster.controller.process import ProcessState
+from cluster.roles.preflight import check
+from cluster.roles.role import Role
+from cluster.roles.shard_role import ShardRole
+from cluster.roles.worker_role import WorkerRole
 from tests.bench.load_client import LoadClient
 from tests.bench.measured_model import MeasuredModel, measured_models
 from tests.bench.row import Options, Row, Unmeasurable

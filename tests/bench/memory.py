@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
 from cluster.config import MobulaConfig, parse_config
-from cluster.preflight import check
-from cluster.process import ProcessHealth, ProcessState
-from cluster.shard_role import ShardRole
-from cluster.worker_role import WorkerRole
+from cluster.controller.process import ProcessHealth, ProcessState
+from cluster.roles.preflight import check
+from cluster.roles.shard_role import ShardRole
+from cluster.roles.worker_role import WorkerRole
 from tests.bench.load_client import LoadClient
 from tests.bench.measured_model import MeasuredModel, measured_models
 from tests.bench.peers.peer import RunningPeer

@@ -11,13 +11,13 @@ import signal
 from pathlib import Path
 from unittest import mock
 
-from cluster import worker_role
 from cluster.config import read_config
-from cluster.preflight import check
-from cluster.process import ProcessState
-from cluster.role import Role
-from cluster.shard_role import ShardRole
-from cluster.worker_role import WorkerRole
+from cluster.controller.process import ProcessState
+from cluster.roles import worker_role
+from cluster.roles.preflight import check
+from cluster.roles.role import Role
+from cluster.roles.shard_role import ShardRole
+from cluster.roles.worker_role import WorkerRole
 from router.local_transport import LocalTransport
 
 HOST = "127.0.0.1"

@@ -132,6 +132,6 @@ def process_kind(command: list[str]) -> str:
     for role in ("Worker", "Shard", "Gateway", "Controller"):
         if re.search(rf"ray::\w*{role}(Role|Actor)", text):
             return role.lower()
-    if "cluster.cli" in text:
+    if "cluster.commands.cli" in text:
         return "serve"
     return "ray" if "ray" in text else Path(command[0]).name if command else "?"

@@ -19,7 +19,7 @@ from tests.bench.row import Unmeasurable
 START_TIMEOUT_S = 180.0
 MAX_NUM_SEQS = 128
 SERVING = re.compile(r"serving\S* .* at (\S+:\d+)")
-SERVE = ("-m", "cluster.cli", "serve")
+SERVE = ("-m", "cluster.commands.cli", "serve")
 ONE_PROCESS = ("-m", "tests.bench.one_process")
 
 

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from cluster.checkpoint import Checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint
 from tests.bench import checkpoints
 from tests.bench.row import Unmeasurable
 

@@ -12,7 +12,7 @@ def test_processes_are_told_apart_by_their_title() -> None:
     assert process_kind(["ray::ShardRole"]) == "shard"
     assert process_kind(["ray::ControllerActor.status"]) == "controller"
     assert process_kind(["ray::DashboardAgent"]) == "ray"
-    assert process_kind(["/usr/bin/python", "-m", "cluster.cli", "serve"]) == "serve"
+    assert process_kind(["/usr/bin/python", "-m", "cluster.commands.cli", "serve"]) == "serve"
     assert process_kind(["/usr/bin/llama", "model.gguf"]) == "llama"
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cluster.balance import Proposer
 from cluster.config import RebalancingConfig
-from cluster.controller import Controller
-from cluster.process import ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
+from cluster.controller.balance import Proposer
+from cluster.controller.controller import Controller
+from cluster.controller.process import ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
 from tests.fake_experts import grouped_gate, placed
 
 PROPOSER = Proposer(place=lambda load, current, version: replace(current, placement_version=version), expert_bytes=1)

@@ -9,11 +9,11 @@ from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 
-from cluster.admin_messages import cluster_status
-from cluster.admin_relay import AdminRelay
-from cluster.admin_server import SERVICE, AdminServer
 from cluster.client import AdminClient
-from cluster.rebalance import RebalancePlan
+from cluster.controller.admin_messages import cluster_status
+from cluster.controller.admin_server import SERVICE, AdminServer
+from cluster.controller.rebalance import RebalancePlan
+from cluster.gateway.admin_relay import AdminRelay
 from protos import admin_pb2, errors
 from tests.fake_controller import (
     HOST,
@@ -197,7 +197,7 @@ def test_a_status_is_answered_while_a_plan_is_computed(slow: SlowController) -> 
 def test_a_controller_that_is_late_is_named_with_the_time_it_was_given(
     slow: SlowController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.gateway.AdminRelay", lambda: AdminRelay(timeout_s=0.2))
+    monkeypatch.setattr("cluster.gateway.gateway.AdminRelay", lambda: AdminRelay(timeout_s=0.2))
     with admin_server(slow) as address, gateway_host() as host, AdminClient(host.address) as client:
         host.update_admin(address)
         error = refused(lambda: client.rebalance(is_dry_run=True))

@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from cluster import admin_command, rebalance_watch
-from cluster.admin_server import AdminServer
-from cluster.balance import Proposer
-from cluster.cli import app
-from cluster.process import ProcessHealth, ProcessState
-from cluster.rebalance import RebalancePlan, RebalanceState, UnitMove
+from cluster.commands import admin_command, rebalance_watch
+from cluster.commands.cli import app
+from cluster.controller.admin_server import AdminServer
+from cluster.controller.balance import Proposer
+from cluster.controller.process import ProcessHealth, ProcessState
+from cluster.controller.rebalance import RebalancePlan, RebalanceState, UnitMove
 from protos import errors
 from tests.cluster.fake_processes import system
 from tests.fake_controller import (

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from attention.tokenizer import Tokenizer
 from cluster import bundled_model
-from cluster.checkpoint import Checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint
 from tests.attention.steps import StepRunner, relative_error
 from tests.reference import Reference
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from cluster import actors
-from cluster.actors import ControllerActor
 from cluster.client import AdminClient
 from cluster.config import parse_config
-from cluster.process import ManagedProcess, RoleName
+from cluster.controller.process import ManagedProcess, RoleName
+from cluster.roles import actors
+from cluster.roles.actors import ControllerActor
 from router.placement import PlacementRequest
 from tests.cluster.fake_processes import FakeProcess
 from tests.fake_experts import MOE_LAYER_IDS, grouped_gate, placed

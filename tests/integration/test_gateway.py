@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 
-from cluster.gateway import SERVICE, Gateway
-from cluster.metrics import GatewayMetrics
+from cluster.gateway.gateway import SERVICE, Gateway
+from cluster.gateway.metrics import GatewayMetrics
 from protos import errors, generation_pb2, generation_pb2_grpc, rpc
 from protos.loop_thread import LoopThread
 

@@ -18,7 +18,7 @@ REPO_ID, COMMIT = "reef/mobula-tiny", "0123456789abcdef0123456789abcdef01234567"
 # A process of its own: huggingface_hub reads its environment when it is imported.
 FETCH = """
 import sys
-from cluster.checkpoint import Checkpoint, InvalidCheckpoint
+from cluster.checkpoint.checkpoint import Checkpoint, InvalidCheckpoint
 
 try:
     checkpoint = Checkpoint.open(sys.argv[1])

@@ -10,13 +10,13 @@ import grpc
 import numpy as np
 import pytest
 
-from cluster import controller as controller_module
-from cluster.balance import Proposer
 from cluster.config import RebalancingConfig
-from cluster.controller import Controller
-from cluster.process import ManagedProcess, RoleName
-from cluster.rebalance import RebalanceState, RebalanceStatus
-from cluster.shard_role import ShardRole
+from cluster.controller import controller as controller_module
+from cluster.controller.balance import Proposer
+from cluster.controller.controller import Controller
+from cluster.controller.process import ManagedProcess, RoleName
+from cluster.controller.rebalance import RebalanceState, RebalanceStatus
+from cluster.roles.shard_role import ShardRole
 from experts.kernels.library import native
 from router.expert_map import ExpertMap
 from tests.checkpoints import write_checkpoint

@@ -20,9 +20,9 @@ from attention.request import GenerationDefaults, RequestReader
 from attention.sampler import SampledToken
 from attention.scheduler import ScheduledBatch
 from attention.servicer import InferenceServicer
-from cluster.checkpoint import Checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.config import parse_config
-from cluster.single_process import SingleProcess
+from cluster.roles.single_process import SingleProcess
 from protos.generation_pb2 import GenerateRequest, GenerateResponse, SamplingParams, TokenIds
 from router.local_transport import LocalTransport
 from router.metrics import RouterMetrics

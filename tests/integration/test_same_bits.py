@@ -14,7 +14,7 @@ from torch import Tensor
 from attention.decoder import Decoder, DecoderWeights
 from attention.latent_cache import LatentCache
 from cluster import bundled_model
-from cluster.checkpoint import Checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint
 from experts.metrics import ShardMetrics
 from experts.servicer import ExpertServer
 from experts.shard import ExpertShard, ShardConfig

@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client import AdminClient, InferenceClient
 from cluster.config import parse_config
-from cluster.launch import Deployment
-from cluster.process import ProcessHealth
+from cluster.controller.process import ProcessHealth
+from cluster.roles.launch import Deployment
 from protos import generation_pb2 as pb
 from tests.checkpoints import write_checkpoint
 
@@ -151,7 +151,7 @@ def test_leaving_the_deployment_leaves_no_process_behind(tmp_path: Path) -> None
     import subprocess
     import sys
 
-    command = [sys.executable, "-m", "cluster.cli", "serve", "--config", str(config)]
+    command = [sys.executable, "-m", "cluster.commands.cli", "serve", "--config", str(config)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout
     lines = []

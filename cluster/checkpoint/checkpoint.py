@@ -1,0 +1,266 @@
+"""A published checkpoint: config.json and safetensors files, in a local folder or on the Hugging Face hub.
+
+Gives tensors by their published names, one at a time; quantised ones under the name they had before. A role (attention
+worker, expert shard) first has its tensors checked from the headers alone, then reads them; of a checkpoint on the hub
+only the files that hold them are fetched. Knows no model, but for finding its config.
+"""
+
+from collections.abc import Mapping, Set
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.checkpoint.hub import HubFiles
+from cluster.checkpoint.json_fields import JsonFields, read_json_object
+from cluster.checkpoint.model_config import ModelConfig, eos_token_ids
+from cluster.checkpoint.quantization import Fp8Quantization, IntLayout, IntQuantization, Quantization, read_quantization
+from cluster.checkpoint.quantized_tensors import (
+    FP8_SCALE,
+    PACKED,
+    SCALE,
+    SHAPE,
+    PartHeader,
+    dequantize_blocks,
+    numbers_per_word,
+    parts_of,
+    unpack,
+)
+from cluster.checkpoint.safetensors_file import InvalidCheckpoint, SafetensorsFile, TensorEntry
+from experts.quantized_matrix import MatrixFormat, QuantizedMatrix
+
+__all__ = ["Checkpoint", "InvalidCheckpoint"]
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class CheckpointFiles(Protocol):
+    """Where a checkpoint's files come from."""
+
+    location: str
+
+    def fetch(self, file_name: str) -> Path: ...
+
+    def fetch_optional(self, file_name: str) -> Path | None: ...
+
+
+class LocalFiles:
+    """A folder on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.location = str(folder)
+        self._folder = folder
+
+    def fetch(self, file_name: str) -> Path:
+        """Raises InvalidCheckpoint if the folder lacks the file."""
+        path = self.fetch_optional(file_name)
+        if path is None:
+            raise InvalidCheckpoint(f"{self._folder}: has no file {file_name}")
+        return path
+
+    def fetch_optional(self, file_name: str) -> Path | None:
+        path = self._folder / file_name
+        return path if path.is_file() else None
+
+
+class Checkpoint:
+    """Implements the WeightReader of attention workers and expert shards. Headers are read once and kept."""
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        """Reads the index if there is one. Raises InvalidCheckpoint."""
+        self._files = files
+        self._opened: dict[str, SafetensorsFile] = {}
+        self._quantization: Quantization | None = None
+        self._has_read_quantization = False
+        index_path = files.fetch_optional(INDEX_FILE)
+        self._file_names = None if index_path is None else _file_names(index_path)  # by tensor
+
+    @classmethod
+    def open(cls, location: str | Path, revision: str | None = None) -> "Checkpoint":
+        """location: a folder, or the id of a repository on the hub. Raises InvalidCheckpoint."""
+        folder = Path(location).expanduser()
+        if folder.is_dir():
+            return cls(LocalFiles(folder))
+        if folder.is_absolute() or len(folder.parts) != 2 or str(location).startswith((".", "~")):
+            raise InvalidCheckpoint(
+                f"{location}: no such folder, and not a hub id such as deepseek-ai/DeepSeek-V2-Lite"
+            )
+        return cls(HubFiles(str(location), revision))
+
+    @property
+    def location(self) -> str:
+        return self._files.location
+
+    @property
+    def is_local(self) -> bool:
+        """Whether reading a header fetches nothing."""
+        return isinstance(self._files, LocalFiles)
+
+    @property
+    def names(self) -> Set[str]:
+        """All tensors, those of layers that are not used (multi-token prediction) included."""
+        if self._file_names is not None:
+            return self._file_names.keys()
+        return self._open_file(SINGLE_FILE).entries.keys()
+
+    def model_config(self) -> ModelConfig:
+        """config.json, with the end tokens that generation_config.json adds.
+
+        Raises InvalidCheckpoint or UnsupportedModel.
+        """
+        config = ModelConfig.read(self.file("config.json"))
+        generation_path = self.optional_file("generation_config.json")
+        if generation_path is None:
+            return config
+        return config.with_eos_token_ids(eos_token_ids(read_json_object(generation_path), config.decoder.vocab_size))
+
+    def file(self, file_name: str) -> Path:
+        """A file beside the weights, such as tokenizer.json. Raises InvalidCheckpoint if there is none."""
+        return self._files.fetch(file_name)
+
+    def optional_file(self, file_name: str) -> Path | None:
+        return self._files.fetch_optional(file_name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the header; of a quantised matrix the shape it stands for. Raises InvalidCheckpoint if there is none."""
+        quantization = self._quantization_of(name)
+        if isinstance(quantization, IntQuantization) and quantization.layout is IntLayout.PACKED:
+            *other_sizes, num_words = self._entry(name + PACKED).shape or (0,)
+            return *other_sizes, num_words * numbers_per_word(quantization.matrix_format)
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What `read` will give, from the header. Raises InvalidCheckpoint if there is no such tensor."""
+        quantization = self._quantization_of(name)
+        if quantization is None:
+            return self._entry(name).dtype
+        return torch.bfloat16 if isinstance(quantization, Fp8Quantization) else torch.float32
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in the checkpoint's dtype, in memory of its own; a quantised matrix is multiplied out.
+
+        Raises InvalidCheckpoint.
+        """
+        matrix = self.read_matrix(name)
+        return matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix
+
+    def read_matrix(self, name: str) -> Tensor | QuantizedMatrix:
+        """The same, but what is stored as integers stays integers. Raises InvalidCheckpoint."""
+        quantization = self._quantization_of(name)
+        if quantization is None:
+            return self._read(name)
+        headers = self._check_parts(name, self.shape(name), quantization)
+        parts = {suffix: self._read(name + suffix) for suffix in headers}
+        if isinstance(quantization, Fp8Quantization):
+            return dequantize_blocks(parts[""], parts[FP8_SCALE])
+        if SHAPE in parts and tuple(parts[SHAPE].tolist()) != self.shape(name):
+            raise InvalidCheckpoint(
+                f"{self._file_of(name + SHAPE).path}: tensor {name}{SHAPE} says {parts[SHAPE].tolist()}, "
+                f"{name}{PACKED} holds {list(self.shape(name))}"
+            )
+        return unpack(parts, quantization.matrix_format)
+
+    def matrix_format(self, name: str) -> MatrixFormat | None:
+        """The form in which read_matrix gives a matrix of integers, from headers; None for plain numbers."""
+        quantization = self._quantization_of(name)
+        return quantization.matrix_format if isinstance(quantization, IntQuantization) else None
+
+    def check_role(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Checks from headers alone that every tensor a role reads is there, with this shape and a dtype we can use.
+
+        Fetches the files that hold them. Raises InvalidCheckpoint for the first that is not.
+        """
+        quantizations = {name: self._quantization_of(name) for name in shapes}
+        if self._file_names is not None:  # what is missing altogether is known before any file is fetched
+            for name in shapes:
+                if quantizations[name] is None:
+                    self._file_name_of(name)
+        for name, shape in shapes.items():
+            quantization = quantizations[name]
+            if quantization is None:
+                self._check_header(name, PartHeader(shape=shape, dtypes=WEIGHT_DTYPES))
+            else:
+                self._check_parts(name, shape, quantization)
+
+    def _check_parts(self, name: str, shape: tuple[int, ...], quantization: Quantization) -> Mapping[str, PartHeader]:
+        """The headers of a quantised matrix's tensors, by what follows its name."""
+        try:
+            parts = parts_of(shape, quantization)
+        except ValueError as error:
+            raise InvalidCheckpoint(f"{self.location}: tensor {name} cannot be quantised: {error}") from error
+        for suffix, expected in parts.items():
+            self._check_header(name + suffix, expected)
+        return parts
+
+    def _check_header(self, name: str, expected: PartHeader) -> None:
+        entry, path = self._entry(name), self._file_of(name).path
+        if entry.shape != expected.shape:
+            raise InvalidCheckpoint(
+                f"{path}: tensor {name} has shape {list(entry.shape)}, config.json implies {list(expected.shape)}"
+            )
+        if entry.dtype not in expected.dtypes:
+            raise InvalidCheckpoint(
+                f"{path}: tensor {name} has dtype {_dtype_name(entry.dtype)}, expected one of "
+                f"{[_dtype_name(dtype) for dtype in expected.dtypes]}"
+            )
+
+    def _quantization_of(self, name: str) -> Quantization | None:
+        """How this matrix is quantised: the names beside its own say whether, config.json says how."""
+        names = self.names
+        found = next((suffix for suffix in (PACKED, FP8_SCALE, SCALE) if name + suffix in names), None)
+        if found is None:
+            return None
+        if not self._has_read_quantization:
+            path = self.optional_file("config.json")
+            self._quantization = None if path is None else read_quantization(JsonFields(read_json_object(path)))
+            self._has_read_quantization = True
+        quantization = self._quantization
+        expected = FP8_SCALE if isinstance(quantization, Fp8Quantization) else SCALE
+        if isinstance(quantization, IntQuantization) and quantization.layout is IntLayout.PACKED:
+            expected = PACKED
+        if quantization is None or found != expected:
+            raise InvalidCheckpoint(
+                f"{self.location}: holds a tensor {name}{found}, which contradicts quantization_config of config.json"
+            )
+        return quantization
+
+    def _read(self, name: str) -> Tensor:
+        return self._file_of(name).read(name)
+
+    def _entry(self, name: str) -> TensorEntry:
+        return self._file_of(name).entries[name]
+
+    def _file_of(self, name: str) -> SafetensorsFile:
+        file = self._open_file(self._file_name_of(name))
+        if name not in file.entries:
+            raise InvalidCheckpoint(f"{file.path}: holds no tensor {name}, though it should")
+        return file
+
+    def _file_name_of(self, name: str) -> str:
+        if self._file_names is None:
+            return SINGLE_FILE
+        if name not in self._file_names:
+            raise InvalidCheckpoint(f"{self.location}: {INDEX_FILE} names no tensor {name}")
+        return self._file_names[name]
+
+    def _open_file(self, file_name: str) -> SafetensorsFile:
+        if file_name not in self._opened:
+            self._opened[file_name] = SafetensorsFile(self._files.fetch(file_name))
+        return self._opened[file_name]
+
+
+def _file_names(index_path: Path) -> dict[str, str]:
+    """The index's weight_map. A name that leaves the folder is refused."""
+    weight_map: Any = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InvalidCheckpoint(f"{index_path}: has no weight_map object")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or PurePosixPath(file_name).name != file_name or file_name in ("", ".."):
+            raise InvalidCheckpoint(f"{index_path}: tensor {name} lies in {file_name!r}, expected a plain file name")
+    return weight_map
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

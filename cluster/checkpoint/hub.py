@@ -1,0 +1,62 @@
+"""Files of a model on the Hugging Face hub, fetched one by one when first needed.
+
+Honours what huggingface_hub honours: HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, its cache and its retries.
+"""
+
+from pathlib import Path
+
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from cluster.checkpoint.safetensors_file import InvalidCheckpoint
+
+# The base error of whichever HTTP library this version of huggingface_hub is built on.
+TransportError: type[BaseException] = HfHubHTTPError.__mro__[1]
+
+
+class HubFiles:
+    """All files come from one commit: the one the first answer named."""
+
+    def __init__(self, repo_id: str, revision: str | None = None) -> None:
+        self.location = repo_id
+        self._revision = revision
+
+    def fetch(self, file_name: str) -> Path:
+        """Raises InvalidCheckpoint if the repository lacks the file or the hub cannot be reached."""
+        path = self.fetch_optional(file_name)
+        if path is None:
+            raise InvalidCheckpoint(f"{self.location}: the repository has no file {file_name}")
+        return path
+
+    def fetch_optional(self, file_name: str) -> Path | None:
+        """None if the repository lacks the file. Raises InvalidCheckpoint if that cannot be found out."""
+        try:
+            path = Path(hf_hub_download(self.location, file_name, revision=self._revision))
+        except LocalEntryNotFoundError as error:
+            if try_to_load_from_cache(self.location, file_name, revision=self._revision) is _CACHED_NO_EXIST:
+                return None  # the hub once answered that there is none
+            raise InvalidCheckpoint(
+                f"{self.location}: {file_name} is neither in the local cache nor can the hub be reached; "
+                "connect, set HF_ENDPOINT to a mirror, or give the path of a local folder"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except RevisionNotFoundError as error:
+            raise InvalidCheckpoint(f"{self.location}: no revision {self._revision!r} on the hub") from error
+        except RepositoryNotFoundError as error:
+            raise InvalidCheckpoint(
+                f"{self.location}: no such folder here, and no such repository on the hub, or it is private (HF_TOKEN)"
+            ) from error
+        except HFValidationError as error:
+            raise InvalidCheckpoint(f"{self.location}: neither a local folder nor a hub id: {error}") from error
+        except (TransportError, OSError) as error:
+            raise InvalidCheckpoint(f"{self.location}: {file_name} could not be fetched: {error}") from error
+        self._revision = path.parent.name  # .../snapshots/<commit>/<file name>
+        return path

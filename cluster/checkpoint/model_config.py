@@ -1,0 +1,253 @@
+"""What a Hugging Face config.json says about a DeepSeek-V2 or -V3 model, checked and in our words.
+
+Whatever the file asks for that this system does not compute is refused by name: a model that runs is the model that
+was published. Reads no weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attention.decoder import DecoderConfig
+from attention.mla_config import MlaConfig
+from attention.rotary import RotaryConfig, YarnConfig
+from cluster.checkpoint.json_fields import InvalidModelConfig, JsonFields, UnsupportedModel, read_json_object
+from cluster.checkpoint.quantization import Quantization, read_quantization
+from router.gate_config import GateConfig, ScoringFunc, TopkMethod
+
+MAX_HIDDEN_LAYERS = 4096
+MAX_ROUTED_EXPERTS = 65536
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+V2, V3 = "deepseek_v2", "deepseek_v3"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A model as its checkpoint defines it."""
+
+    model_type: str  # "deepseek_v2" or "deepseek_v3"
+    decoder: DecoderConfig
+    dtype: torch.dtype  # of the published weights, once dequantised; float32 where the file says nothing
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None = None  # None: all weights are plain numbers
+
+    def with_eos_token_ids(self, token_ids: tuple[int, ...]) -> "ModelConfig":
+        """The same with these added to its end tokens."""
+        return replace(self, eos_token_ids=tuple(dict.fromkeys(self.eos_token_ids + token_ids)))
+
+    @classmethod
+    def read(cls, path: Path) -> "ModelConfig":
+        """Raises InvalidModelConfig or UnsupportedModel."""
+        return cls.from_json(read_json_object(path))
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """config: config.json as parsed. Raises InvalidModelConfig or UnsupportedModel."""
+        fields = JsonFields(config)
+        model_type = fields.text("model_type")
+        if model_type not in (V2, V3):
+            raise UnsupportedModel(f"model_type is {model_type!r}, supported are {V2!r} and {V3!r}")
+        _refuse_what_is_not_implemented(fields)
+        quantization = read_quantization(fields)
+        try:
+            decoder = _decoder(fields, model_type)
+        except (UnsupportedModel, InvalidModelConfig):
+            raise
+        except ValueError as error:  # a config dataclass refused its values
+            raise InvalidModelConfig(f"config.json: {error}") from error
+        return cls(
+            model_type=model_type,
+            decoder=decoder,
+            dtype=_dtype(fields),
+            bos_token_id=fields.optional_integer("bos_token_id", minimum=0, maximum=decoder.vocab_size - 1),
+            eos_token_ids=eos_token_ids(config, decoder.vocab_size),
+            quantization=quantization,
+        )
+
+
+def eos_token_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """`eos_token_id` of config.json or generation_config.json: one id, several or none."""
+    value = config.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise InvalidModelConfig(
+                f"eos_token_id is {value!r}, must be a token id or a list of them, each 0 to {vocab_size - 1}"
+            )
+    return tuple(dict.fromkeys(ids))
+
+
+def _refuse_what_is_not_implemented(fields: JsonFields) -> None:
+    if fields.text("hidden_act", "silu") != "silu":
+        raise fields.unsupported("hidden_act", "'silu'")
+    for name in ("attention_bias", "mlp_bias"):
+        if fields.boolean(name, False):
+            raise fields.unsupported(name, "false")
+    if not fields.boolean("rope_interleave", True):
+        raise fields.unsupported("rope_interleave", "true")
+    if fields.has("partial_rotary_factor") and fields.number("partial_rotary_factor") != 1.0:
+        raise fields.unsupported("partial_rotary_factor", "1.0")
+    if fields.has("sliding_window"):
+        raise fields.unsupported("sliding_window", "null: full attention")
+    architectures = fields.values.get("architectures")
+    if architectures is not None and not isinstance(architectures, list):
+        raise fields.unsupported("architectures", "a list with a ...ForCausalLM")
+    if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
+        raise fields.unsupported("architectures", "a ...ForCausalLM")
+
+
+def _decoder(fields: JsonFields, model_type: str) -> DecoderConfig:
+    mla = _mla(fields)
+    return DecoderConfig(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=mla.hidden_size,
+        num_hidden_layers=fields.integer("num_hidden_layers", maximum=MAX_HIDDEN_LAYERS),
+        first_k_dense_replace=fields.integer("first_k_dense_replace", 0, minimum=0),
+        moe_layer_freq=fields.integer("moe_layer_freq", 1),
+        intermediate_size=fields.integer("intermediate_size"),
+        moe_intermediate_size=fields.integer("moe_intermediate_size"),
+        n_shared_experts=fields.integer("n_shared_experts", 0, minimum=0),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        max_position_embeddings=fields.integer("max_position_embeddings"),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        mla=mla,
+        rotary=_rotary(fields, mla.qk_rope_head_dim),
+        gate=_gate_v2(fields) if model_type == V2 else _gate_v3(fields),
+        has_correction_bias=model_type == V3,
+    )
+
+
+def _mla(fields: JsonFields) -> MlaConfig:
+    heads = fields.integer("num_attention_heads")
+    if fields.integer("num_key_value_heads", heads) != heads:
+        raise fields.unsupported("num_key_value_heads", f"num_attention_heads ({heads}): latents serve all heads")
+    q_lora_rank = fields.integer("q_lora_rank", 0, minimum=0)
+    mla = MlaConfig(
+        hidden_size=fields.integer("hidden_size"),
+        num_attention_heads=heads,
+        q_lora_rank=q_lora_rank or None,  # the published inference code writes 0 for none
+        kv_lora_rank=fields.integer("kv_lora_rank"),
+        qk_nope_head_dim=fields.integer("qk_nope_head_dim"),
+        qk_rope_head_dim=fields.integer("qk_rope_head_dim"),
+        v_head_dim=fields.integer("v_head_dim"),
+    )
+    if fields.integer("qk_head_dim", mla.qk_head_dim) != mla.qk_head_dim:
+        raise InvalidModelConfig(
+            f"qk_head_dim is {fields.values['qk_head_dim']}, contradicts qk_nope_head_dim + qk_rope_head_dim = "
+            f"{mla.qk_head_dim}"
+        )
+    return mla
+
+
+def _gate_v2(fields: JsonFields) -> GateConfig:
+    methods = {
+        "greedy": TopkMethod.GREEDY,
+        "gready": TopkMethod.GREEDY,  # so spelled in early checkpoints
+        "group_limited_greedy": TopkMethod.GROUP_LIMITED_GREEDY,
+    }
+    method = fields.text("topk_method", "greedy")
+    if method not in methods:
+        raise fields.unsupported("topk_method", f"one of {sorted(methods)} for {V2}")
+    if fields.text("scoring_func", "softmax") != "softmax":
+        raise fields.unsupported("scoring_func", f"'softmax' for {V2}")
+    top_k, is_normalised = fields.integer("num_experts_per_tok"), fields.boolean("norm_topk_prob", False)
+    scaling_factor = fields.number("routed_scaling_factor", 1.0)
+    return _gate(
+        fields,
+        topk_method=methods[method],
+        scoring_func=ScoringFunc.SOFTMAX,
+        norm_topk_prob=is_normalised,
+        # The published V2 code normalises *or* scales; V3's normalises and then scales.
+        routed_scaling_factor=1.0 if is_normalised and top_k > 1 else scaling_factor,
+    )
+
+
+def _gate_v3(fields: JsonFields) -> GateConfig:
+    if fields.text("topk_method", "noaux_tc") != "noaux_tc":  # transformers' own V3 configs leave it out
+        raise fields.unsupported("topk_method", f"'noaux_tc' for {V3}")
+    if fields.text("scoring_func", "sigmoid") != "sigmoid":
+        raise fields.unsupported("scoring_func", f"'sigmoid' for {V3}")
+    return _gate(
+        fields,
+        topk_method=TopkMethod.NOAUX_TC,
+        scoring_func=ScoringFunc.SIGMOID,
+        norm_topk_prob=fields.boolean("norm_topk_prob", True),
+        routed_scaling_factor=fields.number("routed_scaling_factor", 1.0),
+    )
+
+
+def _gate(
+    fields: JsonFields,
+    *,
+    topk_method: TopkMethod,
+    scoring_func: ScoringFunc,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> GateConfig:
+    return GateConfig(
+        n_routed_experts=fields.integer("n_routed_experts", maximum=MAX_ROUTED_EXPERTS),
+        num_experts_per_tok=fields.integer("num_experts_per_tok"),
+        n_group=fields.integer("n_group", 1),
+        topk_group=fields.integer("topk_group", 1),
+        topk_method=topk_method,
+        scoring_func=scoring_func,
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+
+
+def _rotary(fields: JsonFields, head_dim: int) -> RotaryConfig:
+    """Reads `rope_scaling` as published and `rope_parameters` as transformers rewrites it."""
+    scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
+    if scaling is not None and parameters is not None and scaling.values != parameters.values:
+        raise InvalidModelConfig("rope_scaling and rope_parameters contradict each other; keep one of them")
+    rope = scaling or parameters or JsonFields({})
+    theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
+    if fields.has("rope_theta") and fields.number("rope_theta") != theta:
+        raise InvalidModelConfig(
+            f"rope_theta is {fields.values['rope_theta']} and {theta} in rope_parameters; keep one of them"
+        )
+    rope_type = rope.text("rope_type", rope.text("type", "default"))
+    if rope.text("type", rope_type) != rope_type:
+        raise InvalidModelConfig(f"rope_type is {rope_type!r} and type is {rope.values['type']!r}; keep one of them")
+    if rope_type not in ("default", "yarn"):
+        raise UnsupportedModel(f"rope type is {rope_type!r}, supported are 'default' and 'yarn'")
+    yarn = _yarn(rope) if rope_type == "yarn" else None
+    return RotaryConfig(head_dim=head_dim, theta=theta, yarn=yarn)
+
+
+def _yarn(rope: JsonFields) -> YarnConfig:
+    if rope.has("attention_factor"):
+        raise rope.unsupported("attention_factor", "null: it follows from mscale and mscale_all_dim")
+    if not rope.boolean("truncate", True):
+        raise rope.unsupported("truncate", "true")
+    known = {
+        *("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "attention_factor", "truncate"),
+    }
+    for name in rope.values:
+        if name not in known:
+            raise rope.unsupported(name, f"one of {sorted(known)}")
+    return YarnConfig(
+        factor=rope.number("factor"),
+        original_max_position_embeddings=rope.integer("original_max_position_embeddings"),
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        mscale=rope.number("mscale", 1.0),
+        mscale_all_dim=rope.number("mscale_all_dim", 0.0),
+    )
+
+
+def _dtype(fields: JsonFields) -> torch.dtype:
+    names = [fields.text(name) for name in ("dtype", "torch_dtype") if fields.has(name)]
+    if not names:
+        return torch.float32
+    if len(set(names)) > 1:
+        raise InvalidModelConfig(f"dtype is {names[0]!r} and torch_dtype is {names[1]!r}; keep one of them")
+    if names[0] not in DTYPES:
+        raise UnsupportedModel(f"dtype is {names[0]!r}, supported are {sorted(DTYPES)} (float16 overflows here)")
+    return DTYPES[names[0]]

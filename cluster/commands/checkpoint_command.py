@@ -1,0 +1,139 @@
+"""`mobula checkpoint`: converts checkpoints and says what a conversion costs. Loads torch only when a command runs."""
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cluster.commands.terminal import console, fail
+
+if TYPE_CHECKING:
+    from cluster.checkpoint.accuracy import Accuracy
+
+app = typer.Typer(no_args_is_help=True, help="Convert checkpoints and compare them.")
+
+MaxTokens = Annotated[int, typer.Option(min=2, help="How much of the text is read.")]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="UTF-8; unset: sources of Python's standard library."),
+]
+TOKENS = 4096
+
+
+class ExpertFormat(Enum):
+    """What --experts takes."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def num_bits(self) -> int:
+        return 8 if self is ExpertFormat.INT8 else 4
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help='Folder, Hugging Face id, or "bundled".')],
+    destination: Annotated[Path, typer.Argument(help="Folder to make.")],
+    experts: Annotated[ExpertFormat, typer.Option(help="What the routed experts become.")],
+    group_size: Annotated[
+        int | None, typer.Option(min=1, help="Columns that share a scale; unset: 128, or the largest that fits.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DESTINATION.")] = False,
+    compare: Annotated[bool, typer.Option(help="Run both checkpoints afterwards and show what it costs.")] = True,
+    text: TextFile = None,
+    max_tokens: MaxTokens = TOKENS,
+) -> None:
+    """Quantise the routed experts of a checkpoint; everything else stays as it is."""
+    from cluster.checkpoint.checkpoint import Checkpoint
+    from cluster.checkpoint.convert import CannotConvert, new_folder, plan
+    from cluster.checkpoint.json_fields import UnsupportedModel
+    from cluster.checkpoint.safetensors_file import InvalidCheckpoint
+
+    try:
+        conversion = plan(Checkpoint.open(_location(source)), experts.num_bits, group_size)
+        with new_folder(destination, num_bytes=conversion.num_bytes, is_forced=force) as folder, _bytes_bar() as bar:
+            task = bar.add_task(f"experts to {conversion.matrix_format}", total=conversion.num_bytes)
+            conversion.write(folder, lambda num_bytes: bar.advance(task, num_bytes))
+    except (CannotConvert, InvalidCheckpoint, UnsupportedModel, OSError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail(f"interrupted; {destination} is as it was")
+    console.print(f"[green]wrote[/green] {escape(str(destination))}", highlight=False)
+    if compare:
+        _compare(source, str(destination), text, max_tokens)
+
+
+@app.command(name="compare")
+def compare_command(
+    reference: Annotated[str, typer.Argument(help='Folder, Hugging Face id, or "bundled".')],
+    candidate: Annotated[str, typer.Argument(help="The checkpoint that should answer alike.")],
+    text: TextFile = None,
+    max_tokens: MaxTokens = TOKENS,
+) -> None:
+    """Run two checkpoints over the same text and show how far apart their answers are."""
+    _compare(reference, candidate, text, max_tokens)
+
+
+def accuracy_view(accuracy: "Accuracy", reference: str, candidate: str) -> RenderableType:
+    """The figures as a table."""
+    table = Table(title=f"{candidate} against {reference}, {accuracy.num_tokens:,} tokens", title_justify="left")
+    table.add_column("")
+    table.add_column("reference", justify="right")
+    table.add_column("candidate", justify="right")
+    change = accuracy.candidate_perplexity / accuracy.reference_perplexity - 1
+    table.add_row(
+        "perplexity",
+        f"{accuracy.reference_perplexity:.4f}",
+        f"{accuracy.candidate_perplexity:.4f} ({change:+.2%})",
+    )
+    table.add_row("same greedy token", "", f"{accuracy.greedy_agreement:.2%}")
+    table.add_row("logit error, median", "", f"{accuracy.median_logit_error:.2%}")
+    table.add_row("logit error, largest", "", f"{accuracy.max_logit_error:.2%}")
+    table.caption = "logit error: the largest of a position, over the reference's largest logit there"
+    table.caption_justify = "left"
+    return table
+
+
+def _compare(reference: str, candidate: str, text: Path | None, max_tokens: int) -> None:
+    from cluster.checkpoint.accuracy import CannotCompare
+    from cluster.checkpoint.accuracy import compare as run
+    from cluster.checkpoint.json_fields import UnsupportedModel
+    from cluster.checkpoint.safetensors_file import InvalidCheckpoint
+    from cluster.config import ConfigError
+    from router.placement import PlacementError
+
+    try:
+        content = None if text is None else text.read_text(encoding="utf-8")
+        columns = (TextColumn("{task.description}"), BarColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=1.0)
+
+            def show(stage: str, fraction: float) -> None:
+                bar.update(task, description=stage, completed=fraction)
+
+            accuracy = run(reference, candidate, text=content, max_tokens=max_tokens, on_progress=show)
+    except (CannotCompare, ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError) as error:
+        fail(f"the checkpoints are not compared: {error}")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{text or 'the logits'}: {error}")
+    except KeyboardInterrupt:
+        fail("interrupted before the comparison was done")
+    console.print(accuracy_view(accuracy, reference, candidate))
+
+
+def _location(source: str) -> str | Path:
+    from cluster import bundled_model
+    from cluster.config import BUNDLED_MODEL
+
+    return bundled_model.path() if source == BUNDLED_MODEL else source
+
+
+def _bytes_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)

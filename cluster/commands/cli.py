@@ -1,0 +1,134 @@
+"""The `mobula` command. The commands that start the system are in serve.py and demo.py, imported only by them: a client
+should not wait for torch and Ray.
+"""
+
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import grpc
+import typer
+
+from cluster.client import DEFAULT_ADDRESS, InferenceClient
+from cluster.commands import admin_command, checkpoint_command, trace_command
+from cluster.commands.terminal import console, fail, fail_call
+from cluster.commands.views import experts_view
+from protos import generation_pb2
+
+if TYPE_CHECKING:
+    from cluster.config import MobulaConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Serves DeepSeek-V2-class models with attention and experts in separate processes.",
+)
+app.add_typer(checkpoint_command.app, name="checkpoint")
+app.add_typer(trace_command.app, name="trace")
+Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file; unset: the bundled model on this machine.")
+]
+Model = Annotated[str | None, typer.Option(help="Folder or Hugging Face id; overrides the configuration.")]
+
+
+@app.command()
+def serve(config: ConfigFile = None, model: Model = None) -> None:
+    """Start the system and serve until Ctrl-C or SIGTERM."""
+    settings = _settings(config, model)
+    from cluster.commands.serve import serve_until_stopped
+
+    _exit_on_failure(serve_until_stopped(settings, console))
+
+
+@app.command()
+def demo(config: ConfigFile = None, model: Model = None) -> None:
+    """Start everything on this machine, stream several prompts, show where every token went, stop."""
+    settings = _settings(config, model)
+    from cluster.commands.demo import run_demo
+
+    _exit_on_failure(run_demo(settings, console))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    address: Address = DEFAULT_ADDRESS,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a user's message, through the chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; unset: the model's own.")] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+) -> None:
+    """Stream one answer of a running system."""
+    params = generation_pb2.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    shown, generation = 0, None
+    try:
+        with InferenceClient(address) as client:
+            if not chat:
+                console.print(prompt, end="", style="bold cyan", markup=False, highlight=False)
+            for generation in client.generate(prompt, params, is_chat=chat):
+                console.print(generation.text[shown:], end="", markup=False, highlight=False, soft_wrap=True)
+                shown = len(generation.text)
+    except grpc.RpcError as error:
+        console.print()
+        fail_call(error)
+    console.print()
+    if generation:
+        rate = generation.num_tokens / generation.total_s
+        console.print(
+            f"[dim]{generation.usage.num_prompt_tokens} prompt + {generation.num_tokens} new tokens, "
+            f"{rate:.1f} tokens/s, first after {(generation.first_token_s or 0) * 1000:.0f} ms, "
+            f"ended by {generation.finish_reason}[/dim]"
+        )
+        if generation.usage.num_dropped_assignments:
+            console.print(
+                f"[bold red]not quite the model's answer:[/bold red] the overload valve left out "
+                f"{generation.usage.num_dropped_assignments} expert computations"
+            )
+
+
+@app.command()
+def experts(address: Address = DEFAULT_ADDRESS) -> None:
+    """Show the expert load of a running system and how far its tokens travelled."""
+    try:
+        with InferenceClient(address) as client:
+            console.print(experts_view(client.expert_load(), client.placement(), console.width))
+    except grpc.RpcError as error:
+        fail_call(error)
+
+
+app.command()(admin_command.status)
+app.command()(admin_command.rebalance)
+
+
+def _settings(path: Path | None, model: str | None) -> "MobulaConfig":
+    """The file's configuration, or the default one, with the model replaced if one is given.
+
+    A Ray cluster that we start gets a key of its own: no other user of the machine can run code in it. Ray reads this
+    when it is imported, so it is settled here.
+    """
+    from cluster.config import ConfigError, parse_config, read_config
+
+    try:
+        config = read_config(path) if path else parse_config(None)
+    except ConfigError as error:
+        fail(str(error))
+    if config.ray.address is None and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return config.model_copy(update={"model": model}) if model else config
+
+
+def _exit_on_failure(has_succeeded: bool) -> None:
+    if not has_succeeded:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

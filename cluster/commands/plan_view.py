@@ -1,0 +1,38 @@
+"""A serving plan for the terminal. Apart from views.py, which clients use without waiting for torch."""
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from cluster.commands.views import format_bytes
+from cluster.roles.preflight import ServingPlan
+from experts.kernels.library import instruction_set
+
+
+def plan_view(plan: ServingPlan) -> RenderableType:
+    """What will be started, in a few lines."""
+    model, decoder, gate = plan.model, plan.model.config.decoder, plan.model.config.decoder.gate
+    numbers = str(model.dtype).removeprefix("torch.")
+    if model.expert_format is not None:
+        numbers += f", experts {model.expert_format}"
+    rows = {
+        "model": f"{model.model_id} ({model.config.model_type}, {numbers})",
+        "layers": f"{decoder.num_hidden_layers}, of which {len(decoder.moe_layer_ids)} with {gate.n_routed_experts} "
+        f"routed experts, {gate.num_experts_per_tok} per token",
+        "workers": f"{plan.num_workers} x {format_bytes(plan.worker_weight_bytes)} of weights + "
+        f"{format_bytes(plan.cache_bytes)} latent cache, context {plan.max_model_len} tokens",
+        "shards": f"{plan.expert_map.ep_size} x {format_bytes(max(plan.shard_weight_bytes))} of weights, "
+        f"{plan.expert_map.num_units} placement units a layer; a token visits at most "
+        f"{plan.expert_map.max_ranks_per_token(gate)} shards a layer",
+        "kernels": _kernels(),
+    }
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def _kernels() -> str:
+    found = instruction_set()
+    if found is None:
+        return "torch (slower: the CPU kernels are not built; install again where there is a C++ compiler)"
+    return f"{found}, chosen for this processor"

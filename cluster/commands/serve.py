@@ -1,0 +1,79 @@
+"""`mobula serve`: starts the system, says how to call it, and ends it in order."""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+
+from rich.console import Console
+from rich.markup import escape
+
+from cluster.checkpoint.checkpoint import InvalidCheckpoint
+from cluster.checkpoint.json_fields import UnsupportedModel
+from cluster.client import DEFAULT_ADDRESS
+from cluster.commands.plan_view import plan_view
+from cluster.commands.progress import StartProgress
+from cluster.config import ConfigError, MobulaConfig
+from cluster.controller.controller import StartError
+from cluster.roles.launch import Deployment
+from router.placement import PlacementError
+
+WATCH_S = 2.0  # how often it looks whether the controller is there
+START_ERRORS = (ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError, StartError)
+
+
+def serve_until_stopped(config: MobulaConfig, console: Console) -> bool:
+    """Runs until Ctrl-C or SIGTERM. Returns whether the system came up."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    _treat_sigterm_as_ctrl_c()
+    try:
+        deployment = Deployment(config)
+        console.print(plan_view(deployment.plan))
+        with deployment:
+            _treat_sigterm_as_ctrl_c()  # again: Ray, when it starts, puts its own handler in place
+            with StartProgress(console) as progress:
+                deployment.wait_until_serving(progress.show)
+            _print_banner(deployment, console)
+            _watch_until_signal(deployment)
+            console.print("stopping: no new requests, those in flight may end; Ctrl-C again stops at once ...")
+    except START_ERRORS as error:
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
+        return False
+    except KeyboardInterrupt:
+        console.print("interrupted before the system was up; stopped")
+        return False
+    console.print("stopped")
+    return True
+
+
+def _print_banner(deployment: Deployment, console: Console) -> None:
+    address, model, mobula = deployment.address, escape(deployment.config.model), _command()
+    option = "" if address == DEFAULT_ADDRESS else f" --address {address}"
+    console.print(f"\n[bold green]serving[/bold green] {model} at [bold]{address}[/bold]", highlight=False)
+    console.print(f"  try:      {mobula} generate 'def main():'{option}", highlight=False)
+    console.print(f"  experts:  {mobula} experts{option}", highlight=False)
+    console.print(f"  status:   {mobula} status{option}", highlight=False)
+    console.print(f"  metrics:  http://{deployment.metrics_address}/metrics", highlight=False)
+    console.print("  stop:     Ctrl-C\n")
+
+
+def _command() -> str:
+    """How this command was called, so that the printed ones can be called alike."""
+    called = sys.argv[0]
+    return "mobula" if shutil.which("mobula") == called else os.path.relpath(called)
+
+
+def _treat_sigterm_as_ctrl_c() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _watch_until_signal(deployment: Deployment) -> None:
+    """Returns at Ctrl-C. Raises StartError when the controller is gone."""
+    try:
+        while True:
+            time.sleep(WATCH_S)
+            deployment.status()
+    except KeyboardInterrupt:
+        return

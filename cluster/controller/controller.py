@@ -1,0 +1,198 @@
+"""Starts the processes and keeps the system together: observe, decide, act.
+
+One round of the loop, the same at start, after a process died and when nothing happens:
+  1. observe: ask every process for its health; one that does not answer is DOWN;
+  2. load: tell every NEW process to load; a FAILED one is restarted after a while, and is NEW again like one that died;
+  3. connect: tell every ready worker where the shards are, if that changed since it was told;
+  4. publish: tell the gateway which workers serve, which endpoints hold metrics and who answers admin calls;
+  5. balance: watch the experts' load and move them while requests run (balance.py).
+Tokens never pass here: while the controller is gone, everything that runs goes on. Knows nothing of Ray.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+
+from cluster.config import RebalancingConfig
+from cluster.controller.balance import Balance, Proposer
+from cluster.controller.process import (
+    DOWN,
+    STARTING,
+    ClusterStatus,
+    ManagedProcess,
+    ProcessDied,
+    ProcessHealth,
+    ProcessState,
+    RoleName,
+)
+from cluster.controller.rebalance import RebalancePlan
+from router.expert_map import ExpertMap
+
+logger = logging.getLogger(__name__)
+
+HEALTH_TIMEOUT_S = 5.0  # a process that takes longer is DOWN for this round; its answer is still awaited
+ROUND_S = 0.5  # between two rounds; calls through Ray cost some milliseconds of a core each
+BUSY_ROUND_S = 0.05  # while the system is not up or experts move, when each round may find something to do
+RESTART_WAIT_S = 10.0  # after a process was told to load what it then could not
+
+
+class StartError(Exception):
+    """The system did not come up; the message names the process and its reason."""
+
+
+class Controller:
+    """Owns the processes and the expert map. All its state is touched by one thread only: its own.
+
+    admin_address: host:port of this controller's admin calls, which gateways are told; set before `start`.
+    """
+
+    def __init__(
+        self,
+        processes: list[ManagedProcess],
+        expert_map: ExpertMap,
+        proposer: Proposer,
+        rebalancing: RebalancingConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._processes = processes
+        self._expert_map = expert_map
+        self._clock = clock
+        self.admin_address = ""
+        self._balance = Balance(
+            shards=self._members(RoleName.SHARD),
+            workers=self._members(RoleName.WORKER),
+            expert_map=expert_map,
+            proposer=proposer,
+            config=rebalancing,
+            publish=self._use,
+            clock=clock,
+        )
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._status = ClusterStatus(processes=(), is_serving=False, placement_version=expert_map.placement_version)
+
+    def start(self) -> None:
+        """Begins the rounds; `status` shows how far they got."""
+        self._thread.start()
+
+    def status(self) -> ClusterStatus:
+        """The system after the latest round."""
+        return self._status
+
+    def plan_rebalance(self) -> RebalancePlan:
+        """What a rebalance would do now. From any other thread. Raises RebalanceRefused."""
+        return self._balance.ask(start=False)
+
+    def rebalance(self) -> RebalancePlan:
+        """Begins one; `status` shows how far it is. From any other thread. Raises RebalanceRefused."""
+        return self._balance.ask(start=True)
+
+    def stop(self, drain_timeout_s: float) -> None:
+        """Ends the system in the order of the tokens' way: gateways drain, then workers, then shards."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for role in (RoleName.GATEWAY, RoleName.WORKER, RoleName.SHARD):
+            members = self._members(role)
+            stops = [process.handle.call("stop", drain_timeout_s) for process in members]
+            wait(stops, timeout=drain_timeout_s + HEALTH_TIMEOUT_S)
+            for process in members:
+                process.handle.kill()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(ROUND_S if self._status.is_serving and self._balance.is_idle else BUSY_ROUND_S):
+            try:
+                self.reconcile()
+            except Exception:  # the loop's top: one failed round must not end supervision
+                logger.exception("round failed; trying again")
+
+    def reconcile(self) -> None:
+        """One round."""
+        self._observe()
+        self._load()
+        self._balance.round(self._expert_map, is_serving=self._status.is_serving)
+        shards = {p.rank: p.health.address for p in self._members(RoleName.SHARD) if p.is_ready}
+        has_all_shards = len(shards) == len(self._members(RoleName.SHARD))
+        if has_all_shards:
+            placement = (self._expert_map.placement_version, shards)
+            self._tell(RoleName.WORKER, placement, "update_placement", self._expert_map, shards)
+        workers = {p.rank: p.health.address for p in self._members(RoleName.WORKER) if p.is_connected}
+        members = (workers, self._metrics_addresses(), self.admin_address)
+        self._tell(RoleName.GATEWAY, members, "update_members", *members)
+        self._publish_status(has_all_shards)
+
+    def _members(self, role: RoleName) -> list[ManagedProcess]:
+        return [process for process in self._processes if process.role is role]
+
+    def _use(self, expert_map: ExpertMap) -> None:
+        """From now on workers are told this one, and processes load it."""
+        self._expert_map = expert_map
+
+    def _observe(self) -> None:
+        for process in self._processes:
+            if process.pending_health is None:
+                process.pending_health = process.handle.call("health")
+        # One that has not started is not waited for: others would be told to load only once it has.
+        answering = [p.pending_health for p in self._processes if p.pending_health and p.health is not STARTING]
+        wait(answering, timeout=HEALTH_TIMEOUT_S)
+        for process in self._processes:
+            before = process.health
+            process.health = _answer(process)
+            if before.state is not process.health.state:
+                logger.info("%s: %s -> %s %s", process.name, before.state, process.health.state, process.health.detail)
+
+    def _load(self) -> None:
+        for process in self._processes:
+            is_loading = process.loading is not None and not process.loading.done()
+            if process.health.state is ProcessState.NEW and not is_loading:
+                process.loading = process.handle.call("load", self._expert_map)
+                process.restart_at_s = self._clock() + RESTART_WAIT_S
+            elif process.health.state is ProcessState.FAILED and self._clock() >= process.restart_at_s:
+                process.restart_at_s = self._clock() + RESTART_WAIT_S
+                process.handle.restart()
+
+    def _tell(self, role: RoleName, value: object, method: str, *args: object) -> None:
+        """Calls `method` on every ready process of a role that was not told `value` yet."""
+        pending: list[tuple[ManagedProcess, tuple[str, object], Future[object]]] = []
+        for process in self._processes:
+            news = (process.health.generation, value)
+            if process.role is role and process.is_ready and process.told != news:
+                pending.append((process, news, process.handle.call(method, *args)))
+        for process, news, future in pending:
+            try:
+                future.result(HEALTH_TIMEOUT_S)
+            except (ProcessDied, TimeoutError) as error:
+                logger.warning("%s was not told of %s: %s", process.name, method, error)
+            else:
+                process.told = news
+
+    def _metrics_addresses(self) -> dict[str, str]:
+        return {
+            p.name: p.health.metrics_address for p in self._processes if p.is_ready and p.role is not RoleName.GATEWAY
+        }
+
+    def _publish_status(self, has_all_shards: bool) -> None:
+        is_serving = has_all_shards and all(
+            process.is_connected for process in self._processes if process.role is not RoleName.SHARD
+        )
+        self._status = ClusterStatus(
+            processes=tuple((process.name, process.health) for process in self._processes),
+            is_serving=is_serving,
+            placement_version=self._expert_map.placement_version,
+            rebalance=self._balance.status(),
+        )
+
+
+def _answer(process: ManagedProcess) -> ProcessHealth:
+    """The health that a process reported. A late answer stays awaited for the next round."""
+    silent = STARTING if process.health is STARTING else DOWN
+    future = process.pending_health
+    if future is None or not future.done():
+        return silent
+    process.pending_health = None
+    try:
+        return future.result()
+    except ProcessDied:
+        return silent

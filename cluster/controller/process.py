@@ -1,0 +1,131 @@
+"""What the controller knows of one process of the system, and how it calls it. Knows nothing of Ray."""
+
+import secrets
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from cluster.controller.rebalance import RebalanceStatus
+
+
+class RoleName(StrEnum):
+    """The kinds of processes that the controller starts."""
+
+    SHARD = "shard"
+    WORKER = "worker"
+    GATEWAY = "gateway"
+
+
+class ProcessState(StrEnum):
+    """Where a process stands in its life."""
+
+    STARTING = "starting"  # has not answered yet
+    NEW = "new"  # runs, has neither weights nor a port
+    LOADING = "loading"
+    READY = "ready"  # has its weights and answers calls
+    FAILED = "failed"  # could not load; `detail` says why
+    DOWN = "down"  # did not answer the controller
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessHealth:
+    """A process about itself.
+
+    Attributes:
+        generation: differs between a process and the one that replaced it.
+        address: host:port of its gRPC server, once READY.
+        metrics_address: host:port of its Prometheus endpoint, once READY.
+        detail: what it is doing, or why it failed.
+        weight_bytes: weights kept in memory.
+        peak_rss_bytes: largest resident set since the process started.
+        load_rss_bytes: how much the resident set grew at most while the weights were read.
+    """
+
+    generation: str
+    state: ProcessState
+    address: str = ""
+    metrics_address: str = ""
+    detail: str = ""
+    pid: int = 0
+    weight_bytes: int = 0
+    peak_rss_bytes: int = 0
+    load_rss_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """The system at one moment.
+
+    Attributes:
+        processes: (name, health) in the order shards, workers, gateways.
+        is_serving: every process is ready and knows the others.
+    """
+
+    processes: tuple[tuple[str, ProcessHealth], ...]
+    is_serving: bool
+    placement_version: int
+    rebalance: RebalanceStatus = field(default_factory=RebalanceStatus)
+
+    @property
+    def failures(self) -> list[str]:
+        return [f"{name}: {health.detail}" for name, health in self.processes if health.state is ProcessState.FAILED]
+
+
+STARTING = ProcessHealth(generation="", state=ProcessState.STARTING)
+DOWN = ProcessHealth(generation="", state=ProcessState.DOWN, detail="does not answer")
+
+
+def new_generation() -> str:
+    """A name for this run of a process."""
+    return secrets.token_hex(4)
+
+
+class ProcessHandle(Protocol):
+    """A remote process."""
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """Starts a method of the process's role. The future raises ProcessDied if the process is gone."""
+
+    def restart(self) -> None:
+        """Ends the process at once; another generation takes its place."""
+
+    def kill(self) -> None:
+        """Ends the process at once; it is not started again."""
+
+
+class ProcessDied(Exception):
+    """The process ended or cannot be reached; it may come back as another generation."""
+
+
+@dataclass(slots=True)
+class ManagedProcess:
+    """The controller's record of one process. Written by the controller's thread only."""
+
+    role: RoleName
+    rank: int
+    handle: ProcessHandle
+    health: ProcessHealth = STARTING
+    loading: Future[Any] | None = None
+    restart_at_s: float = 0.0  # if it has failed; a moment of the controller's clock
+    pending_health: Future[ProcessHealth] | None = None
+    told: tuple[str, object] | None = None  # its generation when it was last told something, and what
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.rank}"
+
+    @property
+    def is_ready(self) -> bool:
+        return self.health.state is ProcessState.READY
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether this very process, and not one before it, knows the others."""
+        return self.is_ready and self.told is not None and self.told[0] == self.health.generation
+
+    @property
+    def told_version(self) -> int | None:
+        """Of the placement that a worker was told last; None for one that was told none."""
+        news = self.told[1] if self.told else None
+        return news[0] if isinstance(news, tuple) and isinstance(news[0], int) else None

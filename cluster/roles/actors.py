@@ -1,0 +1,172 @@
+"""The only place where plain classes become Ray actors. Ray starts, places, restarts and calls processes; no token
+passes through it.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ActorConfig, MobulaConfig
+from cluster.controller.admin_server import AdminServer
+from cluster.controller.balance import Proposer
+from cluster.controller.controller import Controller, StartError
+from cluster.controller.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
+from cluster.controller.rebalance import Float64Array
+from cluster.roles.role_actor import GatewayActor, RoleActor, ShardActor, WorkerActor
+from router.expert_map import ExpertMap
+from router.placement import PlacementRequest, place_units
+
+PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find the nodes; autoscaled clusters should have them first
+CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
+ACTOR_THREADS = 4  # so that health is answered while weights are read
+ACTOR_CLASSES: Mapping[RoleName, type[RoleActor]] = {
+    RoleName.SHARD: ShardActor,
+    RoleName.WORKER: WorkerActor,
+    RoleName.GATEWAY: GatewayActor,
+}
+
+
+class RayProcess:
+    """A process that is a Ray actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        answer: Future[Any] = Future()
+        try:
+            reference = self._actor.call.remote(method, *args)
+        except RayActorError as error:
+            answer.set_exception(ProcessDied(str(error)))
+            return answer
+        reference.future().add_done_callback(lambda done: _settle(answer, done))
+        return answer
+
+    def restart(self) -> None:
+        ray.kill(self._actor, no_restart=False)
+
+    def kill(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+
+
+class ControllerActor:
+    """The controller with the actors it owns: when it ends, they end."""
+
+    def __init__(
+        self, config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None
+    ) -> None:
+        self._config = config
+        self._expert_map = expert_map
+        self._request = request
+        self._host = host
+        self._controller: Controller | None = None
+        self._admin: AdminServer | None = None
+
+    def start(self) -> None:
+        """Places and creates every actor. Raises StartError when the Ray cluster has no room."""
+        processes = _create_processes(self._config, self._host)
+        rebalancing = self._config.expert_shards.rebalancing
+        self._controller = Controller(processes, self._expert_map, _proposer(self._config, self._request), rebalancing)
+        self._admin = AdminServer(self._controller)
+        self._controller.admin_address = self._admin.start(self._host or ray.util.get_node_ip_address())
+        self._controller.start()
+
+    def status(self) -> ClusterStatus | None:
+        """None until the actors are created."""
+        return self._controller.status() if self._controller else None
+
+    def stop(self, drain_timeout_s: float) -> None:
+        """Ends every process, gateways first."""
+        if self._admin:
+            self._admin.stop()
+        if self._controller:
+            self._controller.stop(drain_timeout_s)
+
+
+def create_controller(config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None) -> Any:
+    """The controller actor. request: what later placements keep to; host: where servers listen, None for each node's
+    own address.
+    """
+    options = {"name": "mobula-controller", "num_cpus": CONTROL_CPUS, "max_concurrency": ACTOR_THREADS}
+    return ray.remote(ControllerActor).options(**options).remote(config, expert_map, request, host)
+
+
+def _proposer(config: MobulaConfig, request: PlacementRequest) -> Proposer:
+    policy = config.expert_shards.placement_policy.value
+
+    def place(load: Float64Array, current: ExpertMap, placement_version: int) -> ExpertMap:
+        return place_units(replace(request, load=load, current=current), placement_version, policy)
+
+    limit = request.max_weight_bytes
+    return Proposer(place, request.expert_bytes, limit if isinstance(limit, int) else None)
+
+
+def booked_cpus(config: MobulaConfig) -> float:
+    """CPUs that the system books with Ray."""
+    workers, shards = config.attention_workers, config.expert_shards
+    return workers.count * workers.num_cpus + shards.count * shards.num_cpus + 2 * CONTROL_CPUS
+
+
+def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedProcess]:
+    processes = []
+    for role, actor_config in ((RoleName.SHARD, config.expert_shards), (RoleName.WORKER, config.attention_workers)):
+        group = _place(role, actor_config, actor_config.count)
+        for rank in range(actor_config.count):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            options = _options(actor_config) | {"scheduling_strategy": strategy}
+            processes.append(_create_process(role, rank, options, config, host))
+    options = _options(ActorConfig(num_cpus=CONTROL_CPUS))
+    processes.append(_create_process(RoleName.GATEWAY, 0, options, config, host))
+    return processes
+
+
+def _create_process(
+    role: RoleName, rank: int, options: dict[str, Any], config: MobulaConfig, host: str | None
+) -> ManagedProcess:
+    actor_class = ray.remote(ACTOR_CLASSES[role]).options(name=f"mobula-{role}-{rank}", **options)
+    actor = actor_class.remote(config, rank, host)
+    return ManagedProcess(role=role, rank=rank, handle=RayProcess(actor))
+
+
+def _place(role: RoleName, config: ActorConfig, count: int) -> PlacementGroup:
+    """One bundle per actor. Raises StartError when Ray finds no room in time."""
+    bundle = {"CPU": config.num_cpus, "GPU": config.num_gpus}
+    bundles = [{name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001} for _ in range(count)]
+    selector = [config.labels] * count if config.labels else None
+    group: PlacementGroup = placement_group(bundles, strategy=config.strategy.value, bundle_label_selector=selector)
+    if not group.wait(PLACEMENT_TIMEOUT_S):
+        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+        raise StartError(
+            f"Ray found no place for {count} {role}s of {bundles[0]} each ({config.strategy}, labels {config.labels}) "
+            f"in {PLACEMENT_TIMEOUT_S:.0f} s; free: {free}; lower the count or num_cpus/num_gpus, or add nodes"
+        )
+    return group
+
+
+def _options(config: ActorConfig) -> dict[str, Any]:
+    # No runtime_env: with one, Ray starts a process for this actor alone instead of taking one that is already there.
+    return {
+        "num_cpus": config.num_cpus,
+        "num_gpus": config.num_gpus,
+        "max_restarts": -1,
+        "max_task_retries": 0,  # the controller repeats what must be repeated
+        "max_concurrency": ACTOR_THREADS,
+    }
+
+
+def _settle(answer: Future[Any], done: Future[Any]) -> None:
+    error = done.exception()
+    if error is None:
+        answer.set_result(done.result())
+    elif isinstance(error, RayActorError):
+        answer.set_exception(ProcessDied(str(error)))
+    elif isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        answer.set_exception(error.cause)
+    else:
+        answer.set_exception(error)

@@ -1,0 +1,47 @@
+"""A gateway's process: the front door and the Prometheus endpoint of the whole system."""
+
+from collections.abc import Mapping
+
+from cluster.config import MobulaConfig
+from cluster.gateway.gateway import Gateway
+from cluster.gateway.metrics import GatewayMetrics
+from cluster.roles.role import CONTROL_TIMEOUT_S, Role
+from router.expert_map import ExpertMap
+
+
+class GatewayRole(Role):
+    """The front door."""
+
+    def __init__(self, config: MobulaConfig, host: str | None) -> None:
+        listens_everywhere = config.gateway.host in ("0.0.0.0", "::")
+        super().__init__(config, host if listens_everywhere else config.gateway.host)
+        self._bind_host = config.gateway.host
+        self._metrics = GatewayMetrics()
+        self._registry = self._metrics.registry
+        self._gateway: Gateway | None = None
+
+    def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
+        settings = self._config.gateway
+
+        async def start() -> tuple[Gateway, int]:
+            gateway = Gateway(settings.max_concurrent_requests, self._metrics)
+            return gateway, await gateway.start(self._bind_host, settings.port)
+
+        self._gateway, port = self._loop.run(start())
+        return f"{self._host}:{port}", 0
+
+    def update_members(
+        self, workers: Mapping[int, str], metrics_addresses: Mapping[str, str], admin_address: str = ""
+    ) -> None:
+        """The workers that serve, by dp_rank; every process's Prometheus endpoint, by name; the controller's server."""
+        assert self._gateway
+        self._metrics.processes.targets = dict(metrics_addresses)
+        self._loop.run(self._gateway.update_admin(admin_address), CONTROL_TIMEOUT_S)
+        self._loop.run(self._gateway.update_workers(dict(workers)), CONTROL_TIMEOUT_S)
+
+    def stop(self, drain_timeout_s: float) -> None:
+        if self._gateway:
+            self._loop.run(self._gateway.stop(drain_timeout_s))
+
+    def _metrics_port(self) -> int:
+        return self._config.gateway.metrics_port

@@ -1,0 +1,171 @@
+"""A running Mobula: checks everything that can be checked, starts Ray and the controller, waits, and stops it all.
+
+with Deployment(config) as deployment:
+    deployment.wait_until_serving(show)
+    ...  # deployment.address answers gRPC calls
+"""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+
+from cluster.config import ConfigError, MobulaConfig
+from cluster.controller.controller import StartError
+from cluster.controller.process import ClusterStatus, ProcessHealth, RoleName
+from cluster.roles.actors import booked_cpus, create_controller
+from cluster.roles.preflight import ServingPlan, check
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+STATUS_TIMEOUT_S = 60.0  # the controller answers at once; a machine that starts ten processes may not
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # of a local cluster; no tensor passes through Ray's object store
+
+
+class Deployment:
+    """One Mobula on one Ray cluster. Leaving the `with` block ends every process that it started."""
+
+    def __init__(self, config: MobulaConfig) -> None:
+        """Checks the configuration against the checkpoint and the machine.
+
+        Raises ConfigError, InvalidCheckpoint, UnsupportedModel or PlacementError before anything is started.
+        """
+        self.config = config
+        self.plan: ServingPlan = check(config)
+        if config.ray.address is None:
+            _check_port(config.gateway.host, config.gateway.port, "gateway.port")
+            _check_port(config.gateway.host, config.gateway.metrics_port, "gateway.metrics_port")
+        self._controller: Any = None
+        self._is_local = config.ray.address is None
+
+    def __enter__(self) -> Self:
+        """Starts Ray, or joins the cluster, and creates the controller. Raises StartError."""
+        try:
+            self._start_ray()
+            host = LOOPBACK if self._is_local else None
+            self._controller = create_controller(self.config, self.plan.expert_map, self.plan.placement_request, host)
+        except ConnectionError as error:
+            raise StartError(f"cannot join Ray at ray.address {self.config.ray.address}: {error}") from error
+        except ValueError as error:  # Ray's word for a name that is taken
+            self.stop()
+            raise StartError(
+                f"Ray refused the controller in namespace {self.config.ray.namespace}: {error}; is another Mobula "
+                "serving there? set ray.namespace"
+            ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def wait_until_serving(self, show: Callable[[ClusterStatus | None], None]) -> ClusterStatus:
+        """Shows the status again and again until every process serves.
+
+        Raises StartError naming each process that failed, or those that are late after ray.start_timeout_s.
+        """
+        started = self._controller.start.remote()
+        deadline = time.monotonic() + self.config.ray.start_timeout_s
+        while True:
+            if ray.wait([started], timeout=0)[0]:
+                _raise_if_failed(started)
+            status = self.status()
+            show(status)
+            if status and status.failures:
+                raise StartError("; ".join(status.failures))
+            if status and status.is_serving:
+                return status
+            if time.monotonic() > deadline:
+                late = (
+                    [name for name, health in status.processes if health.state != "ready"] if status else ["controller"]
+                )
+                raise StartError(
+                    f"not ready after {self.config.ray.start_timeout_s:.0f} s: {', '.join(late)}; "
+                    "raise ray.start_timeout_s if the checkpoint is large"
+                )
+            time.sleep(POLL_S)
+
+    @property
+    def address(self) -> str:
+        """host:port of the gateway's gRPC server, once serving."""
+        return self._gateway().address
+
+    @property
+    def metrics_address(self) -> str:
+        """host:port of the Prometheus endpoint with every process's series, once serving."""
+        return self._gateway().metrics_address
+
+    def status(self) -> ClusterStatus | None:
+        """The controller's latest view. Raises StartError when the controller is gone."""
+        try:
+            status: ClusterStatus | None = ray.get(self._controller.status.remote(), timeout=STATUS_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            raise StartError(f"the controller does not answer: {error}") from error
+        return status
+
+    def stop(self) -> None:
+        """Drains and ends every process. Safe to call twice."""
+        if self._controller is not None:
+            timeout_s = self.config.drain_timeout_s
+            try:
+                ray.get(self._controller.stop.remote(timeout_s), timeout=3 * timeout_s + 30)
+            except ray.exceptions.RayError as error:
+                logger.warning("the controller did not stop in order: %s", error)
+            except KeyboardInterrupt:
+                logger.warning("interrupted: requests in flight are cut off")
+            ray.kill(self._controller)
+            self._controller = None
+        if ray.is_initialized():
+            ray.shutdown()
+
+    def _gateway(self) -> ProcessHealth:
+        status = self.status()
+        assert status, "only once serving"
+        return next(health for name, health in status.processes if name.startswith(RoleName.GATEWAY))
+
+    def _start_ray(self) -> None:
+        settings: dict[str, Any] = {
+            "namespace": self.config.ray.namespace,
+            "logging_level": "WARNING",
+            "log_to_driver": False,
+        }
+        if not self._is_local:
+            ray.init(address=self.config.ray.address, **settings)
+            return
+        num_cpus = max(os.cpu_count() or 1, int(booked_cpus(self.config)) + 1)
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other program starve ours
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            _node_ip_address=LOOPBACK,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **settings,
+        )
+
+
+def _check_port(host: str, port: int, key: str) -> None:
+    """Raises ConfigError when nothing could listen there: better known before Ray starts."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"{key}: cannot listen on {host}:{port}: {error.strerror}; set another one") from error
+
+
+def _raise_if_failed(started: "ray.ObjectRef[Any]") -> None:
+    """Raises StartError with what the controller said, without Ray's account of where it said it."""
+    try:
+        ray.get(started)
+    except ray.exceptions.RayTaskError as error:
+        raise StartError(str(error.cause)) from error
+    except ray.exceptions.RayError as error:
+        raise StartError(f"the controller could not start: {error}") from error

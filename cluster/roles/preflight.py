@@ -1,0 +1,228 @@
+"""Checks everything that can be checked before a process is started, and says what will be started.
+
+The same configuration gives the same plan in every process. Reads headers, never weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from attention.engine_config import CacheTooSmall
+from attention.latent_cache import LatentCacheConfig
+from attention.tokenizer import BadTokenizer, Tokenizer
+from cluster import bundled_model
+from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.model_config import DTYPES, ModelConfig
+from cluster.checkpoint.quantization import IntQuantization
+from cluster.commands.views import format_bytes
+from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
+from experts.kernels.library import native
+from experts.kernels.packed_matrix import PANEL_OUTPUTS
+from experts.quantized_matrix import MatrixFormat
+from experts.weight_store import ExpertModel
+from protos.rpc import MAX_FRAME_BYTES
+from router.expert_map import ExpertMap
+from router.placement import PlacementRequest, place_units
+from router.placement.units import experts_held
+
+TOKENIZER_FILE = "tokenizer.json"
+OPTIONAL_TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+KERNEL_GROUP_COLUMNS = 32  # the kernels take integers in groups of a multiple of this
+PROCESS_BYTES = 400 * 2**20  # of a process with torch and Ray before it has weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """The model as this configuration serves it."""
+
+    model_id: str
+    checkpoint: Checkpoint
+    config: ModelConfig
+    dtype: torch.dtype
+
+    @property
+    def expert_model(self) -> ExpertModel:
+        """What an expert shard needs to know."""
+        decoder = self.config.decoder
+        return ExpertModel(
+            moe_layer_ids=decoder.moe_layer_ids,
+            n_routed_experts=decoder.gate.n_routed_experts,
+            hidden_size=decoder.hidden_size,
+            moe_intermediate_size=decoder.moe_intermediate_size,
+            dtype=self.dtype,
+        )
+
+    @property
+    def expert_format(self) -> MatrixFormat | None:
+        """The form of the routed experts in the checkpoint; None for plain numbers. Reads a header if asked."""
+        decoder = self.config.decoder
+        if not isinstance(self.config.quantization, IntQuantization) or not decoder.moe_layer_ids:
+            return None
+        return self.checkpoint.matrix_format(next(iter(decoder.expert_weight_shapes(decoder.moe_layer_ids[0], 0))))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one routed expert as a shard keeps it: integers where there are kernels for them, else multiplied out."""
+        kept = self.expert_format
+        shapes = [(rows, columns) for rows, columns in self.config.decoder.expert_weight_shapes(0, 0).values()]
+        if native() is not None:  # packed in whole panels
+            shapes = [(-(-rows // PANEL_OUTPUTS) * PANEL_OUTPUTS, columns) for rows, columns in shapes]
+        if (
+            kept is None
+            or native() is None
+            or any((kept.group_size or columns) % KERNEL_GROUP_COLUMNS for _, columns in shapes)
+        ):
+            return sum(rows * columns for rows, columns in shapes) * self.dtype.itemsize
+        return sum(kept.nbytes(rows, columns) for rows, columns in shapes)
+
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer's files, fetched if they are on a hub. Raises InvalidCheckpoint."""
+        for name in OPTIONAL_TOKENIZER_FILES:
+            self.checkpoint.optional_file(name)
+        return self.checkpoint.file(TOKENIZER_FILE).parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingPlan:
+    """What will be started. All sizes in bytes."""
+
+    model: ServedModel
+    expert_map: ExpertMap
+    placement_request: PlacementRequest  # which `expert_map` satisfies, and later placements must
+    worker_weight_bytes: int
+    shard_weight_bytes: tuple[int, ...]  # by ep_rank
+    cache_bytes: int  # of one worker
+    num_workers: int
+    max_model_len: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all processes on one machine, each with its own libraries."""
+        num_processes = self.num_workers + len(self.shard_weight_bytes) + 2
+        workers = self.num_workers * (self.worker_weight_bytes + self.cache_bytes)
+        return workers + sum(self.shard_weight_bytes) + num_processes * PROCESS_BYTES
+
+
+def open_model(config: MobulaConfig) -> ServedModel:
+    """The checkpoint and what its config.json says. Raises InvalidCheckpoint, UnsupportedModel."""
+    is_bundled = config.model == BUNDLED_MODEL
+    checkpoint = Checkpoint.open(bundled_model.path() if is_bundled else config.model, config.revision)
+    model_config = checkpoint.model_config()
+    if config.dtype is not DTypeName.AUTO:
+        dtype = DTYPES[config.dtype.value]
+    else:  # the bundled model is small enough for float32, in which every CPU is fast
+        dtype = torch.float32 if is_bundled else model_config.dtype
+    return ServedModel(model_id=config.model, checkpoint=checkpoint, config=model_config, dtype=dtype)
+
+
+def cache_config(config: MobulaConfig, model: ServedModel) -> LatentCacheConfig:
+    """The latent cache of one worker. Raises CacheTooSmall."""
+    decoder, engine = model.config.decoder, config.attention_workers.engine
+    shape = {
+        "num_layers": decoder.num_hidden_layers,
+        "block_size": engine.block_size,
+        "kv_lora_rank": decoder.mla.kv_lora_rank,
+        "qk_rope_head_dim": decoder.mla.qk_rope_head_dim,
+    }
+    device = config.attention_workers.device
+    one_block = LatentCacheConfig(num_blocks=1, dtype=model.dtype, device=device, **shape)
+    num_blocks = engine.num_cache_blocks(one_block.bytes_per_block, decoder.max_position_embeddings)
+    return LatentCacheConfig(num_blocks=num_blocks, dtype=model.dtype, device=device, **shape)
+
+
+def check(config: MobulaConfig) -> ServingPlan:
+    """The plan. Raises ConfigError, InvalidCheckpoint, UnsupportedModel or PlacementError, naming what is wrong."""
+    model = open_model(config)
+    decoder = model.config.decoder
+    expert_bytes = model.expert_bytes
+    shards = config.expert_shards
+    request = PlacementRequest(
+        moe_layer_ids=decoder.moe_layer_ids,
+        gate=decoder.gate,
+        ep_size=shards.count,
+        units_per_layer=shards.units_per_layer,
+        num_replicas=shards.num_replicas,
+        redundancy=shards.redundancy,
+        expert_bytes=expert_bytes,
+        max_weight_bytes=int(shards.max_weight_gib * 2**30) if shards.max_weight_gib else None,
+    )
+    expert_map = place_units(request, policy=shards.placement_policy.value)
+    try:
+        cache = cache_config(config, model)
+        max_model_len = config.attention_workers.engine.resolved_max_model_len(
+            cache.num_blocks, decoder.max_position_embeddings
+        )
+        tokenizer = Tokenizer.read(model.tokenizer_folder())
+    except (CacheTooSmall, BadTokenizer) as error:
+        raise ConfigError(str(error)) from error
+    if tokenizer.vocab_size > decoder.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.vocab_size}: "
+            "they are not of one checkpoint"
+        )
+    if model.checkpoint.is_local:
+        _check_tensors(model)
+    plan = ServingPlan(
+        model=model,
+        expert_map=expert_map,
+        placement_request=request,
+        worker_weight_bytes=_worker_weight_bytes(config, model),
+        shard_weight_bytes=tuple((experts_held(expert_map, shards.count) * expert_bytes).tolist()),
+        cache_bytes=cache.num_blocks * cache.bytes_per_block,
+        num_workers=config.attention_workers.count,
+        max_model_len=max_model_len,
+    )
+    _check_frames(config, plan)
+    if config.ray.address is None and config.attention_workers.device == "cpu":
+        _check_memory(plan)
+    return plan
+
+
+def _check_tensors(model: ServedModel) -> None:
+    decoder = model.config.decoder
+    model.checkpoint.check_role(decoder.weight_shapes())
+    for layer_id in decoder.moe_layer_ids:
+        for expert_id in range(decoder.gate.n_routed_experts):
+            model.checkpoint.check_role(decoder.expert_weight_shapes(layer_id, expert_id))
+
+
+def _worker_weight_bytes(config: MobulaConfig, model: ServedModel) -> int:
+    """What a worker keeps: the tensors it reads, and what the CPU kernels hold in a second layout."""
+    decoder, mla = model.config.decoder, model.config.decoder.mla
+    shapes = list(decoder.weight_shapes().values())
+    if config.attention_workers.device == "cpu" and native() is not None:
+        # W_UK both absorbs queries and expands latents (attention/kernel_mla.py); a tied table is also the lm_head.
+        shapes += [(mla.num_attention_heads, mla.qk_nope_head_dim, mla.kv_lora_rank)] * decoder.num_hidden_layers
+        shapes += [(decoder.vocab_size, decoder.hidden_size)] * decoder.tie_word_embeddings
+    return sum(_num_bytes(shape, model.dtype) for shape in shapes)
+
+
+def _check_frames(config: MobulaConfig, plan: ServingPlan) -> None:
+    """A step's rows must fit one message, there and back: at worst a shard holds every unit a token needs."""
+    gate, tokens = plan.model.config.decoder.gate, config.attention_workers.engine.max_num_batched_tokens
+    sums_per_row = min(plan.expert_map.num_units, gate.num_experts_per_tok, gate.max_groups_per_token)
+    row_bytes = plan.model.config.decoder.hidden_size * plan.model.dtype.itemsize
+    largest = tokens * (max(1, sums_per_row) * row_bytes + gate.num_experts_per_tok * 16) + 1024
+    if largest > MAX_FRAME_BYTES:
+        raise ConfigError(
+            f"attention_workers.engine.max_num_batched_tokens is {tokens}: a message to a shard may need {largest} "
+            f"bytes, limit is {MAX_FRAME_BYTES}; lower it to {tokens * MAX_FRAME_BYTES // largest}"
+        )
+
+
+def _check_memory(plan: ServingPlan) -> None:
+    available = psutil.virtual_memory().available
+    if plan.total_bytes > available:
+        worker_bytes, shard_bytes = plan.worker_weight_bytes + plan.cache_bytes, sum(plan.shard_weight_bytes)
+        raise ConfigError(
+            f"the system needs about {format_bytes(plan.total_bytes)} on this machine ({plan.num_workers} workers of "
+            f"{format_bytes(worker_bytes)}, {len(plan.shard_weight_bytes)} shards with {format_bytes(shard_bytes)} "
+            f"together), {format_bytes(available)} are free; use fewer workers, a smaller "
+            "attention_workers.engine.cache_gib, bfloat16, or more machines"
+        )
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return dtype.itemsize * torch.Size(shape).numel()

@@ -1,0 +1,91 @@
+"""The life that every process has. Plain classes: Ray wraps them in actors.py, tests do not.
+
+A role is NEW until the controller tells it to load; then it reads its weights, opens its ports and is READY.
+"""
+
+import logging
+import os
+import resource
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+import psutil
+from prometheus_client import CollectorRegistry
+
+from cluster.config import MobulaConfig
+from cluster.controller.process import ProcessHealth, ProcessState, new_generation
+from cluster.gateway.metrics import serve_metrics
+from protos.loop_thread import LoopThread
+from router.expert_map import ExpertMap
+
+logger = logging.getLogger(__name__)
+
+CONTROL_TIMEOUT_S = 10.0  # for what the control thread asks of the event loop
+
+
+class Role(ABC):
+    """The life every process has. Methods are called from the controller, each in a thread of its own."""
+
+    def __init__(self, config: MobulaConfig, host: str | None) -> None:
+        """host: where to listen; None for this node's address in the cluster."""
+        self._config = config
+        self._host = host or _node_address()  # where others find this process
+        self._bind_host = self._host  # where it listens
+        self._lock = threading.Lock()
+        self._health = ProcessHealth(generation=new_generation(), state=ProcessState.NEW, pid=os.getpid())
+        self._loop = LoopThread("loop")
+        self._registry = CollectorRegistry()
+
+    def health(self) -> ProcessHealth:
+        """This process about itself."""
+        return replace(self._health, peak_rss_bytes=_peak_rss_bytes())
+
+    def load(self, expert_map: ExpertMap) -> None:
+        """From NEW to READY. What goes wrong is not raised but shown by `health`, as FAILED.
+
+        Then only a new process helps: what a half-loaded one holds (ports, threads, series) ends with it.
+        """
+        with self._lock:
+            if self._health.state is not ProcessState.NEW:
+                return
+            self._health = replace(self._health, state=ProcessState.LOADING, detail="reading weights")
+        before = psutil.Process().memory_info().rss
+        try:
+            address, weight_bytes = self._load(expert_map)
+            _, metrics_port = serve_metrics(self._bind_host, self._metrics_port(), self._registry)
+        except Exception as error:  # the top of the process's start: the controller shows it
+            logger.exception("could not load")
+            self._health = replace(self._health, state=ProcessState.FAILED, detail=f"{type(error).__name__}: {error}")
+            return
+        self._health = replace(
+            self._health,
+            state=ProcessState.READY,
+            detail="",
+            address=address,
+            weight_bytes=weight_bytes,
+            metrics_address=f"{self._host}:{metrics_port}",
+            load_rss_bytes=max(0, _peak_rss_bytes() - before),
+        )
+
+    @abstractmethod
+    def stop(self, drain_timeout_s: float) -> None:
+        """Lets what is in flight end, then stops."""
+
+    @abstractmethod
+    def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
+        """Returns the server's address and the bytes of weights kept."""
+
+    def _metrics_port(self) -> int:
+        return 0
+
+
+def _peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _node_address() -> str:
+    """This machine's address as other nodes of the cluster see it."""
+    import ray.util  # only in an actor: tests assemble roles without Ray
+
+    return str(ray.util.get_node_ip_address())

@@ -1,0 +1,86 @@
+"""An expert shard's process: reads its placement units and answers forwards."""
+
+import threading
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.config import MobulaConfig
+from cluster.controller.process import ProcessHealth
+from cluster.roles.compute_threads import compute_with, share_of_cores
+from cluster.roles.preflight import open_model
+from cluster.roles.role import Role
+from experts.metrics import ShardMetrics
+from experts.servicer import ExpertServer
+from experts.shard import ExpertShard, ShardConfig
+from experts.weight_store import Unit
+from protos.errors import Unavailable
+from router.expert_map import ExpertMap, PlacementUnit
+
+
+class ShardRole(Role):
+    """An expert shard."""
+
+    def __init__(self, config: MobulaConfig, ep_rank: int, host: str | None) -> None:
+        super().__init__(config, host)
+        self._ep_rank = ep_rank
+        self._shard: ExpertShard | None = None
+        self._server: ExpertServer | None = None
+        self._placement_lock = threading.Lock()  # the weights change in one call at a time
+
+    def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
+        shards = self._config.expert_shards
+        compute_with(shards.num_threads or share_of_cores(shards.count))
+        model = open_model(self._config)
+        units = [Unit(*unit) for unit in expert_map.units_of(self._ep_rank)]
+        for unit in units:
+            for expert_id in unit.expert_ids:
+                model.checkpoint.check_role(model.config.decoder.expert_weight_shapes(unit.layer_id, expert_id))
+        shard_config = ShardConfig(
+            ep_rank=self._ep_rank, max_waiting_forwards=self._config.expert_shards.max_waiting_forwards
+        )
+        shard = ExpertShard(
+            shard_config, model.expert_model, model.checkpoint, ShardMetrics(self._registry, self._ep_rank)
+        )
+        shard.activate(expert_map.placement_version, units)
+        shard.start()
+        self._shard = shard
+        self._server = self._loop.run(ExpertServer.start(shard, self._host, 0))
+        self._loop.run(self._server.set_serving(True))
+        return f"{self._host}:{self._server.port}", shard.weight_bytes
+
+    def stage(self, units: Iterable[PlacementUnit], max_bytes_per_s: float) -> None:
+        """Reads units while the shard serves. Raises WeightShapeError, InvalidCheckpoint."""
+        with self._placement_lock:
+            self._loaded_shard().stage((Unit(*unit) for unit in units), max_bytes_per_s)
+
+    def activate(self, placement_version: int, units: Iterable[PlacementUnit]) -> None:
+        """Serves a placement beside those served before."""
+        with self._placement_lock:
+            self._loaded_shard().activate(placement_version, [Unit(*unit) for unit in units])
+
+    def release(self, placement_version: int) -> None:
+        """Serves a placement no longer; what no other needs is dropped, units that were only staged too."""
+        with self._placement_lock:
+            self._loaded_shard().release(placement_version)
+
+    def load_counts(self) -> npt.NDArray[np.uint64]:
+        """[num_moe_layers, n_routed_experts] assignments computed since the process started."""
+        return self._loaded_shard().load().num_tokens
+
+    def health(self) -> ProcessHealth:
+        """As every process; weights come and go."""
+        shard = self._shard
+        return replace(super().health(), weight_bytes=shard.weight_bytes if shard else 0)
+
+    def _loaded_shard(self) -> ExpertShard:
+        if self._shard is None:
+            raise Unavailable(f"shard {self._ep_rank} has not loaded yet")
+        return self._shard
+
+    def stop(self, drain_timeout_s: float) -> None:
+        if self._shard and self._server:
+            self._shard.stop()
+            self._loop.run(self._server.stop(grace_s=0.2))

@@ -1,0 +1,191 @@
+"""An attention worker's process: engine, decoder, router and inference server, assembled."""
+
+import logging
+import os
+from collections.abc import Mapping
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from attention.decoder import Decoder, DecoderWeights
+from attention.engine import Engine, EngineStats
+from attention.latent_cache import LatentCache
+from attention.metrics import EngineMetrics
+from attention.model_runner import ModelRunner
+from attention.request import GenerationDefaults, RequestReader
+from attention.servicer import SERVICE, InferenceServicer
+from attention.tokenizer import Tokenizer
+from attention.worker_report import WorkerReport
+from cluster.config import MobulaConfig
+from cluster.controller.process import ProcessHealth
+from cluster.roles.compute_threads import compute_with, share_of_cores
+from cluster.roles.preflight import ServedModel, cache_config, open_model
+from cluster.roles.role import CONTROL_TIMEOUT_S, Role
+from cluster.version import VERSION
+from protos import generation_pb2, rpc
+from protos.codec import dtype_to_wire
+from protos.poller import Poller
+from router.expert_map import ExpertMap
+from router.metrics import RouterMetrics
+from router.overload_valve import OverloadValve
+from router.ring_transport import connect_to
+from router.router import Router
+
+logger = logging.getLogger(__name__)
+
+EXIT_ENGINE_DIED = 70  # "internal software error" in sysexits.h
+
+
+class WorkerRole(Role):
+    """An attention worker: engine, router and inference server."""
+
+    def __init__(self, config: MobulaConfig, dp_rank: int, host: str | None) -> None:
+        super().__init__(config, host)
+        self._dp_rank = dp_rank
+        self._router: Router | None = None
+        self._report: WorkerReport | None = None
+        self._engine: Engine | None = None
+        self._server: grpc.aio.Server | None = None
+        self._health_servicer = health_aio.HealthServicer()
+        self._is_stopping = False
+
+    def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
+        workers = self._config.attention_workers
+        compute_with(workers.num_threads or share_of_cores(workers.count))
+        model = open_model(self._config)
+        decoder_config = model.config.decoder
+        model.checkpoint.check_role(decoder_config.weight_shapes())
+        weights = DecoderWeights.read(model.checkpoint, decoder_config, model.dtype, workers.device)
+        poller = Poller()
+        router_metrics = RouterMetrics(self._registry, self._dp_rank)
+        valve = OverloadValve.wanted(workers.router, decoder_config.gate, router_metrics.count_dropped)
+        if valve is not None:
+            logger.warning(
+                "capacity_policy is %s: under load answers lack experts and depend on what else is in a step",
+                workers.router.capacity_policy.value,
+            )
+        router = Router(
+            config=workers.router,
+            gate=decoder_config.gate,
+            expert_map=expert_map,
+            addresses={},
+            connect=connect_to(self._loop.loop, poller, workers.router.shared_memory_mib),
+            metrics=router_metrics,
+            poller=poller,
+        )
+        cache = LatentCache(cache_config(self._config, model))
+        runner = ModelRunner(
+            Decoder(
+                decoder_config,
+                weights,
+                router,
+                cache,
+                mla_form=workers.mla_form,
+                num_micro_batches=workers.num_micro_batches,
+                valve=valve,
+            ),
+            block_size=workers.engine.block_size,
+            device=workers.device,
+        )
+        num_blocks = cache.config.num_blocks
+        max_model_len = workers.engine.resolved_max_model_len(num_blocks, decoder_config.max_position_embeddings)
+        metrics = EngineMetrics(self._registry, self._dp_rank)
+        engine = Engine(workers.engine, runner, num_blocks=num_blocks, metrics=metrics)
+        folder = model.tokenizer_folder()
+        tokenizer = Tokenizer.read(folder)
+        reader = RequestReader(
+            tokenizer,
+            defaults=GenerationDefaults.read(folder),
+            vocab_size=decoder_config.vocab_size,
+            max_model_len=max_model_len,
+        )
+        info = _model_info(self._config, model, max_model_len, tokenizer)
+        report = WorkerReport(router, decoder_config.gate, info)
+        engine.start()
+        self._router, self._report, self._engine = router, report, engine
+        port = self._loop.run(self._serve(InferenceServicer(engine, reader, report, metrics)))
+        return f"{self._host}:{port}", weights.weight_bytes
+
+    def update_placement(self, expert_map: ExpertMap, addresses: Mapping[int, str]) -> None:
+        """Where the experts are now. Returns once every shard is connected or has had its time."""
+        assert self._router
+        assert self._report
+        self._router.update_placement(expert_map, addresses)
+        self._loop.run(self._report.update_shards(addresses), CONTROL_TIMEOUT_S)
+        down = self._router.wait_until_connected(timeout_s=2.0)
+        if down:
+            logger.warning("no connection to shards %s yet", down)
+        self._loop.run(self._set_serving(True), CONTROL_TIMEOUT_S)
+
+    def oldest_placement_version(self) -> int:
+        """Under which a forward is under way; without any, the newest that was told."""
+        assert self._router
+        return self._router.oldest_placement_version
+
+    def health(self) -> ProcessHealth:
+        """As every process; a worker whose engine thread has ended by itself ends too, and Ray starts it again."""
+        if self._engine and not self._engine.is_alive and not self._is_stopping:
+            logger.critical("the engine thread has ended; the process ends too")
+            os._exit(EXIT_ENGINE_DIED)
+        return super().health()
+
+    def engine_stats(self) -> EngineStats:
+        """What the engine was doing after its latest step."""
+        assert self._engine
+        return self._engine.stats
+
+    def stop(self, drain_timeout_s: float) -> None:
+        if not (self._engine and self._router and self._report and self._server):
+            return
+        self._is_stopping = True
+        self._loop.run(self._set_serving(False), CONTROL_TIMEOUT_S)
+        self._engine.stop(drain_timeout_s)
+        self._loop.run(self._server.stop(grace=1.0))
+        self._loop.run(self._report.close(), CONTROL_TIMEOUT_S)
+        self._router.close()
+
+    async def _serve(self, servicer: InferenceServicer) -> int:
+        server = grpc.aio.server(options=rpc.relay_options())
+        server.add_generic_rpc_handlers((servicer.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health_servicer, server)
+        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        port = int(server.add_insecure_port(f"{self._host}:0"))
+        await server.start()
+        await self._set_serving(False)
+        self._server = server
+        return port
+
+    async def _set_serving(self, is_serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        for name in ("", SERVICE):
+            await self._health_servicer.set(name, status.SERVING if is_serving else status.NOT_SERVING)
+
+
+def _model_info(
+    config: MobulaConfig, model: ServedModel, max_model_len: int, tokenizer: Tokenizer
+) -> generation_pb2.GetModelInfoResponse:
+    decoder = model.config.decoder
+    return generation_pb2.GetModelInfoResponse(
+        model_id=model.model_id,
+        model_type=model.config.model_type,
+        dtype=dtype_to_wire(model.dtype),
+        vocab_size=decoder.vocab_size,
+        max_model_len=max_model_len,
+        num_hidden_layers=decoder.num_hidden_layers,
+        hidden_size=decoder.hidden_size,
+        moe_layer_ids=decoder.moe_layer_ids,
+        n_routed_experts=decoder.gate.n_routed_experts,
+        n_shared_experts=decoder.n_shared_experts,
+        num_experts_per_tok=decoder.gate.num_experts_per_tok,
+        n_group=decoder.gate.n_group,
+        topk_group=decoder.gate.topk_group,
+        eos_token_ids=sorted(tokenizer.eos_token_ids),
+        has_chat_template=tokenizer.has_chat_template,
+        dp_size=config.attention_workers.count,
+        ep_size=config.expert_shards.count,
+        version=VERSION,
+    )

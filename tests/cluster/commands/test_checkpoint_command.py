@@ -1,0 +1,75 @@
+"""`mobula checkpoint` as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cluster.checkpoint.convert import Conversion
+from cluster.commands.cli import app
+from tests.checkpoints import write_checkpoint
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["checkpoint", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "source", "v2", seed=3)
+
+
+def test_a_conversion_is_written_compared_and_shown(source: Path, tmp_path: Path) -> None:
+    result = run("convert", source, tmp_path / "made", "--experts", "int4", "--max-tokens", 64)
+    assert result.exit_code == 0, result.output
+    for word in ("wrote", "perplexity", "same greedy token", "logit error, median"):
+        assert word in result.output
+    weights = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert weights["group_0"]["weights"]["group_size"] == 32
+
+
+def test_two_checkpoints_are_compared_on_a_text_of_ones_own(source: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("The manta and the mobula glide over the reef.")
+    result = run("compare", source, source, "--text", text)
+    assert result.exit_code == 0, result.output
+    assert "100.00%" in result.output
+
+
+def test_what_cannot_be_done_is_said_without_a_traceback(source: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    assert run("convert", source, made, "--experts", "int8", "--no-compare").exit_code == 0
+    for arguments, message in (
+        (("convert", source, made, "--experts", "int8"), "exists; name another folder or give --force"),
+        (("convert", made, tmp_path / "again", "--experts", "int4"), "is quantised already"),
+        (("convert", tmp_path / "nothing", tmp_path / "x", "--experts", "int4"), "no such folder"),
+        (("convert", source, tmp_path / "x", "--experts", "int4", "--group-size", 7), "must be multiples"),
+        (("compare", source, tmp_path / "nothing"), "no such folder"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert result.output.startswith("error:")
+        assert message in result.output.replace("\n", " ")
+        assert "Traceback" not in result.output
+    assert run("convert", source, made, "--experts", "int4", "--no-compare", "--force").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
+
+
+def test_control_c_leaves_nothing_behind(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Conversion, folder: Path, on_written: object) -> None:
+        (folder / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversion, "write", interrupt)
+    result = run("convert", source, tmp_path / "made", "--experts", "int4")
+    assert result.exit_code == 1
+    assert "interrupted" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_command_line_loads_torch_only_for_a_command_that_needs_it() -> None:
+    code = "import sys, cluster.commands.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,135 @@
+"""The controller against processes that are plain objects."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.controller import balance
+from cluster.controller.balance import Proposer
+from cluster.controller.process import ProcessState
+from protos.errors import DeadlineExceeded
+from tests.cluster.fake_processes import run, system
+from tests.fake_experts import grouped_gate, random_placement
+
+
+def test_new_processes_are_loaded_connected_and_published() -> None:
+    controller, fakes = system()
+    run(controller, 4)
+    assert controller.status().is_serving
+    assert len(fakes["shard-0"].told("load")) == 1
+    ((_, shards),) = fakes["worker-1"].told("update_placement")
+    assert shards == {0: "shard-0.0:1", 1: "shard-1.0:1"}
+    workers, metrics, _ = fakes["gateway-0"].told("update_members")[-1]
+    assert set(workers) == {0, 1}
+    assert set(metrics) == {"shard-0", "shard-1", "worker-0", "worker-1"}
+
+
+def test_a_process_loads_while_another_one_has_not_started() -> None:
+    controller, fakes = system()
+    fakes["shard-1"].is_starting = True
+    run(controller, 2)
+    assert len(fakes["shard-0"].told("load")) == 1
+    assert dict(controller.status().processes)["shard-1"].state is ProcessState.STARTING
+
+
+def test_nothing_is_told_twice_while_nothing_changes() -> None:
+    controller, fakes = system()
+    run(controller, 10)
+    assert len(fakes["worker-0"].told("update_placement")) == 1
+    assert len(fakes["worker-0"].told("load")) == 1
+
+
+def test_a_restarted_shard_is_loaded_again_and_its_new_address_reaches_every_worker() -> None:
+    controller, fakes = system()
+    run(controller, 4)
+    fakes["shard-1"].die()
+    run(controller, 1)
+    assert not controller.status().is_serving
+    fakes["shard-1"].restart()
+    run(controller, 4)
+    assert controller.status().is_serving
+    assert fakes["worker-0"].told("update_placement")[-1][1][1] == f"{fakes['shard-1'].generation}:1"
+
+
+def test_a_dead_worker_leaves_the_gateway_and_returns_after_its_restart() -> None:
+    controller, fakes = system()
+    run(controller, 4)
+    fakes["worker-0"].die()
+    run(controller, 1)
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {1}
+    fakes["worker-0"].restart()
+    run(controller, 4)
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {0, 1}
+
+
+def test_a_process_that_cannot_load_is_named_with_its_reason() -> None:
+    controller, fakes = system()
+    fakes["shard-0"].error = ValueError("tensor x is truncated")
+    run(controller, 3)
+    assert controller.status().failures == ["shard-0: tensor x is truncated"]
+
+
+def test_a_process_that_could_not_load_is_replaced_after_a_while() -> None:
+    now_s = 0.0
+    controller, fakes = system(clock=lambda: now_s)
+    fakes["shard-0"].error = OSError("disk is gone")
+    run(controller, 5)
+    assert len(fakes["shard-0"].told("load")) == 1
+    failed = fakes["shard-0"].generation
+    now_s = 60.0
+    run(controller, 4)
+    assert fakes["shard-0"].generation != failed
+    assert controller.status().is_serving
+
+
+def test_a_restarted_worker_serves_only_when_it_knows_the_shards() -> None:
+    controller, fakes = system()
+    run(controller, 4)
+    fakes["shard-1"].die()
+    fakes["worker-0"].restart()
+    run(controller, 4)
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {1}
+    fakes["shard-1"].restart()
+    run(controller, 4)
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {0, 1}
+    assert controller.status().is_serving
+
+
+def test_workers_wait_until_every_shard_is_ready() -> None:
+    controller, fakes = system()
+    fakes["shard-1"].die()
+    run(controller, 3)
+    assert fakes["worker-0"].told("update_placement") == []
+    assert all(workers == {} for workers, *_ in fakes["gateway-0"].told("update_members"))
+
+
+def test_the_system_stops_in_the_order_gateway_workers_shards() -> None:
+    controller, fakes = system()
+    run(controller, 4)
+    order: list[str] = []
+    for fake in fakes.values():
+        fake.kill = lambda name=fake.name: order.append(name)  # type: ignore[method-assign]
+    controller.stop(drain_timeout_s=0.0)
+    assert order == ["gateway-0", "worker-0", "worker-1", "shard-0", "shard-1"]
+
+
+def test_the_gateway_is_told_who_answers_admin_calls() -> None:
+    controller, fakes = system()
+    controller.admin_address = "127.0.0.1:7"
+    run(controller, 4)
+    assert fakes["gateway-0"].told("update_members")[-1][2] == "127.0.0.1:7"
+
+
+def test_an_operator_whom_the_controllers_thread_keeps_waiting_is_told_and_his_rebalance_does_not_begin_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = random_placement(grouped_gate(), 2, seed=1)
+    proposer = Proposer(place=lambda load, current, version: replace(other, placement_version=version), expert_bytes=1)
+    controller, fakes = system(proposer=proposer)
+    run(controller, 4)
+    monkeypatch.setattr(balance, "ASK_TIMEOUT_S", 0.01)
+    with pytest.raises(DeadlineExceeded, match="its status says whether"):
+        controller.rebalance()
+    run(controller, 2)
+    assert fakes["shard-0"].told("stage") == fakes["shard-1"].told("stage") == []
+    assert controller.status().rebalance.target_version is None

@@ -1,0 +1,76 @@
+"""One page with the series of every process."""
+
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.gateway.metrics import GatewayMetrics, serve_metrics
+from protos.errors import QueueFull, Unavailable
+
+
+@pytest.fixture
+def endpoints() -> Iterator[dict[str, str]]:
+    """Two processes that expose the same family under their own labels, and one that is gone."""
+    servers, targets = [], {"worker-9": "127.0.0.1:1"}
+    for rank in range(2):
+        registry = CollectorRegistry()
+        Counter("mobula_prompt_tokens", "Tokens.", ["dp_rank"], registry=registry).labels(str(rank)).inc(10 + rank)
+        Gauge("mobula_placement_version", "Version.", ["dp_rank"], registry=registry).labels(str(rank)).set(1)
+        server, port = serve_metrics("127.0.0.1", 0, registry)
+        servers.append(server)
+        targets[f"worker-{rank}"] = f"127.0.0.1:{port}"
+    yield targets
+    for server in servers:
+        server.shutdown()
+
+
+def samples(metrics: GatewayMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_every_process_is_on_the_page_under_its_own_labels(endpoints: dict[str, str]) -> None:
+    metrics = GatewayMetrics()
+    metrics.processes.targets = endpoints
+    found = samples(metrics)
+    assert found["mobula_prompt_tokens_total", (("dp_rank", "0"),)] == 10
+    assert found["mobula_prompt_tokens_total", (("dp_rank", "1"),)] == 11
+
+
+def test_each_family_is_described_once(endpoints: dict[str, str]) -> None:
+    metrics = GatewayMetrics()
+    metrics.processes.targets = endpoints
+    page = generate_latest(metrics.registry).decode()
+    assert page.count("# TYPE mobula_prompt_tokens_total counter") == 1
+
+
+def test_a_process_that_is_gone_is_down_and_does_not_fail_the_scrape(endpoints: dict[str, str]) -> None:
+    metrics = GatewayMetrics()
+    metrics.processes.targets = endpoints
+    found = samples(metrics)
+    assert found["mobula_process_up", (("process", "worker-0"),)] == 1
+    assert found["mobula_process_up", (("process", "worker-9"),)] == 0
+
+
+def test_requests_are_counted_by_the_status_that_ended_them() -> None:
+    metrics = GatewayMetrics()
+    with metrics.request():
+        assert metrics.registry.get_sample_value("mobula_gateway_requests_in_flight") == 1
+    with pytest.raises(QueueFull), metrics.request():
+        raise QueueFull("full")
+    assert metrics.registry.get_sample_value("mobula_gateway_requests_total", {"code": "OK"}) == 1
+    assert metrics.registry.get_sample_value("mobula_gateway_requests_total", {"code": "RESOURCE_EXHAUSTED"}) == 1
+    assert metrics.registry.get_sample_value("mobula_gateway_requests_in_flight") == 0
+
+
+def test_a_taken_metrics_port_is_named() -> None:
+    server, port = serve_metrics("127.0.0.1", 0, CollectorRegistry())
+    with pytest.raises(Unavailable, match=rf"127\.0\.0\.1:{port}: .* set gateway\.metrics_port"):
+        serve_metrics("127.0.0.1", port, CollectorRegistry())
+    server.shutdown()

@@ -1,0 +1,159 @@
+"""What is refused before anything is started, by name."""
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from cluster.checkpoint import convert
+from cluster.checkpoint.checkpoint import Checkpoint, InvalidCheckpoint
+from cluster.checkpoint.json_fields import UnsupportedModel
+from cluster.commands.plan_view import plan_view
+from cluster.config import ConfigError, parse_config
+from cluster.roles import preflight
+from cluster.roles.preflight import check
+from router.placement import PlacementError
+from tests.checkpoints import write_checkpoint
+from tests.quantized_checkpoints import write_fp8_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model", "v2", seed=1)
+
+
+def plan_of(folder: Path, **settings: Any) -> preflight.ServingPlan:
+    return check(parse_config({"model": str(folder)} | settings))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_plan_counts_weights_by_role(folder: Path) -> None:
+    plan = plan_of(folder, expert_shards={"count": 3})
+    file_bytes = (folder / "model.safetensors").stat().st_size
+    weights = plan.worker_weight_bytes + sum(plan.shard_weight_bytes)
+    assert 0.9 * file_bytes < weights <= file_bytes
+    assert plan.expert_map.ep_size == len(plan.shard_weight_bytes) == 3
+
+
+def test_a_placement_that_does_not_fit_names_the_shard_and_the_limit(folder: Path) -> None:
+    shards = {"count": 1, "max_weight_gib": 0.0001}
+    with pytest.raises(PlacementError, match=r"shard 0 needs .* limit is"):
+        plan_of(folder, expert_shards=shards | {"placement_policy": "static"})
+    with pytest.raises(PlacementError, match=r"24 units .* need .* bytes, the limits of the 1 shards are .* bytes"):
+        plan_of(folder, expert_shards=shards)
+
+
+def test_policy_and_redundancy_of_the_configuration_decide_the_placement(folder: Path) -> None:
+    plan = plan_of(folder, expert_shards={"count": 6, "redundancy": 0.25})
+    assert (plan.expert_map.unit_to_ep_ranks >= 0).sum() == 24 + 6
+    assert plan.expert_map.num_units == 8
+    single = plan_of(folder, expert_shards={"count": 4, "placement_policy": "eplb"})
+    assert single.expert_map.num_units == single.model.config.decoder.gate.n_routed_experts
+    assert max(plan.shard_weight_bytes) == plan.model.expert_bytes * 5 * 4  # of 30 units of 4 experts on 6 shards
+
+
+def test_more_shards_than_units_are_refused_with_the_numbers(folder: Path) -> None:
+    with pytest.raises(PlacementError, match="ep_size is 25, but there are only 24 units"):
+        plan_of(folder, expert_shards={"count": 25})
+
+
+def test_a_machine_with_too_little_memory_is_told_what_needs_how_much(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "PROCESS_BYTES", 2**50)
+    with pytest.raises(ConfigError, match=r"the system needs about .* are free; use fewer workers"):
+        plan_of(folder)
+
+
+def test_a_step_that_does_not_fit_a_message_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "MAX_FRAME_BYTES", 100_000)
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens is 1024: .* lower it to"):
+        plan_of(folder)
+
+
+def test_an_unknown_model_type_is_refused_by_name(folder: Path) -> None:
+    rewrite(folder / "config.json", model_type="llama")
+    with pytest.raises(UnsupportedModel, match="model_type is 'llama'"):
+        plan_of(folder)
+
+
+def test_a_context_longer_than_the_cache_is_refused(folder: Path) -> None:
+    engine = {"max_model_len": 1000, "num_blocks": 2}
+    with pytest.raises(ConfigError, match="max_model_len is 1000"):
+        plan_of(folder, attention_workers={"engine": engine})
+
+
+def test_a_truncated_weight_file_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors"):
+        plan_of(folder)
+
+
+def test_a_missing_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.json"):
+        plan_of(folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    size = 2 + max(tokenizer["model"]["vocab"].values(), default=0)
+    tokenizer["model"]["vocab"] |= {f"extra{number}": size + number for number in range(4096)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="not of one checkpoint"):
+        plan_of(folder)
+
+
+def test_quantised_experts_are_counted_as_they_are_kept_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path / "plain", "v2", dtype=torch.bfloat16)
+    plain = plan_of(folder)
+    (tmp_path / "int4").mkdir()
+    convert.plan(Checkpoint.open(folder), 4).write(tmp_path / "int4", lambda _: None)
+    monkeypatch.setattr(preflight, "native", lambda: None)
+    assert plan_of(tmp_path / "int4").shard_weight_bytes == plain.shard_weight_bytes, "without kernels: multiplied out"
+    monkeypatch.setattr(preflight, "native", lambda: "kernels")
+    plan = plan_of(tmp_path / "int4")
+    per_number = 0.5 + 4 / 32  # bytes: four bits and a share of the group's scale
+    assert sum(plan.shard_weight_bytes) == sum(plain.shard_weight_bytes) / 2 * per_number
+    assert plan.worker_weight_bytes == plan_of(folder).worker_weight_bytes
+    console = Console(file=StringIO(), width=200)
+    console.print(plan_view(plan))
+    assert "bfloat16, experts int4 (groups of 32)" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_the_kernels_hold_in_a_second_layout_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path, "v2", dtype=torch.bfloat16, tie_word_embeddings=True)
+    decoder = plan_of(folder).model.config.decoder
+    monkeypatch.setattr(preflight, "native", lambda: None)
+    once = plan_of(folder).worker_weight_bytes
+    monkeypatch.setattr(preflight, "native", lambda: "kernels")
+    keys = decoder.mla.num_attention_heads * decoder.mla.qk_nope_head_dim * decoder.mla.kv_lora_rank
+    twice = decoder.num_hidden_layers * keys + decoder.vocab_size * decoder.hidden_size
+    assert plan_of(folder).worker_weight_bytes == once + 2 * twice
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_without_the_kernels_the_plan_says_so(tmp_path: Path) -> None:
+    console = Console(file=StringIO(), width=200)
+    console.print(plan_view(plan_of(write_checkpoint(tmp_path, "v2"))))
+    assert "torch (slower: the CPU kernels are not built" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_quantised_part_that_is_missing_is_found_before_the_start(tmp_path: Path) -> None:
+    folder = write_fp8_checkpoint(tmp_path, "v3")
+    assert plan_of(folder).model.expert_format is None
+    path = folder / "model.safetensors"
+    name = b"model.layers.3.mlp.experts.31.up_proj.weight_scale_inv"
+    path.write_bytes(path.read_bytes().replace(name, b"x" * len(name)))
+    with pytest.raises(InvalidCheckpoint, match=r"experts\.31\.up_proj\.weight has dtype float8_e4m3fn"):
+        plan_of(folder)
