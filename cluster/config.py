@@ -5,10 +5,10 @@ A default is written once, here or above the class that reads it. Errors name th
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from attention.engine_config import EngineConfig
 from attention.mla_form import MlaForm
@@ -74,6 +74,8 @@ class ActorConfig(StrictModel):
     num_threads: Annotated[int, Field(ge=1, le=256)] | None = None  # that compute; unset: a share of the cores
     strategy: PlacementStrategy = Field(default=PlacementStrategy.PACK, strict=False)
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that the actors' nodes must carry
+    port: Port = 0  # of the gRPC server; 0 takes a free one. A fixed one, for probes, wants a node for each process
+    metrics_port: Port = 0  # Prometheus endpoint; the same holds
 
 
 class AttentionWorkersConfig(ActorConfig):
@@ -114,6 +116,13 @@ class ExpertShardsConfig(ActorConfig):
     rebalancing: RebalancingConfig = Field(default_factory=RebalancingConfig)
 
 
+class ControllerConfig(StrictModel):
+    """Who keeps the system together."""
+
+    labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that its node must carry
+    port: Port = 0  # of the admin calls, which the gateway relays; 0 takes a free one
+
+
 class GatewayConfig(StrictModel):
     """The front door."""
 
@@ -121,6 +130,7 @@ class GatewayConfig(StrictModel):
     port: Port = 50051  # 0 takes a free one
     metrics_port: Port = 9400  # Prometheus endpoint with the metrics of every process; 0 takes a free one
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 1024  # over all workers; more get RESOURCE_EXHAUSTED
+    labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that its node must carry
 
 
 class RayConfig(StrictModel):
@@ -142,8 +152,20 @@ class MobulaConfig(StrictModel):
     attention_workers: AttentionWorkersConfig = Field(default_factory=AttentionWorkersConfig)
     expert_shards: ExpertShardsConfig = Field(default_factory=ExpertShardsConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    controller: ControllerConfig = Field(default_factory=ControllerConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0  # at shutdown, for requests in flight
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        for name, role in (("attention_workers", self.attention_workers), ("expert_shards", self.expert_shards)):
+            has_own_nodes = role.count == 1 or role.strategy is PlacementStrategy.STRICT_SPREAD
+            if (role.port or role.metrics_port) and not has_own_nodes:
+                raise ValueError(
+                    f"{name}.port is {role.port} and {name}.metrics_port {role.metrics_port}, but {role.count} "
+                    f"processes may share a node (strategy {role.strategy}); set 0, or strategy STRICT_SPREAD"
+                )
+        return self
 
 
 def parse_config(data: Any) -> MobulaConfig:

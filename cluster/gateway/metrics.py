@@ -102,7 +102,7 @@ def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> tuple[WS
         server, _ = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise Unavailable(
-            f"cannot serve metrics on {host}:{port}: {error.strerror}; set gateway.metrics_port"
+            f"cannot serve metrics on {host}:{port}: {error.strerror}; set another metrics_port"
         ) from error
     return server, int(server.server_port)
 

@@ -18,11 +18,12 @@ from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller, StartError
 from cluster.controller.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
 from cluster.controller.rebalance import Float64Array
+from cluster.roles.role import node_address
 from cluster.roles.role_actor import GatewayActor, RoleActor, ShardActor, WorkerActor
 from router.expert_map import ExpertMap
 from router.placement import PlacementRequest, place_units
 
-PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find the nodes; autoscaled clusters should have them first
+PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find room on a cluster of ours
 CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
 ACTOR_THREADS = 4  # so that health is answered while weights are read
 ACTOR_CLASSES: Mapping[RoleName, type[RoleActor]] = {
@@ -74,7 +75,7 @@ class ControllerActor:
         rebalancing = self._config.expert_shards.rebalancing
         self._controller = Controller(processes, self._expert_map, _proposer(self._config, self._request), rebalancing)
         self._admin = AdminServer(self._controller)
-        self._controller.admin_address = self._admin.start(self._host or ray.util.get_node_ip_address())
+        self._controller.admin_address = self._admin.start(self._host or node_address(), self._config.controller.port)
         self._controller.start()
 
     def status(self) -> ClusterStatus | None:
@@ -93,7 +94,13 @@ def create_controller(config: MobulaConfig, expert_map: ExpertMap, request: Plac
     """The controller actor. request: what later placements keep to; host: where servers listen, None for each node's
     own address.
     """
-    options = {"name": "mobula-controller", "num_cpus": CONTROL_CPUS, "max_concurrency": ACTOR_THREADS}
+    options = {
+        "name": "mobula-controller",
+        "namespace": config.ray.namespace,
+        "num_cpus": CONTROL_CPUS,
+        "max_concurrency": ACTOR_THREADS,
+        "label_selector": config.controller.labels or None,
+    }
     return ray.remote(ControllerActor).options(**options).remote(config, expert_map, request, host)
 
 
@@ -116,12 +123,12 @@ def booked_cpus(config: MobulaConfig) -> float:
 def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedProcess]:
     processes = []
     for role, actor_config in ((RoleName.SHARD, config.expert_shards), (RoleName.WORKER, config.attention_workers)):
-        group = _place(role, actor_config, actor_config.count)
+        group = _place(role, actor_config, actor_config.count, _placement_timeout_s(config))
         for rank in range(actor_config.count):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = _options(actor_config) | {"scheduling_strategy": strategy}
             processes.append(_create_process(role, rank, options, config, host))
-    options = _options(ActorConfig(num_cpus=CONTROL_CPUS))
+    options = _options(ActorConfig(num_cpus=CONTROL_CPUS)) | {"label_selector": config.gateway.labels or None}
     processes.append(_create_process(RoleName.GATEWAY, 0, options, config, host))
     return processes
 
@@ -134,17 +141,22 @@ def _create_process(
     return ManagedProcess(role=role, rank=rank, handle=RayProcess(actor))
 
 
-def _place(role: RoleName, config: ActorConfig, count: int) -> PlacementGroup:
+def _placement_timeout_s(config: MobulaConfig) -> float:
+    """A cluster of others may have to get its nodes first."""
+    return config.ray.start_timeout_s if config.ray.address else PLACEMENT_TIMEOUT_S
+
+
+def _place(role: RoleName, config: ActorConfig, count: int, timeout_s: float) -> PlacementGroup:
     """One bundle per actor. Raises StartError when Ray finds no room in time."""
     bundle = {"CPU": config.num_cpus, "GPU": config.num_gpus}
     bundles = [{name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001} for _ in range(count)]
     selector = [config.labels] * count if config.labels else None
     group: PlacementGroup = placement_group(bundles, strategy=config.strategy.value, bundle_label_selector=selector)
-    if not group.wait(PLACEMENT_TIMEOUT_S):
+    if not group.wait(timeout_s):
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         raise StartError(
             f"Ray found no place for {count} {role}s of {bundles[0]} each ({config.strategy}, labels {config.labels}) "
-            f"in {PLACEMENT_TIMEOUT_S:.0f} s; free: {free}; lower the count or num_cpus/num_gpus, or add nodes"
+            f"in {timeout_s:.0f} s; free: {free}; lower the count or num_cpus/num_gpus, or add nodes"
         )
     return group
 

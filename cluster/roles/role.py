@@ -30,7 +30,7 @@ class Role(ABC):
     def __init__(self, config: MobulaConfig, host: str | None) -> None:
         """host: where to listen; None for this node's address in the cluster."""
         self._config = config
-        self._host = host or _node_address()  # where others find this process
+        self._host = host or node_address()  # where others find this process
         self._bind_host = self._host  # where it listens
         self._lock = threading.Lock()
         self._health = ProcessHealth(generation=new_generation(), state=ProcessState.NEW, pid=os.getpid())
@@ -76,16 +76,19 @@ class Role(ABC):
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
         """Returns the server's address and the bytes of weights kept."""
 
+    @abstractmethod
     def _metrics_port(self) -> int:
-        return 0
+        """Where the Prometheus endpoint listens; 0 takes a free one."""
 
 
 def _peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _node_address() -> str:
-    """This machine's address as other nodes of the cluster see it."""
+def node_address() -> str:
+    """This machine's address as other nodes of the cluster see it: on Kubernetes the Pod's, which its manifest gives."""
+    if pod_ip := os.environ.get("POD_IP"):
+        return pod_ip
     import ray.util  # only in an actor: tests assemble roles without Ray
 
     return str(ray.util.get_node_ip_address())

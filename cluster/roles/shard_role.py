@@ -47,7 +47,7 @@ class ShardRole(Role):
         shard.activate(expert_map.placement_version, units)
         shard.start()
         self._shard = shard
-        self._server = self._loop.run(ExpertServer.start(shard, self._host, 0))
+        self._server = self._loop.run(ExpertServer.start(shard, self._host, shards.port))
         self._loop.run(self._server.set_serving(True))
         return f"{self._host}:{self._server.port}", shard.weight_bytes
 
@@ -84,3 +84,6 @@ class ShardRole(Role):
         if self._shard and self._server:
             self._shard.stop()
             self._loop.run(self._server.stop(grace_s=0.2))
+
+    def _metrics_port(self) -> int:
+        return self._config.expert_shards.metrics_port

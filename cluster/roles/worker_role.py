@@ -27,6 +27,7 @@ from cluster.roles.role import CONTROL_TIMEOUT_S, Role
 from cluster.version import VERSION
 from protos import generation_pb2, rpc
 from protos.codec import dtype_to_wire
+from protos.errors import Unavailable
 from protos.poller import Poller
 from router.expert_map import ExpertMap
 from router.metrics import RouterMetrics
@@ -148,12 +149,19 @@ class WorkerRole(Role):
         self._router.close()
 
     async def _serve(self, servicer: InferenceServicer) -> int:
-        server = grpc.aio.server(options=rpc.relay_options())
+        server = grpc.aio.server(options=[*rpc.relay_options(), ("grpc.so_reuseport", 0)])
         server.add_generic_rpc_handlers((servicer.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health_servicer, server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        port = int(server.add_insecure_port(f"{self._host}:0"))
+        wanted = self._config.attention_workers.port
+        try:
+            port = int(server.add_insecure_port(f"{self._host}:{wanted}"))
+        except RuntimeError as error:
+            raise Unavailable(
+                f"cannot listen on {self._host}:{wanted}: the port is taken or the address is not of this machine; "
+                "set attention_workers.port"
+            ) from error
         await server.start()
         await self._set_serving(False)
         self._server = server
@@ -163,6 +171,9 @@ class WorkerRole(Role):
         status = health_pb2.HealthCheckResponse
         for name in ("", SERVICE):
             await self._health_servicer.set(name, status.SERVING if is_serving else status.NOT_SERVING)
+
+    def _metrics_port(self) -> int:
+        return self._config.attention_workers.metrics_port
 
 
 def _model_info(

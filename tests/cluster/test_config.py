@@ -42,6 +42,10 @@ def test_values_reach_the_part_that_reads_them() -> None:
             "router.capacity_policy: input should be 'dropless', 'switch', 'gshard' or 'device_drop', got 'drop'",
         ),
         ({"attention_workers": {"router": {"capacity_factor": 0.0}}}, "attention_workers.router.capacity_factor"),
+        (
+            {"expert_shards": {"count": 2, "port": 50061}},
+            "expert_shards.port is 50061 and expert_shards.metrics_port 0, but 2 processes may share a node",
+        ),
         ([1, 2], "the document"),
         ("bundled", "the document"),
     ],
@@ -69,3 +73,9 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path: Path, content: bytes) -> Non
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.yaml"):
         read_config(tmp_path / "missing.yaml")
+
+
+def test_a_fixed_port_is_for_processes_that_have_nodes_of_their_own() -> None:
+    shards = {"count": 2, "port": 50061, "metrics_port": 9400}
+    assert parse_config({"expert_shards": shards | {"strategy": "STRICT_SPREAD"}}).expert_shards.port == 50061
+    assert parse_config({"expert_shards": shards | {"count": 1}}).expert_shards.metrics_port == 9400
