@@ -86,7 +86,7 @@ def _peak_rss_bytes() -> int:
 
 
 def node_address() -> str:
-    """This machine's address as other nodes of the cluster see it: on Kubernetes the Pod's, which its manifest gives."""
+    """This machine's address as other nodes of the cluster see it: on Kubernetes the Pod's."""
     if pod_ip := os.environ.get("POD_IP"):
         return pod_ip
     import ray.util  # only in an actor: tests assemble roles without Ray
