@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from protos import errors, expert_pb2, expert_pb2_grpc, generation_pb2, rpc
+from protos.credentials import PLAINTEXT, Credentials, PeerRole
 from router.expert_map import ExpertMap
 from router.gate_config import GateConfig
 from router.metrics import DispatchStats
@@ -21,7 +22,14 @@ SHARD_TIMEOUT_S = 5.0
 class WorkerReport:
     """Implements attention.servicer.ClusterInfo."""
 
-    def __init__(self, router: Router, gate: GateConfig, model_info: generation_pb2.GetModelInfoResponse) -> None:
+    def __init__(
+        self,
+        router: Router,
+        gate: GateConfig,
+        model_info: generation_pb2.GetModelInfoResponse,
+        credentials: Credentials = PLAINTEXT,
+    ) -> None:
+        self._credentials = credentials
         self._router = router
         self._gate = gate
         self._model_info = model_info
@@ -34,7 +42,7 @@ class WorkerReport:
         for address in set(self._channels) - set(addresses.values()):
             await self._channels.pop(address).close(grace=0)
         for address in set(addresses.values()) - set(self._channels):
-            self._channels[address] = grpc.aio.insecure_channel(address, options=rpc.frame_options())
+            self._channels[address] = self._credentials.channel(address, PeerRole.SHARD, rpc.frame_options())
 
     async def model_info(self) -> generation_pb2.GetModelInfoResponse:
         """What is served."""

@@ -16,6 +16,7 @@ from grpc_health.v1.health import aio as health_aio
 from experts.ring_server import RingServer
 from experts.shard import ExpertShard
 from protos import expert_pb2, rpc
+from protos.credentials import PLAINTEXT, Credentials, PeerRole
 from protos.errors import InternalError, InvalidRequest, to_status
 from protos.ring import METADATA_KEY
 
@@ -119,18 +120,20 @@ class ExpertServer:
         self._health = health
 
     @classmethod
-    async def start(cls, shard: ExpertShard, host: str, port: int) -> "ExpertServer":
+    async def start(
+        cls, shard: ExpertShard, host: str, port: int, credentials: Credentials = PLAINTEXT
+    ) -> "ExpertServer":
         """Listens; `port` 0 takes a free one. The shard must have been started.
 
         Raises InternalError when the port is taken. Not serving to health checks until `set_serving`.
         """
-        server = grpc.aio.server(options=[*rpc.frame_options(), ("grpc.so_reuseport", 0)])
+        server = credentials.server((PeerRole.WORKER, PeerRole.SHARD), rpc.frame_options())
         ring = RingServer(shard)
         server.add_generic_rpc_handlers((ExpertServicer(shard, ring.name).handlers(),))
         health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         try:
-            bound_port = server.add_insecure_port(f"{host}:{port}")
+            bound_port = credentials.listen(server, f"{host}:{port}")
         except RuntimeError as error:
             ring.close()
             raise InternalError(f"expert shard {shard.ep_rank} cannot listen on {host}:{port}: {error}") from error

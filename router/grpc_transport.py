@@ -22,6 +22,7 @@ import grpc.aio
 
 from protos import expert_pb2, rpc
 from protos.codec import decode_frame
+from protos.credentials import PLAINTEXT, Credentials, PeerRole
 from protos.errors import InvalidRequest, QueueFull, ShardUnavailable
 from router.completions import Carrier, ForwardAnswer, ForwardCall
 
@@ -52,11 +53,13 @@ class GrpcTransport:
         max_outstanding: int = MAX_OUTSTANDING_FORWARDS,
         on_open: OnOpen = _nothing_to_open,
         on_broken: Callable[[], None] = lambda: None,
+        credentials: Credentials = PLAINTEXT,
     ) -> None:
         """on_open: awaited with the shard's metadata before an open stream is used; on_broken: called at its end."""
         self._address = address
         self._loop = loop
         self._max_outstanding = max_outstanding
+        self._credentials = credentials
         self._on_open = on_open
         self._on_broken = on_broken
         self._pending: dict[int, ForwardCall] = {}
@@ -115,7 +118,7 @@ class GrpcTransport:
         """The loop's top: one stream after the other until `close`."""
         wait_s = MIN_RECONNECT_WAIT_S
         try:
-            async with grpc.aio.insecure_channel(self._address, options=rpc.frame_options()) as channel:
+            async with self._credentials.channel(self._address, PeerRole.SHARD, rpc.frame_options()) as channel:
                 while True:
                     try:
                         was_connected = await self._run_stream(channel)

@@ -20,6 +20,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from protos import expert_pb2, ring
+from protos.credentials import PLAINTEXT, Credentials
 from protos.errors import ShardUnavailable
 from protos.poller import Poller
 from protos.ring import ALIGNMENT, MAX_DOORBELL_BYTES, Region, RingRefused, pack_forward
@@ -31,22 +32,33 @@ from router.transport import TransportFactory
 logger = logging.getLogger(__name__)
 
 
-def connect_to(loop: asyncio.AbstractEventLoop, poller: Poller, shared_memory_mib: int) -> TransportFactory:
+def connect_to(
+    loop: asyncio.AbstractEventLoop, poller: Poller, shared_memory_mib: int, credentials: Credentials = PLAINTEXT
+) -> TransportFactory:
     """How a router reaches its shards: through `shared_memory_mib` of each ring where it can, else over gRPC."""
     if shared_memory_mib == 0:
-        return lambda address: GrpcTransport(address, loop)
-    return lambda address: RingTransport(address, loop, poller, shared_memory_mib * 2**20)
+        return lambda address: GrpcTransport(address, loop, credentials=credentials)
+    return lambda address: RingTransport(address, loop, poller, shared_memory_mib * 2**20, credentials)
 
 
 class RingTransport:
     """The way to the shard at `address` ("host:port"). Connects in the background from the start."""
 
-    def __init__(self, address: str, loop: asyncio.AbstractEventLoop, poller: Poller, memory_bytes: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        loop: asyncio.AbstractEventLoop,
+        poller: Poller,
+        memory_bytes: int,
+        credentials: Credentials = PLAINTEXT,
+    ) -> None:
         """poller: the engine thread's. memory_bytes: of the ring's memory."""
         self._poller = poller
         self._memory_bytes = memory_bytes
         self._ring: Ring | None = None
-        self._stream = GrpcTransport(address, loop, on_open=self._open_ring, on_broken=self._give_up_ring)
+        self._stream = GrpcTransport(
+            address, loop, on_open=self._open_ring, on_broken=self._give_up_ring, credentials=credentials
+        )
 
     @property
     def address(self) -> str:

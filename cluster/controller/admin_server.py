@@ -15,6 +15,7 @@ from cluster.controller.admin_messages import rebalance_message, status_message
 from cluster.controller.process import ClusterStatus
 from cluster.controller.rebalance import RebalancePlan
 from protos import admin_pb2, errors, rpc
+from protos.credentials import PLAINTEXT, Credentials, PeerRole
 from protos.loop_thread import LoopThread
 
 SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
@@ -61,7 +62,8 @@ class AdminServicer:
 class AdminServer:
     """The listening server, on an event loop of its own. Used from one thread."""
 
-    def __init__(self, controller: AdminController) -> None:
+    def __init__(self, controller: AdminController, credentials: Credentials = PLAINTEXT) -> None:
+        self._credentials = credentials
         self._controller = controller
         self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admin-planner")
         self._loop = LoopThread("admin")
@@ -73,10 +75,10 @@ class AdminServer:
         return f"{host}:{bound_port}"
 
     async def _start(self, host: str, port: int) -> int:
-        server = grpc.aio.server(options=[*rpc.client_options(), ("grpc.so_reuseport", 0)])
+        server = self._credentials.server((PeerRole.GATEWAY,), rpc.client_options())
         server.add_generic_rpc_handlers((AdminServicer(self._controller, self._planner).handlers(),))
         try:
-            bound_port = server.add_insecure_port(f"{host}:{port}")
+            bound_port = self._credentials.listen(server, f"{host}:{port}")
         except RuntimeError as error:
             raise errors.Unavailable(
                 f"controller cannot listen on {host}:{port}: the port is taken or the address is not of this machine"

@@ -12,6 +12,7 @@ import grpc.aio
 
 from cluster.gateway.relay import abort_as, forwarded, is_client_gone, was_answered
 from protos import admin_pb2, errors, rpc
+from protos.credentials import PLAINTEXT, Credentials, PeerRole
 
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"]
 SERVICE = ADMIN.full_name
@@ -22,7 +23,8 @@ RETRY_S = 1.0
 class AdminRelay:
     """The Admin service over raw bytes. Used from the event loop only."""
 
-    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, timeout_s: float = TIMEOUT_S, credentials: Credentials = PLAINTEXT) -> None:
+        self._credentials = credentials
         self._timeout_s = timeout_s
         self._address = ""
         self._channel: grpc.aio.Channel | None = None
@@ -32,7 +34,9 @@ class AdminRelay:
         if address == self._address:
             return
         stale = self._channel
-        self._channel = grpc.aio.insecure_channel(address, options=rpc.client_options()) if address else None
+        self._channel = None
+        if address:
+            self._channel = self._credentials.channel(address, PeerRole.CONTROLLER, rpc.client_options())
         self._address = address
         if stale:
             await stale.close(grace=0)

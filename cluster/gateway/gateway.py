@@ -22,6 +22,7 @@ from cluster.gateway.admin_relay import AdminRelay
 from cluster.gateway.metrics import GatewayMetrics, RequestOutcome
 from cluster.gateway.relay import abort_as, forwarded, is_client_gone, was_answered
 from protos import errors, generation_pb2, rpc
+from protos.credentials import PLAINTEXT, Credentials, PeerRole
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class WorkerPool:
     """
 
     max_concurrent_requests: int
+    credentials: Credentials = PLAINTEXT
     workers: dict[int, WorkerChannel] = field(default_factory=dict)
     leaving: list[WorkerChannel] = field(default_factory=list)
 
@@ -90,7 +92,8 @@ class WorkerPool:
             if (worker.dp_rank, worker.address) == (dp_rank, address):
                 self.leaving.remove(worker)
                 return worker
-        return WorkerChannel(dp_rank, address, grpc.aio.insecure_channel(address, options=rpc.relay_options()))
+        channel = self.credentials.channel(address, PeerRole.WORKER, rpc.relay_options())
+        return WorkerChannel(dp_rank, address, channel)
 
     def choose(self, excluded: set[int]) -> WorkerChannel:
         """The worker with the fewest calls in flight, the lower rank first. Raises Unavailable if there is none."""
@@ -200,12 +203,20 @@ class GatewayServicer:
 class Gateway:
     """The gateway's server: inference, admin calls, health, reflection. Lives on one event loop."""
 
-    def __init__(self, max_concurrent_requests: int, metrics: GatewayMetrics) -> None:
-        self._pool = WorkerPool(max_concurrent_requests)
-        self._admin = AdminRelay()
+    def __init__(
+        self,
+        max_concurrent_requests: int,
+        metrics: GatewayMetrics,
+        credentials: Credentials = PLAINTEXT,
+        front: Credentials = PLAINTEXT,
+    ) -> None:
+        """credentials: towards workers and controller; front: what clients see."""
+        self._pool = WorkerPool(max_concurrent_requests, credentials)
+        self._admin = AdminRelay(credentials=credentials)
+        self._front = front
         self._metrics = metrics
         self._health = health_aio.HealthServicer()
-        self._server = grpc.aio.server(options=[*rpc.client_options(), ("grpc.so_reuseport", 0)])
+        self._server = front.server((), rpc.client_options())
 
     @property
     def pool(self) -> WorkerPool:
@@ -221,7 +232,7 @@ class Gateway:
         reflection.enable_server_reflection(names, self._server)
         await self._set_serving(False)
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._front.listen(self._server, f"{host}:{port}")
         except RuntimeError as error:
             raise errors.Unavailable(
                 f"cannot listen on {host}:{port}: the port is taken or the address is not of this machine; "

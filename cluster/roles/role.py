@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from cluster.config import MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
 from cluster.gateway.metrics import serve_metrics
+from protos.credentials import PLAINTEXT
 from protos.loop_thread import LoopThread
 from router.expert_map import ExpertMap
 
@@ -34,6 +35,7 @@ class Role(ABC):
         self._bind_host = self._host  # where it listens
         self._lock = threading.Lock()
         self._health = ProcessHealth(generation=new_generation(), state=ProcessState.NEW, pid=os.getpid())
+        self._credentials = PLAINTEXT
         self._loop = LoopThread("loop")
         self._registry = CollectorRegistry()
 

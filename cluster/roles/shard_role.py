@@ -47,7 +47,7 @@ class ShardRole(Role):
         shard.activate(expert_map.placement_version, units)
         shard.start()
         self._shard = shard
-        self._server = self._loop.run(ExpertServer.start(shard, self._host, shards.port))
+        self._server = self._loop.run(ExpertServer.start(shard, self._host, shards.port, self._credentials))
         self._loop.run(self._server.set_serving(True))
         return f"{self._host}:{self._server.port}", shard.weight_bytes
 

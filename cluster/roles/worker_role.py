@@ -27,6 +27,7 @@ from cluster.roles.role import CONTROL_TIMEOUT_S, Role
 from cluster.version import VERSION
 from protos import generation_pb2, rpc
 from protos.codec import dtype_to_wire
+from protos.credentials import PeerRole
 from protos.errors import Unavailable
 from protos.poller import Poller
 from router.expert_map import ExpertMap
@@ -73,7 +74,7 @@ class WorkerRole(Role):
             gate=decoder_config.gate,
             expert_map=expert_map,
             addresses={},
-            connect=connect_to(self._loop.loop, poller, workers.router.shared_memory_mib),
+            connect=connect_to(self._loop.loop, poller, workers.router.shared_memory_mib, self._credentials),
             metrics=router_metrics,
             poller=poller,
         )
@@ -104,7 +105,7 @@ class WorkerRole(Role):
             max_model_len=max_model_len,
         )
         info = _model_info(self._config, model, max_model_len, tokenizer)
-        report = WorkerReport(router, decoder_config.gate, info)
+        report = WorkerReport(router, decoder_config.gate, info, self._credentials)
         engine.start()
         self._router, self._report, self._engine = router, report, engine
         port = self._loop.run(self._serve(InferenceServicer(engine, reader, report, metrics)))
@@ -149,14 +150,14 @@ class WorkerRole(Role):
         self._router.close()
 
     async def _serve(self, servicer: InferenceServicer) -> int:
-        server = grpc.aio.server(options=[*rpc.relay_options(), ("grpc.so_reuseport", 0)])
+        server = self._credentials.server((PeerRole.GATEWAY,), rpc.relay_options())
         server.add_generic_rpc_handlers((servicer.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health_servicer, server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         wanted = self._config.attention_workers.port
         try:
-            port = int(server.add_insecure_port(f"{self._host}:{wanted}"))
+            port = self._credentials.listen(server, f"{self._host}:{wanted}")
         except RuntimeError as error:
             raise Unavailable(
                 f"cannot listen on {self._host}:{wanted}: the port is taken or the address is not of this machine; "

@@ -197,7 +197,7 @@ def test_a_status_is_answered_while_a_plan_is_computed(slow: SlowController) -> 
 def test_a_controller_that_is_late_is_named_with_the_time_it_was_given(
     slow: SlowController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.gateway.gateway.AdminRelay", lambda: AdminRelay(timeout_s=0.2))
+    monkeypatch.setattr("cluster.gateway.gateway.AdminRelay", lambda credentials: AdminRelay(0.2, credentials))
     with admin_server(slow) as address, gateway_host() as host, AdminClient(host.address) as client:
         host.update_admin(address)
         error = refused(lambda: client.rebalance(is_dry_run=True))
