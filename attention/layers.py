@@ -16,12 +16,15 @@ from experts.kernels.expert_set import ExpertSet, PackedExpert
 from experts.kernels.library import native
 from experts.kernels.linear import KernelLinear, kernel_rms_norm
 from experts.kernels.packed_matrix import can_pack, pack
+from experts.quantized_matrix import QuantizedMatrix, kind_of
 
 
 class WeightReader(Protocol):
     """Gives the tensors of a checkpoint by their published names; raises a named exception for one it lacks."""
 
     def read(self, name: str) -> Tensor: ...
+
+    def read_matrix(self, name: str) -> Tensor | QuantizedMatrix: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -73,20 +76,43 @@ class WeightTarget:
 
     def projection(self, *names: str) -> Projection:
         """The matrices one above the other; in the kernels' form each starts at a multiple of PANEL_OUTPUTS."""
-        return self.project([self.read(name) for name in names])
+        return self.project(self._matrices(names))
 
-    def project(self, parts: Sequence[Tensor]) -> Projection:
+    def project(self, parts: Sequence[Tensor | QuantizedMatrix]) -> Projection:
         """The same for matrices [m, n] that were read."""
-        if self.use_kernels and all(can_pack(part) for part in parts):
+        if self._can_pack(parts):
             return KernelLinear(pack(parts))
-        return TorchProjection(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
+        plain = [self._plain(part) for part in parts]
+        return TorchProjection(plain[0] if len(plain) == 1 else torch.cat(plain))
 
     def mlp(self, prefix: str) -> Mlp:
         """prefix: "model.layers.0.mlp" and the like."""
-        gate, up, down = (self.read(f"{prefix}.{name}.weight") for name in ("gate_proj", "up_proj", "down_proj"))
-        if self.use_kernels and can_pack(gate) and can_pack(down):
+        matrices = self._matrices([f"{prefix}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")])
+        if self._can_pack(matrices):
+            gate, up, down = matrices
             return KernelMlp(PackedExpert(w13=pack([gate, up]), w2=pack([down])), intermediate_size=gate.shape[0])
+        gate, up, down = (self._plain(matrix) for matrix in matrices)
         return TorchMlp(w13=torch.cat((gate, up)), w2=down)
+
+    def _matrices(self, names: Sequence[str]) -> list[Tensor | QuantizedMatrix]:
+        """Integers stay integers where all are of one kind and there are kernels for them."""
+        matrices: list[Tensor | QuantizedMatrix] = []
+        for name in names:
+            matrix = self.reader.read_matrix(name)
+            is_kept = isinstance(matrix, QuantizedMatrix) and self._can_pack([matrix])
+            matrices.append(matrix if is_kept else self._plain(matrix))
+        if len({kind_of(matrix) for matrix in matrices}) > 1:  # the kernels take parts of one kind
+            return [self._plain(matrix) for matrix in matrices]
+        return matrices
+
+    def _can_pack(self, matrices: Sequence[Tensor | QuantizedMatrix]) -> bool:
+        return self.use_kernels and all(can_pack(matrix) for matrix in matrices)
+
+    def _plain(self, matrix: Tensor | QuantizedMatrix) -> Tensor:
+        """In the dtype and on the device in which it will be used."""
+        if isinstance(matrix, QuantizedMatrix):
+            matrix = matrix.dequantize()
+        return matrix.to(device=self.device, dtype=self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,11 @@ class QuantizedMatrix:
         return cls(values=values, scales=scales, num_bits=num_bits, group_size=group_size)
 
 
+def kind_of(matrix: Tensor | QuantizedMatrix) -> tuple[int, int]:
+    """Bits and group size, which matrices that are computed together share; 0, 0 for plain numbers."""
+    return (matrix.num_bits, matrix.group_size) if isinstance(matrix, QuantizedMatrix) else (0, 0)
+
+
 def _num_groups(num_columns: int, group_size: int) -> int:
     if group_size < 1 or num_columns % group_size:
         raise CannotQuantize(f"group_size is {group_size}, must divide the {num_columns} columns")

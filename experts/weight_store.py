@@ -18,7 +18,7 @@ from experts.grouped_ffn import ExpertWeights
 from experts.kernels.expert_set import ExpertSet, PackedExpert
 from experts.kernels.library import native
 from experts.kernels.packed_matrix import can_pack, pack
-from experts.quantized_matrix import QuantizedMatrix
+from experts.quantized_matrix import QuantizedMatrix, kind_of
 from protos.errors import StalePlacement
 
 
@@ -186,7 +186,7 @@ class WeightStore:
         gate = self._matrix(f"{prefix}.gate_proj.weight", (inner, hidden_size))
         up = self._matrix(f"{prefix}.up_proj.weight", (inner, hidden_size))
         down = self._matrix(f"{prefix}.down_proj.weight", (hidden_size, inner))
-        if len({_kind(matrix) for matrix in (gate, up, down)}) > 1:  # the kernels take an expert of one kind
+        if len({kind_of(matrix) for matrix in (gate, up, down)}) > 1:  # the kernels take an expert of one kind
             gate, up, down = (self._plain(matrix) for matrix in (gate, up, down))
         if self._use_kernels and all(can_pack(matrix) for matrix in (gate, up, down)):
             return PackedExpert(w13=pack([gate, up]), w2=pack([down]))
@@ -206,11 +206,6 @@ class WeightStore:
             )
         matrix = self._reader.read_matrix(name)
         return matrix if isinstance(matrix, QuantizedMatrix) else matrix.to(self._model.dtype)
-
-
-def _kind(matrix: Tensor | QuantizedMatrix) -> tuple[int, int]:
-    """Bits and group size; 0, 0 for plain numbers."""
-    return (matrix.num_bits, matrix.group_size) if isinstance(matrix, QuantizedMatrix) else (0, 0)
 
 
 def _as_grouped_ffn_takes_them(

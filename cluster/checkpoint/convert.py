@@ -1,8 +1,8 @@
-"""Quantises the routed experts of a checkpoint into a new folder, one matrix at a time.
+"""Quantises the routed experts of a checkpoint, or all its linear layers, into a new folder, one matrix at a time.
 
 1. `plan` checks the source and decides, from headers alone, every tensor of the result.
 2. `new_folder` gives a place beside the destination, which takes the destination's name only when all went well.
-3. `Conversion.write` fills it: experts quantised, everything else as it is, and the files that belong to the weights.
+3. `Conversion.write` fills it: matrices quantised, all else as it is, and the files that belong to the weights.
 
 Memory is bounded by a few tensors. Knows nothing of the terminal.
 """
@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -23,15 +23,20 @@ from torch import Tensor
 
 from cluster.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cluster.checkpoint.json_fields import read_json_object
-from cluster.checkpoint.quantization import IntLayout, IntQuantization, experts_quantization_config
+from cluster.checkpoint.quantization import (
+    NOT_EXPERTS,
+    NOT_LINEAR,
+    IntLayout,
+    IntQuantization,
+    packed_quantization_config,
+)
 from cluster.checkpoint.quantized_tensors import pack, parts_of
 from cluster.checkpoint.safetensors_writer import SafetensorsWriter, TensorHeader, split_into_files
 from experts.quantized_matrix import CannotQuantize, MatrixFormat, QuantizedMatrix
 
-GROUP_SIZES = (128, 64, 32, 16)  # the first that divides the experts' sizes is taken
+GROUP_SIZES = (128, 64, 32, 16)  # the first that divides the inputs of all that is quantised is taken
 MAX_FILE_BYTES = 4 * 10**9
 MAX_THREADS = 16  # each holds a tensor; more would write no faster
-EXPERT_MATRIX = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight")
 FILES_BESIDE = (  # whatever of these the source has is copied
     *(
         "generation_config.json",
@@ -45,6 +50,26 @@ FILES_BESIDE = (  # whatever of these the source has is copied
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which matrices are quantised: those whose published name matches; `ignored` says the same the other way round."""
+
+    names: re.Pattern[str]
+    ignored: tuple[str, ...]
+
+
+EXPERTS = Selection(
+    names=re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight"), ignored=NOT_EXPERTS
+)
+ALL_LINEAR = Selection(  # all but the gate, which chooses, and kv_b_proj, see NOT_LINEAR
+    names=re.compile(
+        r"(lm_head|model\.layers\.\d+\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|o_proj)"
+        r"|mlp\.((experts\.\d+|shared_experts)\.)?(gate|up|down)_proj))\.weight"
+    ),
+    ignored=NOT_LINEAR,
+)
+
+
 class CannotConvert(Exception):
     """The source or the destination does not allow what was asked; the message says what would."""
 
@@ -54,6 +79,7 @@ class Conversion:
     """A checkpoint and what will become of it."""
 
     source: Checkpoint
+    selection: Selection
     matrix_format: MatrixFormat
     groups: Mapping[str, Mapping[str, TensorHeader]]  # by the source's tensor: those that are written for it
 
@@ -120,7 +146,7 @@ class Conversion:
 
     def _write_files_beside(self, folder: Path) -> None:
         config = read_json_object(self.source.file("config.json"))
-        config["quantization_config"] = experts_quantization_config(self.matrix_format)
+        config["quantization_config"] = packed_quantization_config(self.matrix_format, self.selection.ignored)
         _write_json(folder / "config.json", config)
         for file_name in FILES_BESIDE:
             path = self.source.optional_file(file_name)
@@ -128,7 +154,9 @@ class Conversion:
                 shutil.copyfile(path, folder / file_name)
 
 
-def plan(source: Checkpoint, num_bits: int, group_size: int | None = None) -> Conversion:
+def plan(
+    source: Checkpoint, num_bits: int, group_size: int | None = None, selection: Selection = EXPERTS
+) -> Conversion:
     """group_size: columns that share a scale; None for the largest usual one that fits.
 
     Of a checkpoint on the hub this fetches the files that hold weights. Raises CannotConvert, InvalidCheckpoint or
@@ -142,13 +170,13 @@ def plan(source: Checkpoint, num_bits: int, group_size: int | None = None) -> Co
     for layer_id in decoder.moe_layer_ids:
         for expert_id in range(decoder.gate.n_routed_experts):
             source.check_role(decoder.expert_weight_shapes(layer_id, expert_id))
-    sizes = (decoder.hidden_size, decoder.moe_intermediate_size)
-    matrix_format = MatrixFormat(num_bits=num_bits, group_size=_group_size(sizes, group_size))
+    chosen = {name for name in source.names if selection.names.fullmatch(name)}
+    matrix_format = MatrixFormat(num_bits=num_bits, group_size=_group_size(source, chosen, group_size))
     quantization = IntQuantization(matrix_format=matrix_format, layout=IntLayout.PACKED)
     groups = {}
     for name in source.names:
         shape = source.shape(name)
-        if not EXPERT_MATRIX.fullmatch(name):
+        if name not in chosen:
             groups[name] = {name: TensorHeader(dtype=source.dtype(name), shape=shape)}
             continue
         try:
@@ -158,7 +186,7 @@ def plan(source: Checkpoint, num_bits: int, group_size: int | None = None) -> Co
         groups[name] = {
             name + suffix: TensorHeader(dtype=part.dtypes[0], shape=part.shape) for suffix, part in parts.items()
         }
-    return Conversion(source=source, matrix_format=matrix_format, groups=groups)
+    return Conversion(source=source, selection=selection, matrix_format=matrix_format, groups=groups)
 
 
 @contextmanager
@@ -202,14 +230,16 @@ def _may_be_replaced(folder: Path) -> bool:
     return (folder / "config.json").is_file() or not any(folder.iterdir())
 
 
-def _group_size(sizes: tuple[int, ...], asked: int | None) -> int:
+def _group_size(source: Checkpoint, chosen: Collection[str], asked: int | None) -> int:
+    """A size that divides the columns of every chosen matrix."""
+    widths = sorted({source.shape(name)[-1] for name in chosen if len(source.shape(name)) == 2})
     for group_size in GROUP_SIZES if asked is None else (asked,):
-        if group_size > 0 and all(size % group_size == 0 for size in sizes):
+        if group_size > 0 and all(width % group_size == 0 for width in widths):
             return group_size
     tried = f"one of {list(GROUP_SIZES)}" if asked is None else f"which is {asked}"
     raise CannotConvert(
-        f"hidden_size {sizes[0]} and moe_intermediate_size {sizes[1]} must be multiples of the group size, {tried}; "
-        "give --group-size a common divisor"
+        f"the matrices to quantise have {' and '.join(map(str, widths))} columns, which must be multiples of the group "
+        f"size, {tried}; give --group-size a common divisor"
     )
 
 

@@ -5,6 +5,7 @@ in blocks of DeepSeek-V3. Which tensors are quantised is not read here: their na
 `ignore` are for readers that go by module. Knows no tensors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -14,8 +15,10 @@ from experts.quantized_matrix import MatrixFormat
 
 COMPRESSED_TENSORS, FP8 = "compressed-tensors", "fp8"
 BLOCK_SIZE = 128  # rows and columns of a block of 8-bit floats
-# Modules that are linear layers and are not quantised; the routed experts are all that is left. The same expressions
-# stand in published checkpoints (Kimi K2 Thinking), the last two are for multi-token prediction.
+# Modules that are linear layers and are not quantised, by how much of a checkpoint is. Beside NOT_EXPERTS the routed
+# experts are all that is left; the same expressions stand in published checkpoints (Kimi K2 Thinking), the last two are
+# for multi-token prediction. kv_b_proj stays plain: attention uses it in two directions, along which no group lies.
+NOT_LINEAR = (r"re:.*mlp\.gate$", r"re:.*kv_b_proj$", r"re:.*eh_proj$", r"re:.*shared_head\.head$")
 NOT_EXPERTS = (
     "lm_head",
     r"re:.*self_attn.*",
@@ -63,8 +66,8 @@ def read_quantization(fields: JsonFields) -> Quantization | None:
     return _compressed_tensors(quantization)
 
 
-def experts_quantization_config(matrix_format: MatrixFormat) -> dict[str, Any]:
-    """What to write into config.json when the routed experts are quantised and packed, and nothing else is."""
+def packed_quantization_config(matrix_format: MatrixFormat, ignored: Sequence[str]) -> dict[str, Any]:
+    """What to write into config.json when every linear layer but those `ignored` is quantised and packed."""
     return {
         "quant_method": COMPRESSED_TENSORS,
         "format": IntLayout.PACKED.value,
@@ -84,7 +87,7 @@ def experts_quantization_config(matrix_format: MatrixFormat) -> dict[str, Any]:
                 "output_activations": None,
             }
         },
-        "ignore": list(NOT_EXPERTS),
+        "ignore": list(ignored),
         "kv_cache_scheme": None,
     }
 

@@ -44,21 +44,29 @@ def convert(
     group_size: Annotated[
         int | None, typer.Option(min=1, help="Columns that share a scale; unset: 128, or the largest that fits.")
     ] = None,
+    all_linear: Annotated[
+        bool,
+        typer.Option(
+            "--all-linear", help="Attention, dense and shared feed-forward and lm_head too; not gate and kv_b_proj."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DESTINATION.")] = False,
     compare: Annotated[bool, typer.Option(help="Run both checkpoints afterwards and show what it costs.")] = True,
     text: TextFile = None,
     max_tokens: MaxTokens = TOKENS,
 ) -> None:
-    """Quantise the routed experts of a checkpoint; everything else stays as it is."""
+    """Quantise the routed experts of a checkpoint, or all its linear layers; everything else stays as it is."""
     from cluster.checkpoint.checkpoint import Checkpoint
-    from cluster.checkpoint.convert import CannotConvert, new_folder, plan
+    from cluster.checkpoint.convert import ALL_LINEAR, EXPERTS, CannotConvert, new_folder, plan
     from cluster.checkpoint.json_fields import UnsupportedModel
     from cluster.checkpoint.safetensors_file import InvalidCheckpoint
 
     try:
-        conversion = plan(Checkpoint.open(_location(source)), experts.num_bits, group_size)
+        selection = ALL_LINEAR if all_linear else EXPERTS
+        conversion = plan(Checkpoint.open(_location(source)), experts.num_bits, group_size, selection)
         with new_folder(destination, num_bytes=conversion.num_bytes, is_forced=force) as folder, _bytes_bar() as bar:
-            task = bar.add_task(f"experts to {conversion.matrix_format}", total=conversion.num_bytes)
+            what = "linear layers" if all_linear else "experts"
+            task = bar.add_task(f"{what} to {conversion.matrix_format}", total=conversion.num_bytes)
             conversion.write(folder, lambda num_bytes: bar.advance(task, num_bytes))
     except (CannotConvert, InvalidCheckpoint, UnsupportedModel, OSError) as error:
         fail(str(error))

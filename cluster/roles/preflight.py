@@ -19,7 +19,7 @@ from cluster.checkpoint.quantization import IntQuantization
 from cluster.commands.views import format_bytes
 from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
 from experts.kernels.library import native
-from experts.kernels.packed_matrix import PANEL_OUTPUTS
+from experts.kernels.packed_matrix import GROUP_MULTIPLE, PANEL_OUTPUTS
 from experts.quantized_matrix import MatrixFormat
 from experts.weight_store import ExpertModel
 from protos.rpc import MAX_FRAME_BYTES
@@ -29,7 +29,6 @@ from router.placement.units import experts_held
 
 TOKENIZER_FILE = "tokenizer.json"
 OPTIONAL_TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-KERNEL_GROUP_COLUMNS = 32  # the kernels take integers in groups of a multiple of this
 PROCESS_BYTES = 400 * 2**20  # of a process with torch and Ray before it has weights
 
 
@@ -65,17 +64,19 @@ class ServedModel:
     @property
     def expert_bytes(self) -> int:
         """Of one routed expert as a shard keeps it: integers where there are kernels for them, else multiplied out."""
-        kept = self.expert_format
         shapes = [(rows, columns) for rows, columns in self.config.decoder.expert_weight_shapes(0, 0).values()]
+        return sum(self.matrix_bytes(rows, columns, self.expert_format) for rows, columns in shapes)
+
+    def matrix_bytes(self, rows: int, columns: int, stored: MatrixFormat | None) -> int:
+        """Of a matrix as it is kept: integers where there are kernels for them, else multiplied out.
+
+        stored: its form in the checkpoint; None for plain numbers.
+        """
         if native() is not None:  # packed in whole panels
-            shapes = [(-(-rows // PANEL_OUTPUTS) * PANEL_OUTPUTS, columns) for rows, columns in shapes]
-        if (
-            kept is None
-            or native() is None
-            or any((kept.group_size or columns) % KERNEL_GROUP_COLUMNS for _, columns in shapes)
-        ):
-            return sum(rows * columns for rows, columns in shapes) * self.dtype.itemsize
-        return sum(kept.nbytes(rows, columns) for rows, columns in shapes)
+            rows = -(-rows // PANEL_OUTPUTS) * PANEL_OUTPUTS
+        if stored is None or native() is None or (stored.group_size or columns) % GROUP_MULTIPLE:
+            return rows * columns * self.dtype.itemsize
+        return stored.nbytes(rows, columns)
 
     def tokenizer_folder(self) -> Path:
         """The folder with the tokenizer's files, fetched if they are on a hub. Raises InvalidCheckpoint."""
@@ -191,12 +192,19 @@ def _check_tensors(model: ServedModel) -> None:
 def _worker_weight_bytes(config: MobulaConfig, model: ServedModel) -> int:
     """What a worker keeps: the tensors it reads, and what the CPU kernels hold in a second layout."""
     decoder, mla = model.config.decoder, model.config.decoder.mla
-    shapes = list(decoder.weight_shapes().values())
+    shapes, num_bytes = [], 0
+    for name, shape in decoder.weight_shapes().items():
+        stored = model.checkpoint.matrix_format(name) if model.checkpoint.is_local else None
+        if stored is None:
+            shapes.append(shape)
+        else:
+            rows, columns = shape
+            num_bytes += model.matrix_bytes(rows, columns, stored)
     if config.attention_workers.device == "cpu" and native() is not None:
         # W_UK both absorbs queries and expands latents (attention/kernel_mla.py); a tied table is also the lm_head.
         shapes += [(mla.num_attention_heads, mla.qk_nope_head_dim, mla.kv_lora_rank)] * decoder.num_hidden_layers
         shapes += [(decoder.vocab_size, decoder.hidden_size)] * decoder.tie_word_embeddings
-    return sum(_num_bytes(shape, model.dtype) for shape in shapes)
+    return num_bytes + sum(_num_bytes(shape, model.dtype) for shape in shapes)
 
 
 def _check_frames(config: MobulaConfig, plan: ServingPlan) -> None:

@@ -4,19 +4,22 @@ import torch.nn.functional as F
 
 from attention.layers import WeightTarget, rms_norm, torch_rms_norm
 from experts.kernels.library import native
+from experts.quantized_matrix import QuantizedMatrix
 
 
 class DictReader:
-    """A WeightReader over tensors in memory; remembers what was read."""
+    """A WeightReader over tensors in memory."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor | QuantizedMatrix]) -> None:
         self.tensors = tensors
 
     def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name].clone()
+        matrix = self.read_matrix(name)
+        return matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix
 
-    def read_matrix(self, name: str) -> torch.Tensor:
-        return self.read(name)
+    def read_matrix(self, name: str) -> torch.Tensor | QuantizedMatrix:
+        matrix = self.tensors[name]
+        return matrix if isinstance(matrix, QuantizedMatrix) else matrix.clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
@@ -79,5 +82,35 @@ def test_a_mlp_is_read_by_its_published_names(use_kernels: bool) -> None:
     torch.testing.assert_close(mlp(x, torch.float32), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
 
 
-def target(tensors: dict[str, torch.Tensor], dtype: torch.dtype, *, use_kernels: bool = True) -> WeightTarget:
+@pytest.mark.parametrize("use_kernels", [False, True])
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_quantised_matrices_are_used_as_they_are_stored(num_bits: int, use_kernels: bool) -> None:
+    if use_kernels and native() is None:
+        pytest.skip("the CPU kernels are not built")
+    names = [f"m.{name}_proj.weight" for name in ("gate", "up", "down")]
+    matrices = {name: QuantizedMatrix.quantize(torch.randn(64, 64), num_bits, 32) for name in names}
+    weights = target(dict(matrices), torch.float32, use_kernels=use_kernels)
+    mlp, linear = weights.mlp("m"), weights.projection(*names[:2])
+    kept = sum(matrix.nbytes for matrix in matrices.values())
+    assert mlp.nbytes == (kept if use_kernels else 3 * 64 * 64 * 4)
+    gate, up, down = (matrix.dequantize() for matrix in matrices.values())
+    x = torch.randn(5, 64)
+    error = 0.02 if use_kernels else 1e-5  # the kernels round activations to 8 bits
+    for found, expected in (
+        (mlp(x, torch.float32), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T),
+        (linear(x), x @ torch.cat((gate, up)).T),
+    ):
+        assert float((found - expected).norm() / expected.norm()) < error
+
+
+def test_parts_of_several_kinds_are_multiplied_out() -> None:
+    plain, quantised = torch.randn(64, 64), QuantizedMatrix.quantize(torch.randn(64, 64), 4, 32)
+    linear = target({"a": plain, "b": quantised}, torch.float32).projection("a", "b")
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(linear(x), x @ torch.cat((plain, quantised.dequantize())).T, rtol=1e-4, atol=1e-4)
+
+
+def target(
+    tensors: dict[str, torch.Tensor | QuantizedMatrix], dtype: torch.dtype, *, use_kernels: bool = True
+) -> WeightTarget:
     return WeightTarget(reader=DictReader(tensors), dtype=dtype, device=torch.device("cpu"), use_kernels=use_kernels)

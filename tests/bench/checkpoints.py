@@ -265,13 +265,17 @@ def _find_plain(folder: Path, name: str, console: Console) -> Path:
 def _convert(source: Path, target: Path, kind: str, console: Console) -> None:
     """With the command that a user has."""
     _check_disk(target.parent, sum(path.stat().st_size for path in source.glob("*.safetensors")))
-    console.print(f"converting the experts of {source} to {kind}, into {target}")
+    console.print(f"converting the linear layers of {source} to {kind}, into {target}")
     command = [sys.executable, "-m", "cluster.commands.cli", "checkpoint", "convert", str(source), str(target)]
-    result = subprocess.run([*command, "--experts", kind], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, "--experts", kind, "--all-linear", "--no-compare"], capture_output=True, text=True, check=False
+    )
     if result.returncode:
         shutil.rmtree(target, ignore_errors=True)
         last = [line for line in (result.stderr or result.stdout).splitlines() if line.strip(" │╭╮╰╯─")][-1:]
-        raise Unmeasurable(f"mobula checkpoint convert --experts {kind} failed: {' '.join(last).strip(' │')}")
+        raise Unmeasurable(
+            f"mobula checkpoint convert --experts {kind} --all-linear failed: {' '.join(last).strip(' │')}"
+        )
 
 
 def _check_disk(folder: Path, num_bytes: int) -> None:

@@ -17,7 +17,8 @@ BYTES_PER_WEIGHT = {"bf16": 2.0, "float32": 4.0, "int8": 1.0, "int4": 0.5}
 class ModelShape:
     """A DeepSeek-V2 or -V3 model, in numbers of weights.
 
-    attention, dense, mixture: of one layer; mixture without routed experts. expert: of one expert.
+    attention, dense, mixture: of one layer; mixture without routed experts. expert: of one expert. plain: of all layers
+    together, weights that stay as they are when the others are quantised.
     """
 
     hidden_size: int
@@ -30,6 +31,7 @@ class ModelShape:
     dense: int
     mixture: int
     expert: int
+    plain: int
     latent_size: int  # numbers cached of a token in a layer
     score_size: int  # heads x (qk_head_dim + v_head_dim)
     group_size: int
@@ -42,8 +44,10 @@ class ModelShape:
         rope, value = config["qk_rope_head_dim"], config["v_head_dim"]
         query = config["qk_nope_head_dim"] + rope
         query_weights = rank * (hidden + heads * query) if rank else hidden * heads * query
-        latent_weights = hidden * (latent + rope) + latent * heads * (config["qk_nope_head_dim"] + value)
+        latent_up = latent * heads * (config["qk_nope_head_dim"] + value)
+        latent_weights = hidden * (latent + rope) + latent_up
         expert = 3 * hidden * inner
+        widths = (hidden, inner, config["intermediate_size"], rank or hidden, heads * value)
         num_layers, first = config["num_hidden_layers"], config.get("first_k_dense_replace", 0)
         frequency = config.get("moe_layer_freq", 1)
         num_dense = sum(layer < first or layer % frequency != 0 for layer in range(num_layers))
@@ -58,9 +62,12 @@ class ModelShape:
             dense=3 * hidden * config["intermediate_size"],
             mixture=config["n_routed_experts"] * hidden + expert * (config.get("n_shared_experts") or 0),
             expert=expert,
+            plain=num_layers * latent_up + (num_layers - num_dense) * config["n_routed_experts"] * hidden,
             latent_size=latent + rope,
             score_size=heads * (query + value),
-            group_size=next((size for size in GROUP_SIZES if not hidden % size and not inner % size), GROUP_SIZES[-1]),
+            group_size=next(
+                (size for size in GROUP_SIZES if not any(width % size for width in widths)), GROUP_SIZES[-1]
+            ),
         )
 
     @property
@@ -73,17 +80,18 @@ class ModelShape:
         layers = self.num_layers * self.attention + self.num_dense_layers * self.dense
         return layers + self.num_mixture_layers * self.mixture + self.vocab_size * self.hidden_size
 
-    def expert_bytes(self, kind: str) -> float:
-        """Of one routed expert as stored in the format `kind`."""
+    def weight_bytes(self, kind: str) -> float:
+        """Of one number of a linear layer in the format `kind`."""
         scales = SCALE_BYTES / self.group_size if kind in ("int8", "int4") else 0.0
-        return self.expert * (BYTES_PER_WEIGHT[kind] + scales)
+        return BYTES_PER_WEIGHT[kind] + scales
 
     def decode_bytes(self, batch: int, context: float, num_distinct: float, kind: str = "bf16") -> float:
         """Read in one step of `batch` sequences of `context` tokens, `num_distinct` experts touched in a layer."""
-        dense = BYTES_PER_WEIGHT["float32" if kind == "float32" else "bf16"]
-        experts = self.num_mixture_layers * num_distinct * self.expert_bytes(kind)
-        rows = batch * self.hidden_size * dense  # of the embedding
-        return dense * self.common_weights + experts + rows + batch * context * self.cache_bytes_per_token(dense)
+        plain = BYTES_PER_WEIGHT["float32" if kind == "float32" else "bf16"]
+        linear = self.common_weights - self.plain + self.num_mixture_layers * num_distinct * self.expert
+        rows = batch * self.hidden_size  # of the embedding
+        cache = batch * context * self.cache_bytes_per_token(plain)
+        return self.weight_bytes(kind) * linear + plain * (self.plain + rows) + cache
 
     def cache_bytes_per_token(self, bytes_per_number: float = 2.0) -> float:
         """Of the latent cache, all layers."""

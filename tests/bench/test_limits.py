@@ -32,12 +32,19 @@ def test_context_adds_the_latent_cache_once_a_sequence() -> None:
     assert growth == 4 * 1000 * 4 * (512 + 64) * 2
 
 
-@pytest.mark.parametrize(("kind", "bytes_per_weight"), [("bf16", 2.0), ("int8", 1 + 4 / 128), ("int4", 0.5 + 4 / 128)])
-def test_quantised_experts_bring_their_scales(kind: str, bytes_per_weight: float) -> None:
-    assert LITE4.expert_bytes(kind) == 3 * 2048 * 1408 * bytes_per_weight
+@pytest.mark.parametrize(("kind", "bytes_per_weight"), [("bf16", 2.0), ("int8", 1 + 4 / 64), ("int4", 0.5 + 4 / 64)])
+def test_quantised_weights_bring_their_scales(kind: str, bytes_per_weight: float) -> None:
+    assert LITE4.weight_bytes(kind) == bytes_per_weight
 
 
-def test_group_of_scales_divides_both_sizes_of_an_expert() -> None:
+def test_gate_and_latent_expansion_stay_plain_when_all_else_is_quantised() -> None:
+    plain = 4 * 512 * 16 * (128 + 128) + 3 * 64 * 2048
+    linear = LITE4.common_weights + 3 * 6 * 3 * 2048 * 1408 - plain
+    assert LITE4.decode_bytes(1, 0, 6.0, "int4") == (0.5 + 4 / 64) * linear + 2 * (plain + 2048)
+
+
+def test_group_of_scales_divides_the_inputs_of_every_matrix() -> None:
+    assert LITE4.group_size == 64  # of 10,944, the width of its dense layer
     assert ModelShape.read(COMMON | SHAPES["tiny"] | {"moe_intermediate_size": 96}).group_size == 32
 
 

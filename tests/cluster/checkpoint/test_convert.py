@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from cluster.checkpoint import convert
 from cluster.checkpoint.checkpoint import Checkpoint, InvalidCheckpoint
-from cluster.checkpoint.convert import CannotConvert, new_folder, plan
-from cluster.checkpoint.quantization import experts_quantization_config
+from cluster.checkpoint.convert import ALL_LINEAR, CannotConvert, new_folder, plan
+from cluster.checkpoint.quantization import NOT_EXPERTS, NOT_LINEAR, packed_quantization_config
 from experts.quantized_matrix import MatrixFormat, QuantizedMatrix
 from tests.checkpoints import write_checkpoint
 from tests.quantized_checkpoints import write_fp8_checkpoint
@@ -60,6 +60,22 @@ def test_experts_are_quantised_and_everything_else_is_as_it_was(
     candidate.check_role(decoder.expert_weight_shapes(1, 3))
 
 
+@pytest.mark.parametrize("shape", ["v2", "v2_lite"])
+def test_all_linear_layers_but_gate_and_latent_expansion_may_be_quantised(tmp_path: Path, shape: str) -> None:
+    lora = {"q_lora_rank": 32} if shape == "v2" else {}
+    source = write_checkpoint(tmp_path / "source", shape, dtype=torch.bfloat16, **lora)
+    conversion = plan(Checkpoint.open(source), 4, selection=ALL_LINEAR)
+    (tmp_path / "made").mkdir()
+    conversion.write(tmp_path / "made", lambda _: None)
+    made = Checkpoint.open(tmp_path / "made")
+    kept = {name for name in Checkpoint.open(source).names if made.matrix_format(name) is None}
+    assert {name.split(".")[-2] for name in kept if len(made.shape(name)) == 2} == {"embed_tokens", "gate", "kv_b_proj"}
+    assert made.matrix_format("lm_head.weight") == conversion.matrix_format
+    made.check_role(made.model_config().decoder.weight_shapes())
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == list(NOT_LINEAR)
+
+
 def test_the_safetensors_library_reads_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "MAX_FILE_BYTES", 100_000)
     source = write_checkpoint(tmp_path / "source", "v2")
@@ -79,7 +95,9 @@ def test_tokenizer_and_configuration_come_along(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "made" / name).read_bytes() == (source / name).read_bytes()
     config = json.loads((tmp_path / "made" / "config.json").read_text())
-    assert config.pop("quantization_config") == experts_quantization_config(MatrixFormat(num_bits=4, group_size=32))
+    assert config.pop("quantization_config") == packed_quantization_config(
+        MatrixFormat(num_bits=4, group_size=32), NOT_EXPERTS
+    )
     assert config == json.loads((source / "config.json").read_text())
 
 
@@ -87,7 +105,7 @@ def test_the_largest_usual_group_that_divides_both_sizes_is_taken(tmp_path: Path
     source = Checkpoint.open(write_checkpoint(tmp_path, "v2", moe_intermediate_size=48))
     assert plan(source, 4).matrix_format.group_size == 16
     assert plan(source, 4, 8).matrix_format.group_size == 8
-    with pytest.raises(CannotConvert, match=r"hidden_size 64 and moe_intermediate_size 48 must be multiples .* is 32"):
+    with pytest.raises(CannotConvert, match=r"48 and 64 columns, which must be multiples .* is 32"):
         plan(source, 4, 32)
     odd = Checkpoint.open(write_checkpoint(tmp_path / "odd", "v2", moe_intermediate_size=40))
     with pytest.raises(CannotConvert, match=r"one of \[128, 64, 32, 16\]"):

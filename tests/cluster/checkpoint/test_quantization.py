@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from cluster.checkpoint.json_fields import InvalidModelConfig, JsonFields, UnsupportedModel
 from cluster.checkpoint.quantization import (
+    NOT_EXPERTS,
     Fp8Quantization,
     IntLayout,
     IntQuantization,
     Quantization,
-    experts_quantization_config,
+    packed_quantization_config,
     read_quantization,
 )
 from experts.quantized_matrix import MatrixFormat
@@ -69,7 +70,7 @@ def read(config: dict[str, Any]) -> Quantization | None:
 
 def changed(**changes: Any) -> dict[str, Any]:
     """Our own int4 configuration; a name with two underscores is one of the weights' fields."""
-    config = experts_quantization_config(INT4)
+    config = packed_quantization_config(INT4, NOT_EXPERTS)
     group = config["config_groups"]["group_0"]
     for name, value in changes.items():
         if name.startswith("weights__"):
@@ -85,7 +86,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("matrix_format", [INT4, MatrixFormat(num_bits=8, group_size=None)])
 def test_what_we_write_is_what_we_read(matrix_format: MatrixFormat) -> None:
     expected = IntQuantization(matrix_format=matrix_format, layout=IntLayout.PACKED)
-    assert read(experts_quantization_config(matrix_format)) == expected
+    assert read(packed_quantization_config(matrix_format, NOT_EXPERTS)) == expected
 
 
 def test_published_forms_are_read() -> None:
@@ -152,7 +153,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=4,
 )
-NAMES = [*experts_quantization_config(INT4), "input_activations", "weights"]
+NAMES = [*packed_quantization_config(INT4, NOT_EXPERTS), "input_activations", "weights"]
 NAMES += [f"weights__{name}" for name in ("num_bits", "type", "symmetric", "strategy", "group_size", "actorder")]
 
 

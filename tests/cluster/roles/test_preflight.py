@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from attention.decoder_weights import DecoderWeights
 from cluster.checkpoint import convert
 from cluster.checkpoint.checkpoint import Checkpoint, InvalidCheckpoint
 from cluster.checkpoint.json_fields import UnsupportedModel
@@ -129,6 +130,16 @@ def test_quantised_experts_are_counted_as_they_are_kept_and_named(
     console = Console(file=StringIO(), width=200)
     console.print(plan_view(plan))
     assert "bfloat16, experts int4 (groups of 32)" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_a_worker_keeps_as_integers_is_counted_so(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "plain", "v2", dtype=torch.bfloat16, q_lora_rank=32)
+    (tmp_path / "int8").mkdir()
+    convert.plan(Checkpoint.open(folder), 8, selection=convert.ALL_LINEAR).write(tmp_path / "int8", lambda _: None)
+    plans = [plan_of(folder), plan_of(tmp_path / "int8")]
+    read = [DecoderWeights.read(plan.model.checkpoint, plan.model.config.decoder, torch.bfloat16) for plan in plans]
+    saved = plans[0].worker_weight_bytes - plans[1].worker_weight_bytes
+    assert saved == pytest.approx(read[0].weight_bytes - read[1].weight_bytes, rel=0.15)  # the kernels pad small ones
 
 
 def test_what_the_kernels_hold_in_a_second_layout_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
