@@ -136,7 +136,9 @@ def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedPro
 def _create_process(
     role: RoleName, rank: int, options: dict[str, Any], config: MobulaConfig, host: str | None
 ) -> ManagedProcess:
-    actor_class = ray.remote(ACTOR_CLASSES[role]).options(name=f"mobula-{role}-{rank}", **options)
+    actor_class = ray.remote(ACTOR_CLASSES[role]).options(
+        name=f"mobula-{role}-{rank}", namespace=config.ray.namespace, **options
+    )
     actor = actor_class.remote(config, rank, host)
     return ManagedProcess(role=role, rank=rank, handle=RayProcess(actor))
 

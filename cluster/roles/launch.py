@@ -43,6 +43,7 @@ class Deployment:
             _check_port(config.gateway.host, config.gateway.port, "gateway.port")
             _check_port(config.gateway.host, config.gateway.metrics_port, "gateway.metrics_port")
         self._controller: Any = None
+        self._has_joined_ray = False
         self._is_local = config.ray.address is None
 
     def __enter__(self) -> Self:
@@ -122,8 +123,9 @@ class Deployment:
                 logger.warning("interrupted: requests in flight are cut off")
             ray.kill(self._controller)
             self._controller = None
-        if ray.is_initialized():
+        if self._has_joined_ray:
             ray.shutdown()
+            self._has_joined_ray = False
 
     def _gateway(self) -> ProcessHealth:
         status = self.status()
@@ -131,6 +133,9 @@ class Deployment:
         return next(health for name, health in status.processes if name.startswith(RoleName.GATEWAY))
 
     def _start_ray(self) -> None:
+        if ray.is_initialized():
+            return  # a process of Ray's already, as a Serve replica is
+        self._has_joined_ray = True
         settings: dict[str, Any] = {
             "namespace": self.config.ray.namespace,
             "logging_level": "WARNING",
