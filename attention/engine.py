@@ -140,7 +140,7 @@ class Engine:
             )
         with self._lock:
             if not self._is_accepting:
-                raise errors.Unavailable("the worker is stopping; retry on another one", retry_after_s=1.0)
+                raise errors.WorkerStopping("the worker is stopping; retry on another one", retry_after_s=1.0)
             if self._num_not_started >= self._config.max_num_waiting:
                 raise errors.QueueFull(
                     f"{self._num_not_started} requests wait, limit is {self._config.max_num_waiting}; retry later",
@@ -202,7 +202,10 @@ class Engine:
         match message:
             case _Submit(sequence, on_output, arrival_s):
                 timeline = RequestTimeline(
-                    self._metrics, arrival_s=arrival_s, num_prompt_tokens=sequence.num_prompt_tokens
+                    self._metrics,
+                    arrival_s=arrival_s,
+                    num_prompt_tokens=sequence.num_prompt_tokens,
+                    is_resumed=sequence.num_output_tokens > 0,
                 )
                 self._requests[sequence] = _Request(on_output, timeline)
                 self._scheduler.add(sequence)
@@ -316,8 +319,8 @@ class Engine:
         self._publish_stats()
 
 
-def _stopped() -> errors.Unavailable:
-    return errors.Unavailable("the worker has stopped; retry on another one", retry_after_s=1.0)
+def _stopped() -> errors.WorkerStopping:
+    return errors.WorkerStopping("the worker has stopped; retry on another one", retry_after_s=1.0)
 
 
 def _internal_error() -> errors.InternalError:

@@ -87,15 +87,20 @@ class EngineMetrics:
 
 
 class RequestTimeline:
-    """The moments of one request, observed as they pass. Times are seconds of one monotonic clock."""
+    """The moments of one request, observed as they pass. Times are seconds of one monotonic clock.
+
+    One that another worker began has its first token behind it: its client waits for the next one.
+    """
 
     __slots__ = ("_arrival_s", "_last_token_s", "_metrics", "_num_prompt_tokens", "has_started")
 
-    def __init__(self, metrics: EngineMetrics, *, arrival_s: float, num_prompt_tokens: int) -> None:
+    def __init__(
+        self, metrics: EngineMetrics, *, arrival_s: float, num_prompt_tokens: int, is_resumed: bool = False
+    ) -> None:
         self._metrics = metrics
         self._arrival_s = arrival_s
         self._num_prompt_tokens = num_prompt_tokens
-        self._last_token_s: float | None = None
+        self._last_token_s = arrival_s if is_resumed else None
         self.has_started = False  # whether a step has computed some of it
 
     def start(self, now_s: float) -> None:

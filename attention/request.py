@@ -14,7 +14,7 @@ from attention.detokenizer import Detokenizer
 from attention.sampling_params import InvalidSamplingParams, SamplingParams
 from attention.sequence import Sequence
 from attention.tokenizer import BadTokenizer, ChatMessages, Tokenizer
-from protos import errors, generation_pb2
+from protos import errors, generation_pb2, rpc, worker_pb2
 
 MAX_REQUEST_ID_CHARS = 128  # it is repeated in every answer and log line
 CHAT_ROLES = ("system", "user", "assistant")
@@ -90,6 +90,27 @@ class RequestReader:
             eos_token_ids=self._tokenizer.eos_token_ids,
             text_decoder=Detokenizer(self._tokenizer, stop=params.stop, skip_special_tokens=params.skip_special_tokens),
         )
+
+    def relayed_sequence(self, relayed: worker_pb2.RelayedRequest) -> Sequence:
+        """A request that a gateway passed on, with the tokens that its client has as if they were sampled here.
+
+        Text is a function of the tokens so far, so what the client has of it is made again and left away. Raises what
+        `sequence` raises, and InvalidRequest when the tokens cannot be the beginning of an answer.
+        """
+        request = rpc.parse(generation_pb2.GenerateRequest, relayed.request)
+        if not request.request_id:
+            request.request_id = relayed.request_id
+        if not request.sampling_params.HasField("seed"):
+            request.sampling_params.seed = relayed.seed
+        sequence = self.sequence(request)
+        for token_id in self._token_ids(list(relayed.output_token_ids), "output_token_ids"):
+            if sequence.advance(token_id).is_final:
+                raise errors.InvalidRequest(
+                    f"the answer ends with output token {sequence.num_output_tokens - 1} of "
+                    f"{len(relayed.output_token_ids)}; nothing is left to generate",
+                    field="output_token_ids",
+                )
+        return sequence
 
     def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         """The token ids as `sequence` would see them, of any length."""

@@ -1,11 +1,11 @@
-"""The Inference service of one attention worker: decode, validate, call, encode.
+"""The services of one attention worker, Inference and Worker: decode, validate, call, encode.
 
 The event loop owns streams and the engine thread owns sequences; outputs cross over through an asyncio queue for each
 request. When a call ends, however it ends, its sequence is aborted, so that its blocks are free within a step.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 import grpc
@@ -15,9 +15,10 @@ from attention.engine import Engine
 from attention.metrics import EngineMetrics
 from attention.request import RequestReader
 from attention.sequence import FinishReason, Sequence, SequenceOutput, TokenLogprobs
-from protos import generation_pb2, rpc
+from protos import generation_pb2, rpc, worker_pb2
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+WORKER_SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 _FINISH_REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
@@ -48,7 +49,7 @@ class InferenceServicer:
         self._cluster_info = cluster_info
         self._metrics = metrics
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """For grpc.aio.Server.add_generic_rpc_handlers."""
         methods = {
             "Generate": rpc.stream_handler(self.generate),
@@ -57,12 +58,25 @@ class InferenceServicer:
             "GetExpertLoad": rpc.unary_handler(self.get_expert_load),
             "GetPlacement": rpc.unary_handler(self.get_placement),
         }
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        worker_methods = {"Generate": rpc.stream_handler(self.generate_relayed)}
+        return (
+            grpc.method_handlers_generic_handler(SERVICE, methods),
+            grpc.method_handlers_generic_handler(WORKER_SERVICE, worker_methods),
+        )
 
-    async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        """Inference.Generate."""
+        read = self._request_reader.sequence
+        return self._generate(lambda: read(rpc.parse(generation_pb2.GenerateRequest, request)), context)
+
+    def generate_relayed(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        """Worker.Generate."""
+        read = self._request_reader.relayed_sequence
+        return self._generate(lambda: read(rpc.parse(worker_pb2.RelayedRequest, request)), context)
+
+    async def _generate(self, read: Callable[[], Sequence], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         with self._metrics.counted_errors():
-            message = rpc.parse(generation_pb2.GenerateRequest, request)
-            sequence = await asyncio.to_thread(self._request_reader.sequence, message)
+            sequence = await asyncio.to_thread(read)
             context.add_done_callback(lambda _: self._engine.abort(sequence))
             async for output in self._outputs(sequence):
                 yield _response(sequence, output).SerializeToString()

@@ -130,6 +130,7 @@ class GatewayConfig(StrictModel):
     port: Port = 50051  # 0 takes a free one
     metrics_port: Port = 9400  # Prometheus endpoint with the metrics of every process; 0 takes a free one
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 1024  # over all workers; more get RESOURCE_EXHAUSTED
+    resume_timeout_s: Annotated[float, Field(ge=0)] = 60.0  # an answer that has begun waits so long for another worker
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that its node must carry
 
 

@@ -87,6 +87,12 @@ class Unavailable(MobulaError):
     reason = "UNAVAILABLE"
 
 
+class WorkerStopping(Unavailable):
+    """The worker ends before its requests do; another one can go on with them."""
+
+    reason = "WORKER_STOPPING"
+
+
 class ShardUnavailable(Unavailable):
     """No replica of a placement unit answered in time."""
 

@@ -31,6 +31,8 @@ _KEEPALIVE = [  # of both ends: calls to a peer that says nothing for so long en
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
 
+_RECONNECT = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000)]
+
 
 def client_options() -> list[tuple[str, int]]:
     """Settings of a client's channel and of the servers that clients reach."""
@@ -41,8 +43,15 @@ def client_options() -> list[tuple[str, int]]:
 
 
 def relay_options() -> list[tuple[str, int]]:
-    """Settings of both ends between a gateway and a worker: messages are a client's, a hung peer is noticed."""
-    return [*client_options(), *_KEEPALIVE]
+    """Settings of both ends between a gateway and a worker: a client's messages with what was answered already, and a
+    hung peer is noticed.
+    """
+    return [
+        ("grpc.max_receive_message_length", 2 * MAX_CLIENT_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", -1),
+        *_KEEPALIVE,
+        *_RECONNECT,
+    ]
 
 
 def frame_options() -> list[tuple[str, int]]:
@@ -51,8 +60,7 @@ def frame_options() -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
         ("grpc.max_send_message_length", MAX_FRAME_BYTES),
         *_KEEPALIVE,
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1_000),
+        *_RECONNECT,
     ]
 
 

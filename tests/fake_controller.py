@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from cluster.config import GatewayConfig
 from cluster.controller.admin_server import AdminServer
 from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState
 from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, UnitMove
@@ -126,7 +127,7 @@ class GatewayHost:
         self.address = f"{HOST}:{port}"
 
     async def _start(self) -> tuple[Gateway, int]:
-        gateway = Gateway(64, GatewayMetrics())
+        gateway = Gateway(GatewayConfig(), GatewayMetrics())
         return gateway, await gateway.start(HOST, 0)
 
     def update_admin(self, address: str) -> None:

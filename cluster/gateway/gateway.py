@@ -1,15 +1,13 @@
 """The front door: relays the inference API to attention workers, and an operator's calls to the controller. Holds no
-model state and parses no tokens.
+model state.
 
-The life of a Generate call here: (1) admitted, or RESOURCE_EXHAUSTED; (2) the worker with the fewest calls in flight
-is chosen; (3) its answers are passed on as raw bytes; (4) a worker that is gone before its first answer costs a retry
-on another one; (5) the client's cancellation cancels the worker's call.
+The life of a Generate call here: (1) admitted, or RESOURCE_EXHAUSTED; (2) generation.py passes it to a worker and the
+answers back, and goes on with another worker when that one is lost; (3) the client's cancellation cancels the worker's
+call.
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 
 import grpc
 import grpc.aio
@@ -17,108 +15,27 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from cluster.config import GatewayConfig
 from cluster.gateway import admin_relay
 from cluster.gateway.admin_relay import AdminRelay
-from cluster.gateway.metrics import GatewayMetrics, RequestOutcome
-from cluster.gateway.relay import abort_as, forwarded, is_client_gone, was_answered
+from cluster.gateway.generation import Generation
+from cluster.gateway.metrics import GatewayMetrics
+from cluster.gateway.relay import abort_as, is_client_gone, was_answered
+from cluster.gateway.worker_pool import INFERENCE as SERVICE
+from cluster.gateway.worker_pool import WorkerChannel, WorkerPool
 from protos import errors, generation_pb2, rpc
-from protos.credentials import PLAINTEXT, Credentials, PeerRole
+from protos.credentials import PLAINTEXT, Credentials
 
-logger = logging.getLogger(__name__)
-
-SERVICE = generation_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 METHOD_TIMEOUT_S = 10.0  # for everything but Generate, which lives as long as its client
-
-
-@dataclass(slots=True)
-class WorkerChannel:
-    """The gateway's connection to one attention worker."""
-
-    dp_rank: int
-    address: str
-    channel: grpc.aio.Channel
-    num_in_flight: int = 0
-
-    def unary(self, method: str) -> grpc.aio.UnaryUnaryMultiCallable:
-        return self.channel.unary_unary(f"/{SERVICE}/{method}")
-
-    def generate(self) -> grpc.aio.UnaryStreamMultiCallable:
-        return self.channel.unary_stream(f"/{SERVICE}/Generate")
-
-
-@dataclass(slots=True)
-class WorkerPool:
-    """The workers that can be called now. Used from the event loop only.
-
-    leaving: no longer listed, but with calls in flight, which may end: a worker that was slow to say that it is well is
-        not gone, and the connection to one that is gone breaks by itself.
-    """
-
-    max_concurrent_requests: int
-    credentials: Credentials = PLAINTEXT
-    workers: dict[int, WorkerChannel] = field(default_factory=dict)
-    leaving: list[WorkerChannel] = field(default_factory=list)
-
-    @property
-    def num_in_flight(self) -> int:
-        return sum(worker.num_in_flight for worker in (*self.workers.values(), *self.leaving))
-
-    async def update(self, addresses: dict[int, str]) -> None:
-        """Connects to new addresses and chooses those that are no longer listed no more."""
-        stale = [worker for rank, worker in self.workers.items() if addresses.get(rank) != worker.address]
-        for worker in stale:
-            del self.workers[worker.dp_rank]
-        for dp_rank, address in sorted(addresses.items()):
-            if dp_rank not in self.workers:
-                self.workers[dp_rank] = self._connection(dp_rank, address)
-        self.leaving += stale
-        await self.close_idle()
-
-    async def close_idle(self) -> None:
-        """Lets go of leaving workers without calls."""
-        idle = [worker for worker in self.leaving if not worker.num_in_flight]
-        self.leaving = [worker for worker in self.leaving if worker.num_in_flight]
-        for worker in idle:
-            await worker.channel.close(grace=0)
-
-    async def close(self) -> None:
-        """Lets go of all, and ends their calls."""
-        await self.update({})
-        for worker in self.leaving:
-            await worker.channel.close(grace=0)
-
-    def _connection(self, dp_rank: int, address: str) -> WorkerChannel:
-        for worker in self.leaving:
-            if (worker.dp_rank, worker.address) == (dp_rank, address):
-                self.leaving.remove(worker)
-                return worker
-        channel = self.credentials.channel(address, PeerRole.WORKER, rpc.relay_options())
-        return WorkerChannel(dp_rank, address, channel)
-
-    def choose(self, excluded: set[int]) -> WorkerChannel:
-        """The worker with the fewest calls in flight, the lower rank first. Raises Unavailable if there is none."""
-        candidates = [worker for worker in self.workers.values() if worker.dp_rank not in excluded]
-        if not candidates:
-            raise errors.Unavailable(
-                f"none of {len(self.workers)} attention workers can be reached; retry later", retry_after_s=1.0
-            )
-        return min(candidates, key=lambda worker: (worker.num_in_flight, worker.dp_rank))
-
-    def admit(self) -> None:
-        """Raises QueueFull when as many calls are in flight as are allowed."""
-        if self.num_in_flight >= self.max_concurrent_requests:
-            raise errors.QueueFull(
-                f"{self.num_in_flight} requests are in flight, limit is {self.max_concurrent_requests}; retry later",
-                retry_after_s=1.0,
-            )
 
 
 class GatewayServicer:
     """The Inference service over raw bytes."""
 
-    def __init__(self, pool: WorkerPool, metrics: GatewayMetrics) -> None:
+    def __init__(self, pool: WorkerPool, metrics: GatewayMetrics, resume_timeout_s: float) -> None:
         self._pool = pool
         self._metrics = metrics
+        self._resume_timeout_s = resume_timeout_s
 
     def handlers(self) -> grpc.GenericRpcHandler:
         methods = {
@@ -130,46 +47,23 @@ class GatewayServicer:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        """Inference.Generate."""
         with self._metrics.request() as outcome:
-            async for response in self._generate(request, context, outcome):
-                yield response
-
-    async def _generate(
-        self, request: bytes, context: grpc.aio.ServicerContext, outcome: RequestOutcome
-    ) -> AsyncIterator[bytes]:
-        self._pool.admit()
-        tried: set[int] = set()
-        while True:
-            worker = self._pool.choose(tried)
-            tried.add(worker.dp_rank)
-            num_answers = 0
-            worker.num_in_flight += 1
-            call = worker.generate()(request, timeout=context.time_remaining(), metadata=forwarded(context))
+            self._pool.admit()
+            generation = Generation(request, self._pool, self._metrics, self._resume_timeout_s)
             try:
-                async for response in call:
-                    num_answers += 1
+                async for response in generation.answers(context):
                     yield response
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or was_answered(error):
-                    outcome.code = error.code().name
-                    await abort_as(context, error)
-                _note_loss(worker, num_answers, error.details())
-            except asyncio.CancelledError:
-                if is_client_gone():
-                    raise
-                _note_loss(worker, num_answers, "the gateway stops")
-            else:
-                return
-            finally:
-                worker.num_in_flight -= 1
-                call.cancel()
+                outcome.code = error.code().name
+                await abort_as(context, error)
 
     def _relay(self, method: str) -> rpc.UnaryMethod:
         async def relay(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-            tried: set[int] = set()
+            tried: list[WorkerChannel] = []
             while True:
                 worker = self._pool.choose(tried)
-                tried.add(worker.dp_rank)
+                tried.append(worker)
                 try:
                     return await worker.unary(method)(request, timeout=METHOD_TIMEOUT_S)  # type: ignore[no-any-return]
                 except grpc.aio.AioRpcError as error:
@@ -205,13 +99,14 @@ class Gateway:
 
     def __init__(
         self,
-        max_concurrent_requests: int,
+        settings: GatewayConfig,
         metrics: GatewayMetrics,
         credentials: Credentials = PLAINTEXT,
         front: Credentials = PLAINTEXT,
     ) -> None:
         """credentials: towards workers and controller; front: what clients see."""
-        self._pool = WorkerPool(max_concurrent_requests, credentials)
+        self._settings = settings
+        self._pool = WorkerPool(settings.max_concurrent_requests, credentials)
         self._admin = AdminRelay(credentials=credentials)
         self._front = front
         self._metrics = metrics
@@ -224,7 +119,7 @@ class Gateway:
 
     async def start(self, host: str, port: int) -> int:
         """Listens; serves once `update_workers` names a worker. Returns the port. Raises Unavailable if it is taken."""
-        inference = GatewayServicer(self._pool, self._metrics)
+        inference = GatewayServicer(self._pool, self._metrics, self._settings.resume_timeout_s)
         self._server.add_generic_rpc_handlers((inference.handlers(), self._admin.handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -262,15 +157,6 @@ class Gateway:
         value = status.SERVING if is_serving else status.NOT_SERVING
         for name in ("", SERVICE):
             await self._health.set(name, value)
-
-
-def _note_loss(worker: WorkerChannel, num_answers: int, detail: str | None) -> None:
-    """Raises Unavailable when the client has had answers of the worker that is lost; else another may be tried."""
-    if num_answers:
-        raise errors.Unavailable(
-            f"attention worker {worker.dp_rank} was lost after {num_answers} answers; send it again", retry_after_s=1.0
-        )
-    logger.warning("worker %d at %s is gone, trying another: %s", worker.dp_rank, worker.address, detail)
 
 
 def _add_dispatch(total: generation_pb2.DispatchStats, other: generation_pb2.DispatchStats) -> None:

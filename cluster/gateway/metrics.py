@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum, unique
 from urllib.error import URLError
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SCRAPE_TIMEOUT_S = 2.0  # below Prometheus' default of 10 s, so that one dead process does not fail the whole scrape
 MAX_PAGE_BYTES = 64 * 1024 * 1024
+_PAUSE_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class ProcessCollector(Collector):
@@ -57,6 +59,15 @@ class ProcessCollector(Collector):
         yield from families.values()
 
 
+@unique
+class ResumeReason(StrEnum):
+    """Why a worker did not end an answer that it, or one before it, had begun."""
+
+    LOST = "lost"  # the connection broke or says nothing any more
+    STOPPING = "stopping"  # it was told to end
+    REFUSED = "refused"  # it has no place
+
+
 class GatewayMetrics:
     """The gateway's own series and the collector of everybody else's."""
 
@@ -70,6 +81,28 @@ class GatewayMetrics:
         self._in_flight = Gauge(
             "mobula_gateway_requests_in_flight", "Generate calls in flight.", registry=self.registry
         )
+        self._resumes = Counter(
+            "mobula_gateway_resumes",
+            "Answers that had begun and had to go on with another worker, by why the one before was left.",
+            ["reason"],
+            registry=self.registry,
+        )
+        for reason in ResumeReason:
+            self._resumes.labels(reason.value)
+        self._pauses = Histogram(
+            "mobula_gateway_resume_pause_seconds",
+            "From the loss of a worker to the next answer, from another one.",
+            registry=self.registry,
+            buckets=_PAUSE_SECONDS,
+        )
+
+    def count_resume(self, reason: ResumeReason) -> None:
+        """A worker was left for another one."""
+        self._resumes.labels(reason.value).inc()
+
+    def observe_pause(self, seconds: float) -> None:
+        """What a client had to wait because its worker was lost."""
+        self._pauses.observe(seconds)
 
     @contextmanager
     def request(self) -> Iterator["RequestOutcome"]:

@@ -6,6 +6,7 @@ import asyncio
 
 import grpc
 import grpc.aio
+from google.rpc import error_details_pb2, status_pb2
 
 
 def forwarded(context: grpc.aio.ServicerContext) -> tuple[tuple[str, str], ...]:
@@ -17,6 +18,16 @@ def forwarded(context: grpc.aio.ServicerContext) -> tuple[tuple[str, str], ...]:
 def was_answered(error: grpc.aio.AioRpcError) -> bool:
     """Whether the other side itself ended the call so, rather than the connection to it."""
     return any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
+
+
+def error_reason(error: grpc.aio.AioRpcError) -> str:
+    """The reason, a constant of protos/errors.py, with which the other side ended the call; "" if it gave none."""
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            info = error_details_pb2.ErrorInfo()
+            if any(detail.Unpack(info) for detail in status_pb2.Status.FromString(value).details):
+                return str(info.reason)
+    return ""
 
 
 def is_client_gone() -> bool:

@@ -24,7 +24,7 @@ class GatewayRole(Role):
         settings = self._config.gateway
 
         async def start() -> tuple[Gateway, int]:
-            gateway = Gateway(settings.max_concurrent_requests, self._metrics, self._credentials)
+            gateway = Gateway(settings, self._metrics, self._credentials)
             return gateway, await gateway.start(self._bind_host, settings.port)
 
         self._gateway, port = self._loop.run(start())

@@ -151,7 +151,7 @@ class WorkerRole(Role):
 
     async def _serve(self, servicer: InferenceServicer) -> int:
         server = self._credentials.server((PeerRole.GATEWAY,), rpc.relay_options())
-        server.add_generic_rpc_handlers((servicer.handlers(),))
+        server.add_generic_rpc_handlers(servicer.handlers())
         health_pb2_grpc.add_HealthServicer_to_server(self._health_servicer, server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

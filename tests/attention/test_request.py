@@ -6,6 +6,7 @@ from attention.request import GenerationDefaults, RequestReader
 from attention.tokenizer import BadTokenizer
 from protos import errors
 from protos.generation_pb2 import Chat, ChatMessage, GenerateRequest, SamplingParams, TokenIds, TokenizeRequest
+from protos.worker_pb2 import RelayedRequest
 from tests.attention.fake_decoder import make_byte_tokenizer
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -55,6 +56,37 @@ def test_larger_max_tokens_end_with_the_context():
 def test_request_gets_an_id_unless_it_has_one():
     assert read(text="a", request_id="mine").request_id == "mine"
     assert read(text="a").request_id != read(text="a").request_id
+
+
+def relayed(token_ids=(), **fields):
+    request = GenerateRequest(**fields).SerializeToString()
+    return RelayedRequest(request=request, request_id="gateway's", seed=7, output_token_ids=token_ids)
+
+
+def test_a_relayed_request_takes_what_it_lacks_from_the_gateway():
+    sequence = make_reader().relayed_sequence(relayed(text="a"))
+    assert (sequence.request_id, sequence.sampling_params.seed) == ("gateway's", 7)
+    own = relayed(text="a", request_id="mine", sampling_params=SamplingParams(seed=0))
+    sequence = make_reader().relayed_sequence(own)
+    assert (sequence.request_id, sequence.sampling_params.seed) == ("mine", 0)
+
+
+def test_tokens_that_the_client_has_count_as_output_and_are_not_told_again():
+    request = relayed([98, 99], text="a", sampling_params=SamplingParams(max_tokens=4, stop=["bcde"]))
+    sequence = make_reader().relayed_sequence(request)
+    assert (sequence.prompt_token_ids, sequence.output_token_ids) == ([256, 97], [98, 99])
+    assert sequence.max_num_tokens == 6
+    assert sequence.advance(100).text == ""  # may still become the stop string
+    assert sequence.advance(102).text == "bcdf"
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"), [([98, 99], "ends with output token 1 of 2"), ([300], "token id 300 at index 0")]
+)
+def test_tokens_that_no_answer_begins_with_are_refused(token_ids, message):
+    request = relayed(token_ids, text="a", sampling_params=SamplingParams(max_tokens=2))
+    with pytest.raises(errors.InvalidRequest, match=message):
+        make_reader().relayed_sequence(request)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Worker:
 async def running_worker(**config):
     worker = Worker(**config)
     server = grpc.aio.server(options=rpc.client_options())
-    server.add_generic_rpc_handlers((worker.servicer.handlers(),))
+    server.add_generic_rpc_handlers(worker.servicer.handlers())
     port = server.add_insecure_port("127.0.0.1:0")
     worker.engine.start()
     await server.start()

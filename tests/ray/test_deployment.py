@@ -131,9 +131,17 @@ def test_a_request_waits_for_a_killed_shard_and_gets_the_same_text(deployment: D
     wait_until_replaced(deployment, "shard-1", killed.generation)
 
 
-def test_a_killed_worker_comes_back_and_the_other_one_serves_meanwhile(deployment: Deployment) -> None:
-    expected = generate(deployment)
-    killed = kill(deployment, "worker-0")
+def test_a_killed_worker_comes_back_and_the_other_one_goes_on_with_its_answers_meanwhile(
+    deployment: Deployment,
+) -> None:
+    expected, long = generate(deployment), generate(deployment, num_tokens=200)
+    params = pb.SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    with InferenceClient(deployment.address) as client:
+        answers = client.generate(PROMPT, params, timeout_s=TIMEOUT_S)
+        next(answers)  # of worker 0: the fewest calls in flight, then the lower rank
+        killed = kill(deployment, "worker-0")
+        *_, generation = answers
+    assert generation.text == long
     for _ in range(4):
         assert generate(deployment) == expected
     wait_until_replaced(deployment, "worker-0", killed.generation)
