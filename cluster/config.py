@@ -134,6 +134,20 @@ class GatewayConfig(StrictModel):
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that its node must carry
 
 
+class TlsConfig(StrictModel):
+    """Certificates, read again when their files change. `mobula certs make` and cert-manager write such folders."""
+
+    processes: str | None = None  # holds a folder for each ROLE: mTLS between processes; unset: plaintext
+    clients: str | None = None  # the certificate that clients see: TLS on the gateway's port; unset: plaintext
+    require_client_certificate: bool = False  # of an authority in the ca.crt of `clients`
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.require_client_certificate and not self.clients:
+            raise ValueError("require_client_certificate needs `clients`")
+        return self
+
+
 class RayConfig(StrictModel):
     """Which Ray cluster to run on."""
 
@@ -154,6 +168,7 @@ class MobulaConfig(StrictModel):
     expert_shards: ExpertShardsConfig = Field(default_factory=ExpertShardsConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     controller: ControllerConfig = Field(default_factory=ControllerConfig)
+    tls: TlsConfig = Field(default_factory=TlsConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0  # at shutdown, for requests in flight
 

@@ -21,11 +21,8 @@ class PeerRole(StrEnum):
     CONTROLLER = "controller"
 
 
-class Credentials(Protocol):
-    """What one process shows to others, and what it asks of them."""
-
-    def channel(self, address: str, peer: PeerRole, options: Options) -> grpc.aio.Channel:
-        """To the process at `address` ("host:port"), which must be a `peer`."""
+class ServerCredentials(Protocol):
+    """What a server shows to those who call it, and what it asks of them."""
 
     def server(
         self,
@@ -37,6 +34,13 @@ class Credentials(Protocol):
 
     def listen(self, server: grpc.aio.Server, address: str) -> int:
         """Binds a server of `server` to "host:port" and returns the port. Raises RuntimeError when it cannot."""
+
+
+class Credentials(ServerCredentials, Protocol):
+    """What one process shows to others, and what it asks of them."""
+
+    def channel(self, address: str, peer: PeerRole, options: Options) -> grpc.aio.Channel:
+        """To the process at `address` ("host:port"), which must be a `peer`."""
 
 
 class Plaintext:

@@ -45,6 +45,20 @@ class PromptTooLong(InvalidRequest):
     reason = "PROMPT_TOO_LONG"
 
 
+class Unauthenticated(MobulaError):
+    """The caller did not show who it is, or what it showed is not valid (any more)."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(MobulaError):
+    """It is known who the caller is, and that it may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+
 class QueueFull(MobulaError):
     """A bounded queue has no place; the same request may succeed later."""
 

@@ -48,7 +48,7 @@ class System:
         for role in self.roles:
             assert role.health().state is ProcessState.READY, role.health().detail
         self.connect()
-        self.channel = grpc.insecure_channel(self.address)
+        self.channel = self._connection()
         self.stub = generation_pb2_grpc.InferenceStub(self.channel)
         return self
 
@@ -68,6 +68,13 @@ class System:
         named = {f"worker-{rank}": worker for rank, worker in enumerate(self.workers)}
         named |= {f"shard-{rank}": shard for rank, shard in enumerate(self.shards)}
         self.gateway.update_members(workers, {name: role.health().metrics_address for name, role in named.items()})
+
+    def _connection(self) -> grpc.Channel:
+        clients = self.config.tls.clients
+        if clients is None:
+            return grpc.insecure_channel(self.address)
+        authority = (Path(clients) / "ca.crt").read_bytes()
+        return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(authority))
 
     @property
     def address(self) -> str:

@@ -11,7 +11,7 @@ import grpc
 import typer
 
 from cluster.client import DEFAULT_ADDRESS, InferenceClient
-from cluster.commands import admin_command, checkpoint_command, trace_command
+from cluster.commands import admin_command, certs_command, checkpoint_command, trace_command
 from cluster.commands.terminal import console, fail, fail_call
 from cluster.commands.views import experts_view
 from protos import generation_pb2
@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Serves DeepSeek-V2-class models with attention and experts in separate processes.",
 )
 app.add_typer(checkpoint_command.app, name="checkpoint")
+app.add_typer(certs_command.app, name="certs")
 app.add_typer(trace_command.app, name="trace")
 Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 ConfigFile = Annotated[

@@ -24,7 +24,7 @@ from cluster.gateway.relay import abort_as, is_client_gone, was_answered
 from cluster.gateway.worker_pool import INFERENCE as SERVICE
 from cluster.gateway.worker_pool import WorkerChannel, WorkerPool
 from protos import errors, generation_pb2, rpc
-from protos.credentials import PLAINTEXT, Credentials
+from protos.credentials import PLAINTEXT, Credentials, ServerCredentials
 
 METHOD_TIMEOUT_S = 10.0  # for everything but Generate, which lives as long as its client
 
@@ -102,7 +102,7 @@ class Gateway:
         settings: GatewayConfig,
         metrics: GatewayMetrics,
         credentials: Credentials = PLAINTEXT,
-        front: Credentials = PLAINTEXT,
+        front: ServerCredentials = PLAINTEXT,
     ) -> None:
         """credentials: towards workers and controller; front: what clients see."""
         self._settings = settings

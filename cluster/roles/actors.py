@@ -20,6 +20,8 @@ from cluster.controller.process import ClusterStatus, ManagedProcess, ProcessDie
 from cluster.controller.rebalance import Float64Array
 from cluster.roles.role import node_address
 from cluster.roles.role_actor import GatewayActor, RoleActor, ShardActor, WorkerActor
+from cluster.security.process_tls import process_credentials, process_folder
+from protos.credentials import PeerRole
 from router.expert_map import ExpertMap
 from router.placement import PlacementRequest, place_units
 
@@ -74,7 +76,8 @@ class ControllerActor:
         processes = _create_processes(self._config, self._host)
         rebalancing = self._config.expert_shards.rebalancing
         self._controller = Controller(processes, self._expert_map, _proposer(self._config, self._request), rebalancing)
-        self._admin = AdminServer(self._controller)
+        certificates = process_folder(self._config.tls, PeerRole.CONTROLLER)
+        self._admin = AdminServer(self._controller, process_credentials(certificates))
         self._controller.admin_address = self._admin.start(self._host or node_address(), self._config.controller.port)
         self._controller.start()
 

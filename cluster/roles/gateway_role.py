@@ -6,6 +6,8 @@ from cluster.config import MobulaConfig
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
+from cluster.security.process_tls import client_credentials, client_folder
+from protos.credentials import PeerRole
 from router.expert_map import ExpertMap
 
 
@@ -14,17 +16,21 @@ class GatewayRole(Role):
 
     def __init__(self, config: MobulaConfig, host: str | None) -> None:
         listens_everywhere = config.gateway.host in ("0.0.0.0", "::")
-        super().__init__(config, host if listens_everywhere else config.gateway.host)
+        super().__init__(config, PeerRole.GATEWAY, 0, host if listens_everywhere else config.gateway.host)
         self._bind_host = config.gateway.host
         self._metrics = GatewayMetrics()
         self._registry = self._metrics.registry
         self._gateway: Gateway | None = None
 
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
-        settings = self._config.gateway
+        settings, tls = self._config.gateway, self._config.tls
+        shown = client_folder(tls)
+        front = client_credentials(tls, shown)
+        if shown:
+            self._certificates.watch("public", shown)
 
         async def start() -> tuple[Gateway, int]:
-            gateway = Gateway(settings, self._metrics, self._credentials)
+            gateway = Gateway(settings, self._metrics, self._credentials, front)
             return gateway, await gateway.start(self._bind_host, settings.port)
 
         self._gateway, port = self._loop.run(start())

@@ -16,7 +16,9 @@ from prometheus_client import CollectorRegistry
 from cluster.config import MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
 from cluster.gateway.metrics import serve_metrics
-from protos.credentials import PLAINTEXT
+from cluster.security.metrics import CertificateMetrics
+from cluster.security.process_tls import process_credentials, process_folder
+from protos.credentials import PLAINTEXT, PeerRole
 from protos.loop_thread import LoopThread
 from router.expert_map import ExpertMap
 
@@ -28,9 +30,11 @@ CONTROL_TIMEOUT_S = 10.0  # for what the control thread asks of the event loop
 class Role(ABC):
     """The life every process has. Methods are called from the controller, each in a thread of its own."""
 
-    def __init__(self, config: MobulaConfig, host: str | None) -> None:
+    def __init__(self, config: MobulaConfig, role: PeerRole, rank: int, host: str | None) -> None:
         """host: where to listen; None for this node's address in the cluster."""
         self._config = config
+        self._peer_role = role
+        self._name = f"{role.value}-{rank}"
         self._host = host or node_address()  # where others find this process
         self._bind_host = self._host  # where it listens
         self._lock = threading.Lock()
@@ -54,6 +58,7 @@ class Role(ABC):
             self._health = replace(self._health, state=ProcessState.LOADING, detail="reading weights")
         before = psutil.Process().memory_info().rss
         try:
+            self._use_certificates()
             address, weight_bytes = self._load(expert_map)
             _, metrics_port = serve_metrics(self._bind_host, self._metrics_port(), self._registry)
         except Exception as error:  # the top of the process's start: the controller shows it
@@ -69,6 +74,14 @@ class Role(ABC):
             metrics_address=f"{self._host}:{metrics_port}",
             load_rss_bytes=max(0, _peak_rss_bytes() - before),
         )
+
+    def _use_certificates(self) -> None:
+        """Raises CertificateError."""
+        folder = process_folder(self._config.tls, self._peer_role)
+        self._credentials = process_credentials(folder)
+        self._certificates = CertificateMetrics(self._registry, self._name)
+        if folder:
+            self._certificates.watch(self._peer_role.value, folder)
 
     @abstractmethod
     def stop(self, drain_timeout_s: float) -> None:

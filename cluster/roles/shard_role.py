@@ -16,6 +16,7 @@ from experts.metrics import ShardMetrics
 from experts.servicer import ExpertServer
 from experts.shard import ExpertShard, ShardConfig
 from experts.weight_store import Unit
+from protos.credentials import PeerRole
 from protos.errors import Unavailable
 from router.expert_map import ExpertMap, PlacementUnit
 
@@ -24,7 +25,7 @@ class ShardRole(Role):
     """An expert shard."""
 
     def __init__(self, config: MobulaConfig, ep_rank: int, host: str | None) -> None:
-        super().__init__(config, host)
+        super().__init__(config, PeerRole.SHARD, ep_rank, host)
         self._ep_rank = ep_rank
         self._shard: ExpertShard | None = None
         self._server: ExpertServer | None = None

@@ -45,7 +45,7 @@ class WorkerRole(Role):
     """An attention worker: engine, router and inference server."""
 
     def __init__(self, config: MobulaConfig, dp_rank: int, host: str | None) -> None:
-        super().__init__(config, host)
+        super().__init__(config, PeerRole.WORKER, dp_rank, host)
         self._dp_rank = dp_rank
         self._router: Router | None = None
         self._report: WorkerReport | None = None

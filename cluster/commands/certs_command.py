@@ -1,0 +1,48 @@
+"""`mobula certs`: certificates for a test or a deployment on bare machines. Run it again to renew them: processes that
+run notice by themselves.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from cryptography import x509
+
+from cluster.commands.terminal import console, fail
+from cluster.security.authority import AUTHORITY_FOLDER, CLIENTS_FOLDER, PUBLIC_FOLDER, Authority
+from protos.certificates import CertificateError
+
+app = typer.Typer(no_args_is_help=True, help="Make and revoke certificates.")
+Folder = Annotated[Path, typer.Argument(help="Folder with the authority and all that it signs.")]
+
+
+@app.command()
+def make(
+    folder: Folder,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Host or address by which clients reach the gateway; may be repeated.")
+    ] = None,
+    client: Annotated[list[str] | None, typer.Option(help="A client to make one for; may be repeated.")] = None,
+    days: Annotated[float, typer.Option(min=0, help="For how long they are valid.")] = 90.0,
+) -> None:
+    """Make an authority, if there is none, and new certificates for every role, the gateway's port and clients."""
+    try:
+        authority = Authority.open(folder)
+        authority.issue_roles(days)
+        authority.issue(folder / PUBLIC_FOLDER, "gateway", name or ["localhost", "127.0.0.1"], days)
+        for client_name in client or ():
+            authority.issue(folder / CLIENTS_FOLDER / client_name, client_name, (), days)
+    except (CertificateError, OSError, ValueError) as error:
+        fail(str(error))
+    console.print(f"certificates in {folder}, valid for {days:g} days", highlight=False)
+    console.print(f"[dim]keep {folder / AUTHORITY_FOLDER} away from the machines that serve[/dim]")
+
+
+@app.command()
+def revoke(folder: Folder, certificate: Annotated[Path, typer.Argument(help="Its tls.crt.")]) -> None:
+    """Have a certificate believed no more: renews ca.crl in every folder; copy it to the machines that serve."""
+    try:
+        Authority.open(folder).revoke(x509.load_pem_x509_certificate(certificate.read_bytes()))
+    except (CertificateError, OSError, ValueError) as error:
+        fail(str(error))
+    console.print(f"revoked {certificate}", highlight=False)
