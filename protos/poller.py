@@ -60,10 +60,16 @@ class Poller:
         if threading.get_ident() != self._polling_thread:
             os.eventfd_write(self._eventfd, 1)
 
-    def poll(self, timeout_s: float | None) -> None:
-        """Waits until something is ready or `timeout_s` (None: no limit) has passed, and runs its callbacks."""
+    def poll(self, timeout_s: float | None) -> bool:
+        """Waits until something is ready or `timeout_s` (None: no limit) has passed, and runs its callbacks.
+
+        Whether there were any: a call of another thread is none.
+        """
         self._polling_thread = threading.get_ident()
+        had_any = False
         for fd, _ in self._epoll.poll(None if timeout_s is None else min(timeout_s, MAX_POLL_S)):
             on_ready = self._on_ready.get(fd)  # none: the eventfd, or unregistered by the callback before
             if on_ready is not None:
+                had_any = True
                 on_ready()
+        return had_any

@@ -54,13 +54,17 @@ class Completions:
         self._ended.append((call, outcome))
         self._poller.wake()
 
-    def wait(self, timeout_s: float) -> None:
-        """Tells what has ended, whichever layer it belongs to; when nothing has, waits for it."""
-        if not self._ended:
-            self._poller.poll(timeout_s)
+    def wait(self, timeout_s: float) -> bool:
+        """Tells what has ended, whichever layer it belongs to; when nothing has, waits for it.
+
+        Whether there was anything to tell: if not, nothing has ended that has not been told.
+        """
+        had_any = bool(self._ended) or self._poller.poll(timeout_s)
         while self._ended:
+            had_any = True
             call, outcome = self._ended.popleft()
             call.tell(outcome)
+        return had_any
 
 
 class ForwardCall:

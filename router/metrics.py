@@ -5,7 +5,8 @@ The engine thread counts; a scrape may see a dispatch half counted, never a wron
 """
 
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
@@ -46,6 +47,9 @@ class RouterMetrics(Collector):
         self._received_bytes: Tally[tuple[int, Carrier]] = Tally()
         self._rows: Tally[int] = Tally()
         self._retries: Tally[str] = Tally()
+        self._late: Tally[int] = Tally()
+        self._seconds: defaultdict[tuple[int, str], float] = defaultdict(float)
+        self._quarantined: Callable[[], list[int]] = list
         self._num_violations = 0
         self._num_dropped = 0
         self._placement_version = 0
@@ -57,6 +61,10 @@ class RouterMetrics(Collector):
             _LATENCY_BUCKETS_S,
         )
         registry.register(self)
+
+    def watch(self, quarantined: Callable[[], list[int]]) -> None:
+        """quarantined: the shards that are not trusted now; asked when somebody scrapes."""
+        self._quarantined = quarantined
 
     def set_placement(self, placement_version: int, max_ranks_per_token: int) -> None:
         """The placement that the next dispatch uses, and its device limit."""
@@ -87,6 +95,16 @@ class RouterMetrics(Collector):
     def count_retry(self, reason: str) -> None:
         """A message that was sent again; `reason` is an error's or "timeout"."""
         self._retries[reason] += 1
+
+    def count_late(self, ep_rank: int) -> None:
+        """A forward whose answer did not come in the time that was to be expected."""
+        self._late[ep_rank] += 1
+
+    def count_times(self, ep_rank: int, seconds: float, queue_s: float, compute_s: float) -> None:
+        """Where an answered forward's time went: all of it here, the parts on the shard's clock."""
+        self._seconds[ep_rank, "queue"] += queue_s
+        self._seconds[ep_rank, "compute"] += compute_s
+        self._seconds[ep_rank, "wire"] += max(0.0, seconds - queue_s - compute_s)
 
     def observe_latency(self, seconds: float) -> None:
         """Of one layer."""
@@ -147,11 +165,41 @@ class RouterMetrics(Collector):
         for reason, count in sorted(self._retries.copy().items()):
             retries.add_metric((dp_rank, reason), count)
         yield retries
+        yield from self._of_shards()
         version = GaugeMetricFamily(
             "mobula_placement_version", "Version of the expert map in use.", labels=("dp_rank",)
         )
         version.add_metric((dp_rank,), self._placement_version)
         yield version
+
+    def _of_shards(self) -> Iterator[Metric]:
+        """How punctual each is."""
+        dp_rank = self._dp_rank
+        seconds = CounterMetricFamily(
+            "mobula_forward_seconds",
+            "Time of answered forwards: queue and compute as the shard says, wire is the rest that the worker saw.",
+            labels=("dp_rank", "ep_rank", "part"),
+        )
+        for (ep_rank, part), total in sorted(self._seconds.copy().items()):
+            seconds.add_metric((dp_rank, str(ep_rank), part), total)
+        yield seconds
+        late = CounterMetricFamily(
+            "mobula_late_forwards",
+            "Forwards whose answer took longer than measured times let expect; other replicas were asked too.",
+            labels=("dp_rank", "ep_rank"),
+        )
+        for ep_rank, count in sorted(self._late.copy().items()):
+            late.add_metric((dp_rank, str(ep_rank)), count)
+        yield late
+        quarantined = GaugeMetricFamily(
+            "mobula_shard_is_quarantined",
+            "1: answers are late, or wrong, so often that the worker asks others where it can.",
+            labels=("dp_rank", "ep_rank"),
+        )
+        suspects = self._quarantined()
+        for ep_rank in sorted({rank for rank, _ in self._seconds.copy()} | set(suspects)):
+            quarantined.add_metric((dp_rank, str(ep_rank)), float(ep_rank in suspects))
+        yield quarantined
 
     def _ranks_per_token(self) -> Metric:
         """A histogram with a bucket for each number of shards."""

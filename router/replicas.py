@@ -18,7 +18,7 @@ def choose_replicas(unit_to_ep_ranks: Int64Array, turn: int, avoid: Collection[i
     """
     if unit_to_ep_ranks.shape[1] == 1:
         return unit_to_ep_ranks[:, 0]
-    usable = usable_replicas(unit_to_ep_ranks, avoid) >= 0
+    usable = usable_replicas(unit_to_ep_ranks, avoid) >= 0  # [num_units, max_replicas]
     num_usable = usable.sum(axis=-1).clip(min=1)
     wanted = (np.arange(len(usable)) + turn) % num_usable  # [num_units], the how-manieth usable replica
     index = ((usable.cumsum(axis=-1) - 1 == wanted[:, None]) & usable).argmax(axis=-1)
@@ -32,3 +32,8 @@ def usable_replicas(unit_to_ep_ranks: Int64Array, avoid: Collection[int]) -> Int
         return unit_to_ep_ranks
     usable = (unit_to_ep_ranks >= 0) & ~np.isin(unit_to_ep_ranks, list(avoid))
     return np.where(usable | ~usable.any(axis=-1, keepdims=True), unit_to_ep_ranks, -1)
+
+
+def others_only(unit_to_ep_ranks: Int64Array, avoid: Collection[int]) -> Int64Array:
+    """The same with -1 for shards in `avoid`, and nothing but -1 for units that no other shard has."""
+    return np.where(np.isin(unit_to_ep_ranks, list(avoid)), -1, unit_to_ep_ranks)

@@ -14,18 +14,22 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from protos.errors import Unavailable
 from protos.poller import Poller
+from router.attempt import LayerInput
 from router.completions import Completions
-from router.dispatch_handle import DispatchHandle, HandleContext, LayerInput, Routing, sequence_numbers
+from router.dispatch_handle import DispatchHandle, HandleContext, sequence_numbers
 from router.expert_map import ExpertMap
 from router.gate_config import GateConfig
 from router.metrics import DispatchStats, RouterMetrics
 from router.router_config import RouterConfig
+from router.routing import Candidates, Routing
+from router.service_times import ServiceTimes
+from router.shard_health import ShardHealth
 from router.shard_queues import ShardQueues
 from router.transport import ShardTransport, TransportFactory
 
@@ -47,6 +51,7 @@ class Router:
         connect: TransportFactory,
         metrics: RouterMetrics,
         poller: Poller | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`addresses` by ep_rank, without those that are down; `connect` opens the way to one.
 
@@ -58,15 +63,23 @@ class Router:
         self._update_lock = threading.Lock()
         self._routing = Routing(expert_map=expert_map, transports=(None,) * expert_map.ep_size)
         self._is_closed = False
+        self._health = ShardHealth(clock)
+        metrics.watch(self._health.quarantined)
+        queues = ShardQueues()
         self._context = HandleContext(
             config=config,
             metrics=metrics,
             completions=Completions(poller or Poller()),
             routing=self._newest_routing,
             sequence_numbers=sequence_numbers(),
-            turns=itertools.count(),
+            candidates=Candidates(
+                turns=itertools.count(), queues=queues, health=self._health, late_after_s=config.late_after_s
+            ),
             handles_by_version={},
-            queues=ShardQueues(),
+            queues=queues,
+            times=ServiceTimes(config.late_after_s, config.attempt_timeout_s),
+            health=self._health,
+            clock=clock,
         )
         self.update_placement(expert_map, addresses)
 
@@ -111,7 +124,7 @@ class Router:
         assert not handle.is_combined, "a handle is combined once"
         handle.is_combined = True
         combined = handle.wait()
-        self._metrics.observe_latency(time.monotonic() - handle.started_s)
+        self._metrics.observe_latency(self._context.clock() - handle.started_s)
         return combined.to(handle.device)
 
     def abandon(self, handle: DispatchHandle) -> None:
@@ -156,6 +169,10 @@ class Router:
         while (down := self._routing.down()) and time.monotonic() < give_up_at_s:
             time.sleep(_CONNECT_POLL_S)
         return down
+
+    def quarantined_shards(self) -> list[int]:
+        """Those that this worker does not trust with rows while others have the units. From any thread."""
+        return self._health.quarantined()
 
     def stats(self) -> DispatchStats:
         """How far tokens travelled so far."""

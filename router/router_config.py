@@ -20,6 +20,9 @@ class RouterConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
 
     forward_timeout_s: Annotated[float, Field(gt=0)] = 120.0  # per layer, retries included; covers a shard's restart
     attempt_timeout_s: Annotated[float, Field(gt=0)] = 20.0  # without an answer for so long, ask again or elsewhere
+    late_after_s: Annotated[float, Field(gt=0)] = (
+        0.05  # no answer is late sooner; when it is follows from measured times, and then replicas are asked too
+    )
     shared_memory_mib: Annotated[int, Field(ge=0, le=65536)] = (
         256  # with each shard of this host; used as needed; 0: none
     )

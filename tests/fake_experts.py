@@ -1,5 +1,6 @@
 """Experts whose right answers are known: expert k multiplies by k + 1, so that a misrouted token shows."""
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -137,6 +138,7 @@ def router_to(
     addresses: dict[int, str] | None = None,
     registry: CollectorRegistry | None = None,
     poller: Poller | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Router:
     """Shard r's address is str(r) unless `addresses` says otherwise."""
     return Router(
@@ -147,6 +149,7 @@ def router_to(
         connect=connect,
         metrics=RouterMetrics(registry or CollectorRegistry(), dp_rank=0),
         poller=poller,
+        clock=clock,
     )
 
 

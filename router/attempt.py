@@ -1,0 +1,104 @@
+"""One message on its way to one shard: the call that carries it, and what its answer says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protos import expert_pb2
+from protos.codec import PayloadReader, dtype_from_wire, dtype_to_wire
+from protos.errors import InternalError, from_code
+from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall, Outcome
+from router.plan import PartialSums, ShardMessage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInput:
+    """What a layer's routed experts are given, on the CPU; see Router.dispatch."""
+
+    layer_id: int
+    hidden_states: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Attempt:
+    """A message on its way as `call`, or waiting to be sent again at `resend_at_s`. Times are the worker's clock.
+
+    late_at_s: when to look whether the answer is late; never again once it `is_late`.
+    is_probe: a copy of rows for a shard that is not trusted; nobody waits for it.
+    """
+
+    message: ShardMessage
+    number: int
+    address: str
+    sent_s: float
+    late_at_s: float
+    give_up_at_s: float
+    is_probe: bool = False
+    is_late: bool = False
+    call: ForwardCall | None = None
+    resend_at_s: float = 0.0
+    reason: str = ""
+    failure: str = ""
+
+    @property
+    def ep_rank(self) -> int:
+        return self.message.ep_rank
+
+    @property
+    def due_at_s(self) -> float:
+        """When something about it must be looked at."""
+        return min(self.late_at_s, self.give_up_at_s)
+
+
+def forward_call(
+    message: ShardMessage,
+    layer: LayerInput,
+    *,
+    sequence_number: int,
+    placement_version: int,
+    completions: Completions,
+    tell: Callable[[Outcome], None],
+) -> ForwardCall:
+    """The call that carries a message."""
+    hidden_states = layer.hidden_states
+    header = expert_pb2.ForwardHeader(
+        sequence_number=sequence_number,
+        layer_id=layer.layer_id,
+        placement_version=placement_version,
+        num_rows=message.num_rows,
+        num_assignments=message.num_assignments,
+        num_partial_sums=message.num_partial_sums,
+        dtype=dtype_to_wire(hidden_states.dtype),
+    )
+    hidden_bytes: Bytes = hidden_states.view(torch.uint8).numpy()  # numpy knows no bfloat16
+    is_every_row = message.num_rows == len(hidden_states)  # ascending and distinct, so in place already
+    return ForwardCall(
+        sequence_number=sequence_number,
+        header=header.SerializeToString(),
+        hidden_states=hidden_bytes,
+        row_ids=None if is_every_row else message.row_ids,
+        assignments=message.assignments,
+        answer_bytes=message.num_partial_sums * hidden_states.shape[1] * hidden_states.itemsize,
+        completions=completions,
+        tell=tell,
+    )
+
+
+def read_partial_sums(message: ShardMessage, answer: ForwardAnswer, hidden_states: Tensor) -> PartialSums:
+    """What an answer has, in place. Raises the error that it carries, InternalError when it is not the message's."""
+    header, dtype = answer.header, hidden_states.dtype
+    if header.HasField("error"):
+        raise from_code(header.error.code, header.error.message)
+    if header.num_partial_sums != message.num_partial_sums or dtype_from_wire(header.dtype) != dtype:
+        raise InternalError(
+            f"the answer has {header.num_partial_sums} partial sums of dtype {header.dtype}, expected "
+            f"{message.num_partial_sums} of {dtype}"
+        )
+    reader = PayloadReader(answer.payload)
+    values = reader.take((message.num_partial_sums, hidden_states.shape[1]), dtype)
+    reader.finish()
+    return PartialSums(message.partial_sums, values)

@@ -1,0 +1,161 @@
+"""Late, silent and slow shards, by a clock that stands still between events: nothing here sleeps."""
+
+import pytest
+import torch
+
+from protos.errors import ShardUnavailable
+from router.router_config import RouterConfig
+from router.service_times import ServiceTimes
+from router.shard_health import MAX_PROBE_INTERVAL_S, MIN_PROBE_INTERVAL_S, NUM_PUNCTUAL
+from tests.fake_experts import grouped_gate, multiplied, placed, random_rows
+from tests.router.timed_shards import TimedShards
+
+GATE = grouped_gate()
+CONFIG = RouterConfig(forward_timeout_s=60.0, attempt_timeout_s=20.0, late_after_s=0.05)
+ROWS = random_rows(GATE, 8, hidden_size=4)
+
+
+@pytest.fixture
+def shards() -> TimedShards:
+    """Three of them, every unit on two, and times that are known."""
+    shards = TimedShards(GATE, placed(GATE, 3, num_replicas=2), CONFIG)
+    for _ in range(5):
+        combine(shards)
+    return shards
+
+
+def combine(shards: TimedShards) -> float:
+    """Seconds of a layer, whose sums must be right."""
+    sums, seconds = shards.combine(ROWS)
+    torch.testing.assert_close(sums, multiplied(ROWS))
+    return seconds
+
+
+def slow_of(shards: TimedShards) -> int:
+    """A shard that is asked for something."""
+    before = shards.num_calls()
+    combine(shards)
+    return int((shards.num_calls() - before).argmax())
+
+
+def late_forwards(shards: TimedShards, ep_rank: int) -> int:
+    return shards.router._metrics._late[ep_rank]
+
+
+def test_a_silent_shard_costs_one_wait_and_then_gets_no_rows(shards):
+    silent = slow_of(shards)
+    shards.transports[silent].seconds = None
+    assert combine(shards) == pytest.approx(0.06, abs=0.005)  # late_after_s and the replica's time
+    before = shards.num_calls()
+    for _ in range(20):
+        assert combine(shards) == pytest.approx(0.01, abs=0.001)
+    assert shards.num_calls()[silent] == before[silent]
+    assert late_forwards(shards, silent) == 1
+    assert shards.router._metrics._retries["late"] >= 1
+
+
+def test_the_first_answer_counts_and_the_other_is_ignored(shards):
+    slow = slow_of(shards)
+    shards.transports[slow].seconds = 0.055  # late, but before the replica that is asked then
+    assert combine(shards) == pytest.approx(0.055, abs=0.002)
+    assert combine(shards) <= 0.06
+
+
+def test_a_shard_that_was_stopped_and_goes_on_gets_rows_again(shards):
+    stopped = slow_of(shards)
+    transport = shards.transports[stopped]
+    transport.seconds = None
+    combine(shards)
+    transport.seconds = 0.01
+    transport.answer(transport.calls[-1])  # at last
+    combine(shards)
+    before = shards.num_calls()
+    for _ in range(20):
+        combine(shards)
+    assert shards.num_calls()[stopped] > before[stopped]
+    assert shards.router.quarantined_shards() == []
+
+
+def test_a_shard_that_is_always_late_is_quarantined_and_probed_until_it_is_punctual_again(shards):
+    slow = slow_of(shards)
+    transport = shards.transports[slow]
+    transport.seconds = 0.2
+    seconds = [combine(shards) for _ in range(200)]
+    assert shards.router.quarantined_shards() == [slow]
+    assert max(seconds) < 0.1  # hedged
+    assert sum(second > 0.02 for second in seconds) <= 6
+    for _ in range(300):
+        shards.clock.now_s += MAX_PROBE_INTERVAL_S / 20
+        combine(shards)
+    num_probes = len(transport.calls)
+    transport.seconds = 0.01
+    for _ in range(200):
+        shards.clock.now_s += MAX_PROBE_INTERVAL_S / 20
+        combine(shards)
+    assert shards.router.quarantined_shards() == []
+    assert len(transport.calls) > num_probes + NUM_PUNCTUAL
+
+
+def test_probes_are_rare_and_delay_nobody(shards):
+    slow = slow_of(shards)
+    shards.transports[slow].seconds = 0.2
+    while not shards.router.quarantined_shards():
+        combine(shards)
+    for _ in range(50):
+        shards.clock.now_s += 1.0  # the answers to late ones arrive
+        combine(shards)
+    before = shards.num_calls()[slow]
+    for _ in range(100):
+        assert combine(shards) == pytest.approx(0.01, abs=0.001)
+    assert shards.num_calls()[slow] <= before + 1 + 1.0 / MIN_PROBE_INTERVAL_S
+
+
+def test_without_a_replica_a_late_answer_is_waited_for(shards):
+    alone = TimedShards(GATE, placed(GATE, 2), CONFIG)
+    alone.transports[1].seconds = 3.0
+    for _ in range(3):
+        assert combine(alone) == pytest.approx(3.0, abs=0.01)
+    assert alone.num_calls().tolist() == [3, 3]
+    alone.transports[1].seconds = None
+    with pytest.raises(ShardUnavailable, match=r"shard 1 at 1 did not answer for layer 1 within .* 60"):
+        alone.combine(ROWS)
+
+
+def test_two_silent_shards_of_three_leave_what_only_they_have_to_wait(shards):
+    for transport in shards.transports[:2]:
+        transport.seconds = None
+    with pytest.raises(ShardUnavailable):
+        shards.combine(ROWS)
+    assert shards.clock.now_s < 1000.0 + CONFIG.forward_timeout_s + 5.0
+
+
+def test_a_replica_that_breaks_while_it_is_asked_instead_of_a_late_one_is_asked_again(shards):
+    silent = slow_of(shards)
+    shards.transports[silent].seconds = None
+    for transport in shards.transports:
+        transport.shard.fail_next = [ShardUnavailable("gone")]
+    assert combine(shards) < 0.2
+
+
+def test_an_answer_is_late_by_measured_times():
+    times = ServiceTimes(0.05, 20.0)
+    assert times.late_after_s(0, 10) == 20.0  # nothing is known
+    for _ in range(100):
+        times.answered(0, 10, 0.2)
+        times.answered(1, 10, 0.2)
+    assert 0.4 <= times.late_after_s(0, 10) < 0.45
+    assert times.late_after_s(0, 1) == times.late_after_s(0, 10)  # smaller ones are no slower
+    assert times.late_after_s(0, 10 * 16) == pytest.approx(16 * times.late_after_s(0, 10))  # nor larger ones than so
+    assert times.late_after_s(2, 10) == pytest.approx(1.6, rel=0.1)  # a shard without answers: by its peers
+
+
+def test_a_shard_that_became_slow_is_late_by_its_peers_times():
+    times = ServiceTimes(0.05, 20.0)
+    for _ in range(100):
+        times.answered(0, 10, 0.1)
+        times.answered(1, 10, 2.0)
+    assert times.late_after_s(1, 10) < 1.0
+    assert times.late_after_s(0, 10) < 0.3
+    for _ in range(100):
+        times.answered(0, 10, 0.001)
+    assert times.late_after_s(0, 10) == 0.05
