@@ -1,0 +1,201 @@
+"""What the manifests say and what Mobula's configuration in them says agree, and each Pod keeps the rules."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from cluster import serve_app
+from cluster.config import ActorConfig, MobulaConfig, PlacementStrategy
+from tests.k8s.manifests import K8S, TARGETS, Group, Manifest, config, groups, of_kind, pods, ray_cluster_spec, render
+
+STOP_MARGIN_S = 30.0  # beyond the drains of gateways, workers and shards, for a process to end
+STARTED_PORT_KEYS = ("node-manager-port", "object-manager-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
+
+
+def actor_settings(settings: MobulaConfig) -> dict[str, ActorConfig]:
+    return {"attention": settings.attention_workers, "expert": settings.expert_shards}
+
+
+def grpc_ports(settings: MobulaConfig) -> dict[str, int]:
+    return {role: actors.port for role, actors in actor_settings(settings).items()} | {"gateway": settings.gateway.port}
+
+
+def check_ports(manifests: list[Manifest]) -> None:
+    found, settings = groups(manifests), config(manifests)
+    metrics = {role: actors.metrics_port for role, actors in actor_settings(settings).items()}
+    metrics["gateway"] = settings.gateway.metrics_port
+    for role, port in grpc_ports(settings).items():
+        assert found[role].container["readinessProbe"]["grpc"]["port"] == port
+        serving = [number for name, number in found[role].ports.items() if name.startswith("serve-")]
+        assert port in serving
+        assert found[role].ports["ep-metrics"] == metrics[role]
+    assert found["gateway"].ports["admin-grpc"] == settings.controller.port
+    assert settings.gateway.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ports_and_probes_are_those_that_the_configuration_opens(target: str) -> None:
+    check_ports(render(target))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_role_finds_its_nodes_by_label_and_has_one_for_each_process(target: str) -> None:
+    manifests = render(target)
+    found, settings = groups(manifests), config(manifests)
+    assert set(found) == {"head", "gateway", "attention", "expert"}
+    for role, actors in actor_settings(settings).items():
+        group = found[role]
+        assert actors.labels.items() <= group.ray_labels.items()
+        assert (actors.count, actors.strategy) == (group.replicas, PlacementStrategy.STRICT_SPREAD)
+        limits = group.container["resources"]["limits"]
+        assert (actors.num_cpus, actors.num_gpus) == (float(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0)))
+        assert actors.num_threads == int(limits["cpu"])
+    for labels in (settings.gateway.labels, settings.controller.labels):
+        assert labels
+        assert labels.items() <= found["gateway"].ray_labels.items()
+    assert settings.ray.address == "auto"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ray_listens_on_fixed_ports_that_name_no_other(target: str) -> None:
+    for group in groups(render(target)).values():
+        started = {int(group.ray_start[key]) for key in STARTED_PORT_KEYS}
+        workers = range(int(group.ray_start["min-worker-port"]), int(group.ray_start["max-worker-port"]) + 1)
+        assert len(started) == len(STARTED_PORT_KEYS)
+        assert not started & set(group.ports.values())
+        assert not set(workers) & (started | set(group.ports.values()))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_serve_is_asked_for_the_application_and_waits_for_the_drain(target: str) -> None:
+    manifests = render(target)
+    services = of_kind(manifests, "RayService")
+    if not services:
+        pytest.skip("this overlay has a plain RayCluster")
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(services[0]["spec"]["serveConfigV2"]))
+    (application,) = schema.applications
+    assert application.import_path == f"{serve_app.__name__}:{serve_app.app.__name__}"
+    path = serve_app.AppArgs.model_validate(application.args).config
+    (deployment,) = application.deployments
+    assert deployment.name == serve_app.System.name
+    settings, gateway = config(manifests), groups(manifests)["gateway"]
+    assert deployment.ray_actor_options.label_selector.items() <= gateway.ray_labels.items()
+    (mount,) = [mount for mount in gateway.container["volumeMounts"] if path.startswith(mount["mountPath"] + "/")]
+    volumes = {volume["name"]: volume for volume in gateway.template["spec"]["volumes"]}
+    assert volumes[mount["name"]]["configMap"]["name"] == "mobula-config"
+    assert deployment.graceful_shutdown_timeout_s >= 3 * settings.drain_timeout_s + STOP_MARGIN_S
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_cluster_names_its_ray_and_asks_for_a_token(target: str) -> None:
+    spec = ray_cluster_spec(render(target))
+    assert spec["rayVersion"] == version("ray")
+    assert spec["authOptions"] == {"mode": "token"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_clients_reach_the_gateways_by_a_service(target: str) -> None:
+    manifests = render(target)
+    service = next(m for m in of_kind(manifests, "Service") if m["metadata"]["name"] == "mobula")
+    gateway = groups(manifests)["gateway"]
+    assert service["spec"]["selector"].items() <= gateway.pod_labels.items()
+    (port,) = service["spec"]["ports"]
+    assert gateway.ports[port["targetPort"]] == config(manifests).gateway.port
+    assert (port["name"], port["appProtocol"]) == ("serve-grpc", "kubernetes.io/h2c")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_eviction_takes_one_pod_of_a_role_at_a_time(target: str) -> None:
+    manifests = render(target)
+    budgets = {
+        budget["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"]: budget["spec"]["minAvailable"]
+        for budget in of_kind(manifests, "PodDisruptionBudget")
+    }
+    for role, group in groups(manifests).items():
+        if role == "head" or group.replicas > 1:
+            assert budgets.pop(role) == max(1, group.replicas - 1), role
+    assert budgets == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_processes_of_a_role_are_spread_over_machines(target: str) -> None:
+    for role, group in groups(render(target)).items():
+        if role != "head":
+            (spread,) = group.template["spec"]["topologySpreadConstraints"]
+            assert spread["topologyKey"] == "kubernetes.io/hostname"
+            assert spread["labelSelector"]["matchLabels"].items() <= group.pod_labels.items()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_pod_runs_with_as_few_rights_as_it_can(target: str) -> None:
+    for pod in pods(render(target)):
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        for container in spec["containers"]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_ray_writes_has_a_volume(target: str) -> None:
+    for group in groups(render(target)).values():
+        volumes = {volume["name"]: volume for volume in group.template["spec"]["volumes"]}
+        mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in group.container["volumeMounts"]}
+        assert all("emptyDir" in mounts[path] for path in ("/tmp", "/tmp/ray", "/dev/shm"))
+        assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_images_are_pinned_and_requests_are_limits(target: str) -> None:
+    for pod in pods(render(target)):
+        for container in pod["spec"]["containers"]:
+            name, _, tag = container["image"].rpartition(":")
+            assert name, container["image"]
+            assert tag != "latest"
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert {"cpu", "memory"} <= set(container["resources"]["limits"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_pod_may_take_as_long_to_end_as_its_drain(target: str) -> None:
+    manifests = render(target)
+    drain_s = config(manifests).drain_timeout_s
+    for group in groups(manifests).values():
+        assert group.template["spec"]["terminationGracePeriodSeconds"] >= drain_s + STOP_MARGIN_S
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_pod_knows_its_address(target: str) -> None:
+    for group in groups(render(target)).values():
+        variables: dict[str, Any] = {variable["name"]: variable for variable in group.container["env"]}
+        assert variables["POD_IP"]["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+
+
+def test_every_file_says_on_its_first_line_what_it_is_for() -> None:
+    files = [path for path in K8S.rglob("*") if path.suffix in (".yaml", ".yml")]
+    assert files
+    assert [str(path) for path in files if not path.read_text(encoding="utf-8").startswith("# ")] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda group: group.container["readinessProbe"]["grpc"].update(port=50052),
+        lambda group: group.container["ports"].pop(0),
+        lambda group: group.container["ports"][1].update(containerPort=9401),
+    ],
+    ids=["probe of another port", "port without a name", "metrics elsewhere"],
+)
+def test_a_probe_or_port_that_nothing_opens_is_noticed(change: Callable[[Group], object]) -> None:
+    manifests = render("base")
+    change(groups(manifests)["expert"])
+    with pytest.raises((AssertionError, KeyError)):
+        check_ports(manifests)
