@@ -131,6 +131,7 @@ class GatewayConfig(StrictModel):
     metrics_port: Port = 9400  # Prometheus endpoint with the metrics of every process; 0 takes a free one
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 1024  # over all workers; more get RESOURCE_EXHAUSTED
     resume_timeout_s: Annotated[float, Field(ge=0)] = 60.0  # an answer that has begun waits so long for another worker
+    keys: str | None = None  # file of bearer keys, see `mobula keys`; unset: whoever reaches the port may do everything
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that its node must carry
 
 

@@ -1,6 +1,6 @@
 """A controller whose answers are known, with a server of its own or behind a gateway."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,6 +10,8 @@ from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessStat
 from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, UnitMove
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.metrics import GatewayMetrics
+from protos.credentials import PLAINTEXT, ServerCredentials
+from protos.guard import Guard
 from protos.loop_thread import LoopThread
 from tests.fake_experts import grouped_gate, placed
 
@@ -121,13 +123,14 @@ def admin_server(controller: FakeController) -> Iterator[str]:
 class GatewayHost:
     """A gateway without workers, on a loop of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, front: ServerCredentials = PLAINTEXT, guards: Sequence[Guard] = ()) -> None:
+        self._front, self._guards = front, guards
         self.loop = LoopThread("gateway")
         self.gateway, port = self.loop.run(self._start())
         self.address = f"{HOST}:{port}"
 
     async def _start(self) -> tuple[Gateway, int]:
-        gateway = Gateway(GatewayConfig(), GatewayMetrics())
+        gateway = Gateway(GatewayConfig(), GatewayMetrics(), front=self._front, guards=self._guards)
         return gateway, await gateway.start(HOST, 0)
 
     def update_admin(self, address: str) -> None:
@@ -139,8 +142,8 @@ class GatewayHost:
 
 
 @contextmanager
-def gateway_host() -> Iterator[GatewayHost]:
-    host = GatewayHost()
+def gateway_host(front: ServerCredentials = PLAINTEXT, guards: Sequence[Guard] = ()) -> Iterator[GatewayHost]:
+    host = GatewayHost(front, guards)
     try:
         yield host
     finally:

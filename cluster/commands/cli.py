@@ -11,7 +11,7 @@ import grpc
 import typer
 
 from cluster.client import DEFAULT_ADDRESS, InferenceClient
-from cluster.commands import admin_command, certs_command, checkpoint_command, trace_command
+from cluster.commands import admin_command, certs_command, checkpoint_command, keys_command, trace_command
 from cluster.commands.terminal import console, fail, fail_call
 from cluster.commands.views import experts_view
 from protos import generation_pb2
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint_command.app, name="checkpoint")
 app.add_typer(certs_command.app, name="certs")
+app.add_typer(keys_command.app, name="keys")
 app.add_typer(trace_command.app, name="trace")
 Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 ConfigFile = Annotated[

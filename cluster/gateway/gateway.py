@@ -7,7 +7,7 @@ call.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import grpc.aio
@@ -25,6 +25,7 @@ from cluster.gateway.worker_pool import INFERENCE as SERVICE
 from cluster.gateway.worker_pool import WorkerChannel, WorkerPool
 from protos import errors, generation_pb2, rpc
 from protos.credentials import PLAINTEXT, Credentials, ServerCredentials
+from protos.guard import Guard
 
 METHOD_TIMEOUT_S = 10.0  # for everything but Generate, which lives as long as its client
 
@@ -103,15 +104,16 @@ class Gateway:
         metrics: GatewayMetrics,
         credentials: Credentials = PLAINTEXT,
         front: ServerCredentials = PLAINTEXT,
+        guards: Sequence[Guard] = (),
     ) -> None:
-        """credentials: towards workers and controller; front: what clients see."""
+        """credentials: towards workers and controller; front: what clients see; guards: whom they let through."""
         self._settings = settings
         self._pool = WorkerPool(settings.max_concurrent_requests, credentials)
         self._admin = AdminRelay(credentials=credentials)
         self._front = front
         self._metrics = metrics
         self._health = health_aio.HealthServicer()
-        self._server = front.server((), rpc.client_options())
+        self._server = front.server((), rpc.client_options(), guards)
 
     @property
     def pool(self) -> WorkerPool:

@@ -8,11 +8,16 @@ import grpc
 import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
 
+NOT_FORWARDED = ("authorization", "cookie", "user-agent", "content-type", "te")
+
 
 def forwarded(context: grpc.aio.ServicerContext) -> tuple[tuple[str, str], ...]:
-    """The client's own metadata, so that tracing and request ids reach the other side."""
-    skipped = ("user-agent", "grpc-", "content-type", "te")
-    return tuple((key, value) for key, value in context.invocation_metadata() or () if not key.startswith(skipped))
+    """The client's own metadata, so that tracing and request ids reach the other side; its key stays here."""
+    return tuple(
+        (key, value)
+        for key, value in context.invocation_metadata() or ()
+        if key not in NOT_FORWARDED and not key.startswith("grpc-")
+    )
 
 
 def was_answered(error: grpc.aio.AioRpcError) -> bool:

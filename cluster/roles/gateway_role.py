@@ -1,13 +1,18 @@
 """A gateway's process: the front door and the Prometheus endpoint of the whole system."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from cluster.config import MobulaConfig
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
+from cluster.security.key_guard import KeyCheck
+from cluster.security.keys import KeyRing
+from cluster.security.metrics import KeyMetrics
 from cluster.security.process_tls import client_credentials, client_folder
 from protos.credentials import PeerRole
+from protos.guard import Guard
 from router.expert_map import ExpertMap
 
 
@@ -29,8 +34,12 @@ class GatewayRole(Role):
         if shown:
             self._certificates.watch("public", shown)
 
+        guards = []
+        if settings.keys:
+            guards.append(Guard(KeyCheck(KeyRing(Path(settings.keys)), KeyMetrics(self._registry))))
+
         async def start() -> tuple[Gateway, int]:
-            gateway = Gateway(settings, self._metrics, self._credentials, front)
+            gateway = Gateway(settings, self._metrics, self._credentials, front, guards)
             return gateway, await gateway.start(self._bind_host, settings.port)
 
         self._gateway, port = self._loop.run(start())

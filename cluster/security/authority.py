@@ -7,8 +7,6 @@ replaced as a whole, keys are readable for their owner only.
 
 import datetime
 import ipaddress
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from cluster.security.private_file import replace_file
 from protos.certificates import AUTHORITY, CHAIN, KEY, REVOKED, CertificateError
 from protos.credentials import PeerRole
 from protos.mutual_tls import role_name
@@ -62,9 +61,9 @@ class Authority:
         )
         authority = cls(folder, certificate, key)
         home = folder / AUTHORITY_FOLDER
-        _write(home / AUTHORITY_KEY, _key_pem(key))
+        replace_file(home / AUTHORITY_KEY, _key_pem(key))
         authority._write_revoked(home, authority._revocation_list([]))
-        _write(home / AUTHORITY, _pem(certificate))
+        replace_file(home / AUTHORITY, _pem(certificate))
         return authority
 
     def issue(self, folder: Path, common_name: str, names: Sequence[str], days: float) -> None:
@@ -78,9 +77,9 @@ class Authority:
         )
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), False)
-        _write(folder / KEY, _key_pem(key))
-        _write(folder / CHAIN, _pem(builder.sign(self._key, hashes.SHA256())))
-        _write(folder / AUTHORITY, _pem(self.certificate))
+        replace_file(folder / KEY, _key_pem(key))
+        replace_file(folder / CHAIN, _pem(builder.sign(self._key, hashes.SHA256())))
+        replace_file(folder / AUTHORITY, _pem(self.certificate))
         self._write_revoked(folder, self._revoked())
 
     def issue_roles(self, days: float) -> None:
@@ -116,7 +115,7 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256())
 
     def _write_revoked(self, folder: Path, revoked: x509.CertificateRevocationList) -> None:
-        _write(folder / REVOKED, revoked.public_bytes(serialization.Encoding.PEM))
+        replace_file(folder / REVOKED, revoked.public_bytes(serialization.Encoding.PEM))
 
 
 def _builder(
@@ -154,12 +153,3 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replaces the file as a whole; only its owner may read it."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-    Path(temporary).replace(path)
