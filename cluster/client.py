@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-import grpc
-
+from cluster.client_access import ClientAccess
 from protos import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc, rpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -37,9 +36,10 @@ class Generation:
 class Connection:
     """A channel that is closed at the end of a `with` block."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: ClientAccess | None = None) -> None:
+        """access: None for what the environment says. Raises AccessError."""
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=rpc.client_options())
+        self._channel = (access or ClientAccess.from_environment()).channel(address, rpc.client_options())
 
     def __enter__(self) -> Self:
         return self
@@ -53,8 +53,8 @@ class Connection:
 class InferenceClient(Connection):
     """Calls a gateway or a worker."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
+    def __init__(self, address: str, access: ClientAccess | None = None) -> None:
+        super().__init__(address, access)
         self._stub = generation_pb2_grpc.InferenceStub(self._channel)
 
     def generate(
@@ -101,8 +101,8 @@ class InferenceClient(Connection):
 class AdminClient(Connection):
     """Calls a gateway, which passes it on to the controller."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
+    def __init__(self, address: str, access: ClientAccess | None = None) -> None:
+        super().__init__(address, access)
         self._stub = admin_pb2_grpc.AdminStub(self._channel)
 
     def status(self) -> admin_pb2.GetStatusResponse:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import grpc
 import typer
 
+from cluster import client_access
 from cluster.client import DEFAULT_ADDRESS, InferenceClient
 from cluster.commands import admin_command, certs_command, checkpoint_command, keys_command, trace_command
 from cluster.commands.terminal import console, fail, fail_call
@@ -24,7 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Serves DeepSeek-V2-class models with attention and experts in separate processes.",
 )
 app.add_typer(checkpoint_command.app, name="checkpoint")
 app.add_typer(certs_command.app, name="certs")
@@ -35,6 +35,42 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; unset: the bundled model on this machine.")
 ]
 Model = Annotated[str | None, typer.Option(help="Folder or Hugging Face id; overrides the configuration.")]
+
+AuthorityFile = Annotated[
+    Path | None, typer.Option(envvar=client_access.TLS_CA, help="PEM of the authorities that may vouch for a gateway.")
+]
+CertificateFile = Annotated[Path | None, typer.Option(envvar=client_access.TLS_CERT, help="PEM, shown to a gateway.")]
+KeyFile = Annotated[Path | None, typer.Option(envvar=client_access.TLS_KEY, help="PEM, the certificate's key.")]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option(envvar=client_access.API_KEY_FILE, help="Holds the key to show; or set MOBULA_API_KEY.")
+]
+Tls = Annotated[bool, typer.Option("--tls", envvar=client_access.TLS, help="Protect the connection to a gateway.")]
+
+
+@app.callback()
+def main(
+    tls: Tls = False,
+    tls_ca: AuthorityFile = None,
+    cert: CertificateFile = None,
+    key: KeyFile = None,
+    api_key_file: ApiKeyFile = None,
+) -> None:
+    """Serves DeepSeek-V2-class models with attention and experts in separate processes.
+
+    Options before the command say how clients reach a gateway; --tls-ca and --cert imply --tls.
+    """
+    given = {
+        client_access.TLS: "1" if tls else None,
+        client_access.TLS_CA: tls_ca,
+        client_access.TLS_CERT: cert,
+        client_access.TLS_KEY: key,
+        client_access.API_KEY_FILE: api_key_file,
+    }
+    os.environ.update({name: str(value) for name, value in given.items() if value is not None})
+    try:
+        client_access.ClientAccess.from_environment()
+    except client_access.AccessError as error:
+        fail(str(error))
 
 
 @app.command()

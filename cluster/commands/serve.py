@@ -18,6 +18,7 @@ from cluster.commands.progress import StartProgress
 from cluster.config import ConfigError, MobulaConfig
 from cluster.controller.controller import StartError
 from cluster.roles.launch import Deployment
+from cluster.security.exposure import exposures
 from router.placement import PlacementError
 
 WATCH_S = 2.0  # how often it looks whether the controller is there
@@ -29,6 +30,8 @@ def serve_until_stopped(config: MobulaConfig, console: Console) -> bool:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     _treat_sigterm_as_ctrl_c()
     try:
+        for exposure in exposures(config):
+            console.print(f"[bold yellow]open:[/bold yellow] {escape(exposure)}", highlight=False, soft_wrap=True)
         deployment = Deployment(config)
         console.print(plan_view(deployment.plan))
         with deployment:

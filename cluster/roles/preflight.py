@@ -18,6 +18,7 @@ from cluster.checkpoint.model_config import DTYPES, ModelConfig
 from cluster.checkpoint.quantization import IntQuantization
 from cluster.commands.views import format_bytes
 from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
+from cluster.security.exposure import check_files
 from experts.kernels.library import native
 from experts.kernels.packed_matrix import GROUP_MULTIPLE, PANEL_OUTPUTS
 from experts.quantized_matrix import MatrixFormat
@@ -135,6 +136,8 @@ def cache_config(config: MobulaConfig, model: ServedModel) -> LatentCacheConfig:
 
 def check(config: MobulaConfig) -> ServingPlan:
     """The plan. Raises ConfigError, InvalidCheckpoint, UnsupportedModel or PlacementError, naming what is wrong."""
+    if config.ray.address is None:
+        check_files(config)
     model = open_model(config)
     decoder = model.config.decoder
     expert_bytes = model.expert_bytes

@@ -1,0 +1,90 @@
+"""How a client of the gateway protects its connection and says who it is.
+
+The command line takes it from options or the environment; secrets never from arguments, which every user of a machine
+can read: a key is in a file or in MOBULA_API_KEY.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+TLS, TLS_CA, TLS_CERT, TLS_KEY = "MOBULA_TLS", "MOBULA_TLS_CA", "MOBULA_TLS_CERT", "MOBULA_TLS_KEY"
+API_KEY, API_KEY_FILE = "MOBULA_API_KEY", "MOBULA_API_KEY_FILE"
+MAX_FILE_BYTES = 1024 * 1024
+
+
+class AccessError(Exception):
+    """What was given cannot be used; the message names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientAccess:
+    """Plaintext and nobody in particular, unless said otherwise.
+
+    Attributes:
+        is_tls: whether the connection is protected.
+        authority: PEM of the authorities to believe; None for those that this machine believes.
+        certificate, private_key: PEM, for gateways that want a client's certificate.
+        api_key: for gateways that want a key.
+    """
+
+    is_tls: bool = False
+    authority: bytes | None = None
+    certificate: bytes | None = None
+    private_key: bytes | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ClientAccess":
+        """Raises AccessError for a file that cannot be read, and for a certificate without its key."""
+        authority, certificate, private_key, key_file = (
+            _read(environment.get(name)) for name in (TLS_CA, TLS_CERT, TLS_KEY, API_KEY_FILE)
+        )
+        if (certificate is None) != (private_key is None):
+            raise AccessError(f"a certificate and its key go together: set both {TLS_CERT} and {TLS_KEY}, or neither")
+        return cls(
+            is_tls=authority is not None or certificate is not None or environment.get(TLS, "") not in ("", "0"),
+            authority=authority,
+            certificate=certificate,
+            private_key=private_key,
+            api_key=environment.get(API_KEY) or (key_file.decode("ascii", "replace").strip() if key_file else None),
+        )
+
+    def channel(self, address: str, options: Sequence[tuple[str, int]]) -> grpc.Channel:
+        """To the gateway at "host:port"."""
+        if self.is_tls:
+            credentials = grpc.ssl_channel_credentials(self.authority, self.private_key, self.certificate)
+            channel = grpc.secure_channel(address, credentials, options=options)
+        else:
+            channel = grpc.insecure_channel(address, options=options)
+        return channel if self.api_key is None else grpc.intercept_channel(channel, _ShowKey(self.api_key))
+
+
+class _ShowKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+    """Adds the key to every call."""
+
+    def __init__(self, api_key: str) -> None:
+        self._metadata = ("authorization", f"Bearer {api_key}")
+
+    def intercept_unary_unary(self, call: Callable[..., Any], details: Any, request: Any) -> Any:
+        return call(self._with_key(details), request)
+
+    def intercept_unary_stream(self, call: Callable[..., Any], details: Any, request: Any) -> Any:
+        return call(self._with_key(details), request)
+
+    def _with_key(self, details: Any) -> Any:
+        return details._replace(metadata=[*(details.metadata or ()), self._metadata])
+
+
+def _read(path: str | None) -> bytes | None:
+    if not path:
+        return None
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(MAX_FILE_BYTES)
+    except OSError as error:
+        raise AccessError(f"cannot read {path}: {error.strerror}") from error
