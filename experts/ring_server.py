@@ -26,14 +26,14 @@ ACCEPT_RETRY_S = 0.1
 
 
 class RingServer:
-    """Listens under `name` until `close`."""
+    """Listens for those who know `ticket` until `close`."""
 
     def __init__(self, shard: ExpertShard, uid: int | None = None) -> None:
         """uid: the user whose processes may connect; None for this process's own."""
-        self.name = ring.random_name()
+        self.ticket = ring.Ticket.random()
         self._shard = shard
         self._uid = os.getuid() if uid is None else uid
-        self._listener = ring.listen(self.name)
+        self._listener = ring.listen(self.ticket.socket_name)
         self._connections: set[RingConnection] = set()
         self._lock = threading.Lock()
         self._is_closed = False
@@ -74,7 +74,7 @@ class RingServer:
             del sock
 
     def _admit(self, sock: socket.socket) -> None:
-        connection = RingConnection(self._shard, sock, ring.accept(sock, self._uid), self._forget)
+        connection = RingConnection(self._shard, sock, ring.accept(sock, self._uid, self.ticket.secret), self._forget)
         with self._lock:
             self._connections.add(connection)
             if self._is_closed:

@@ -1,4 +1,4 @@
-"""The shard's gRPC server: raw frames in and out of streams, the name of its ring, counted load, health. No logic.
+"""The shard's gRPC server: raw frames in and out of streams, the ticket of its ring, counted load, health. No logic.
 
 Answers go out in the order in which they are ready. A stream that sends bytes that are no frame ends with
 INVALID_ARGUMENT; the other streams do not notice. When a stream ends, its forwards that still wait are dropped.
@@ -18,7 +18,7 @@ from experts.shard import ExpertShard
 from protos import expert_pb2, rpc
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
 from protos.errors import InternalError, InvalidRequest, to_status
-from protos.ring import METADATA_KEY
+from protos.ring import METADATA_KEY, Ticket
 
 SERVICE = "mobula.v1.ExpertShard"
 
@@ -26,9 +26,9 @@ SERVICE = "mobula.v1.ExpertShard"
 class ExpertServicer:
     """One shard's methods, over raw bytes."""
 
-    def __init__(self, shard: ExpertShard, ring_name: str | None = None) -> None:
+    def __init__(self, shard: ExpertShard, ring_ticket: Ticket | None = None) -> None:
         self._shard = shard
-        self._metadata = () if ring_name is None else ((METADATA_KEY, ring_name),)
+        self._metadata = () if ring_ticket is None else ((METADATA_KEY, ring_ticket.to_text()),)
 
     async def forward(self, request_iterator: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         """ExpertShard.Forward."""
@@ -129,7 +129,7 @@ class ExpertServer:
         """
         server = credentials.server((PeerRole.WORKER, PeerRole.SHARD), rpc.frame_options())
         ring = RingServer(shard)
-        server.add_generic_rpc_handlers((ExpertServicer(shard, ring.name).handlers(),))
+        server.add_generic_rpc_handlers((ExpertServicer(shard, ring.ticket).handlers(),))
         health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         try:

@@ -3,15 +3,19 @@
 The worker owns the memory and decides where everything lies; the shard reads requests and writes answers in place. The
 memory is anonymous (memfd) and the socket abstract, so neither leaves anything behind, whoever dies.
 
-1. The shard names its socket in the Forward stream's initial metadata. Where it cannot be reached (another host,
-   another network namespace, another user) the stream carries the data.
-2. The worker connects and sends hello with the memory's descriptor; the shard checks both and answers welcome.
+1. The shard gives the worker a ticket in the Forward stream's initial metadata: its socket's name and a secret. Where
+   the socket cannot be reached (another host, another network namespace, another user) the stream carries the data.
+   Names of abstract sockets are no secret, so only who was told the ticket, over the stream and after its certificate
+   was checked, gets a ring.
+2. The worker connects and sends hello, with the secret and the memory's descriptor; the shard checks them and answers
+   welcome.
 3. A forward's doorbell: where its payload lies, where its answer belongs, and a ForwardHeader. The answer's doorbell is
    a ForwardResult. Doorbells are at most MAX_DOORBELL_BYTES.
 4. The end of the socket is the end of the ring.
 """
 
 import fcntl
+import hmac
 import mmap
 import os
 import secrets
@@ -26,8 +30,9 @@ METADATA_KEY = "mobula-ring"
 MAX_DOORBELL_BYTES = 4096
 HANDSHAKE_TIMEOUT_S = 2.0
 
-_HELLO = struct.Struct("<8sQ")  # magic, bytes of memory
-_MAGIC = b"mobring1"
+SECRET_BYTES = 16
+_HELLO = struct.Struct(f"<8sQ{SECRET_BYTES}s")  # magic, bytes of memory, the ticket's secret
+_MAGIC = b"mobring2"
 _WELCOME = b"welcome1"
 _FORWARD = struct.Struct("<4Q")  # offset and bytes of the payload, of the answer
 ALIGNMENT = 64  # of regions: a cache line, and the widest vector load
@@ -51,9 +56,29 @@ class Region(NamedTuple):
         return memory[self.offset : self.offset + self.num_bytes]
 
 
-def random_name() -> str:
-    """For an abstract socket."""
-    return f"mobula-{secrets.token_hex(16)}"
+class Ticket(NamedTuple):
+    """What lets a worker connect to a shard's ring."""
+
+    socket_name: str  # of an abstract socket
+    secret: bytes
+
+    @classmethod
+    def random(cls) -> "Ticket":
+        """One that nobody else has."""
+        return cls(f"mobula-{secrets.token_hex(16)}", secrets.token_bytes(SECRET_BYTES))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Ticket":
+        """The ticket that a shard told. Raises RingRefused when it is none."""
+        socket_name, _, secret = text.partition(":")
+        try:
+            return cls(socket_name, bytes.fromhex(secret))
+        except ValueError as error:
+            raise RingRefused(f"the shard told a ticket of {len(text)} characters that is none") from error
+
+    def to_text(self) -> str:
+        """For metadata. Not to be logged."""
+        return f"{self.socket_name}:{self.secret.hex()}"
 
 
 def listen(name: str) -> socket.socket:
@@ -64,7 +89,7 @@ def listen(name: str) -> socket.socket:
     return listener
 
 
-def connect(name: str, num_bytes: int) -> tuple[socket.socket, memoryview]:
+def connect(ticket: Ticket, num_bytes: int) -> tuple[socket.socket, memoryview]:
     """The worker's side of the handshake: the socket, not blocking, and new zeroed memory that both now share.
 
     Memory is taken from the machine page by page as it is first used. Raises OSError when the socket cannot be reached
@@ -73,14 +98,14 @@ def connect(name: str, num_bytes: int) -> tuple[socket.socket, memoryview]:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.settimeout(HANDSHAKE_TIMEOUT_S)
-        sock.connect(f"\0{name}")
+        sock.connect(f"\0{ticket.socket_name}")
         check_peer(sock, os.getuid())
         fd = os.memfd_create("mobula-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, num_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             memory = memoryview(mmap.mmap(fd, num_bytes))
-            socket.send_fds(sock, [_HELLO.pack(_MAGIC, num_bytes)], [fd])
+            socket.send_fds(sock, [_HELLO.pack(_MAGIC, num_bytes, ticket.secret)], [fd])
         finally:
             os.close(fd)
         _check_welcome(sock.recv(MAX_DOORBELL_BYTES))
@@ -91,8 +116,10 @@ def connect(name: str, num_bytes: int) -> tuple[socket.socket, memoryview]:
     return sock, memory
 
 
-def accept(sock: socket.socket, uid: int) -> memoryview:
+def accept(sock: socket.socket, uid: int, secret: bytes) -> memoryview:
     """The shard's side of the handshake on an accepted connection; the memory to share. Sets it not blocking.
+
+    uid, secret: what the worker must run as and know.
 
     Raises OSError or RingRefused; the caller closes the socket.
     """
@@ -102,9 +129,11 @@ def accept(sock: socket.socket, uid: int) -> memoryview:
     try:
         if len(hello) != _HELLO.size or len(fds) != 1:
             raise RingRefused(f"hello has {len(hello)} bytes and {len(fds)} descriptors, expected {_HELLO.size} and 1")
-        magic, num_bytes = _HELLO.unpack(hello)
+        magic, num_bytes, told = _HELLO.unpack(hello)
         if magic != _MAGIC:
             raise RingRefused(f"hello begins with {magic!r}, expected {_MAGIC!r}")
+        if not hmac.compare_digest(told, secret):
+            raise RingRefused("hello has not the secret that workers are told over their stream")
         memory = _map(fds[0], num_bytes)
     finally:
         for fd in fds:

@@ -86,11 +86,11 @@ class RingTransport:
 
     async def _open_ring(self, metadata: Mapping[str, str]) -> None:
         """On the loop, while the stream is not yet used."""
-        name = metadata.get(ring.METADATA_KEY)
-        if name is None:
+        text = metadata.get(ring.METADATA_KEY)
+        if text is None:
             return
         try:
-            sock, memory = await asyncio.to_thread(ring.connect, name, self._memory_bytes)
+            sock, memory = await asyncio.to_thread(ring.connect, ring.Ticket.from_text(text), self._memory_bytes)
         except (OSError, RingRefused) as error:
             logger.info("no shared memory with shard %s, the stream carries the data: %s", self.address, error)
             return

@@ -269,7 +269,7 @@ def nothing(forward: Any, experts: Any, out: torch.Tensor | None) -> torch.Tenso
 
 def start_doorbell() -> str:
     """Answers one connection under the name that is returned."""
-    name, poller = ring.random_name(), Poller()
+    name, poller = ring.Ticket.random().socket_name, Poller()
     listener = ring.listen(name)
 
     def answer() -> None:
