@@ -12,7 +12,14 @@ import typer
 
 from cluster import client_access
 from cluster.client import DEFAULT_ADDRESS, InferenceClient
-from cluster.commands import admin_command, certs_command, checkpoint_command, keys_command, trace_command
+from cluster.commands import (
+    admin_command,
+    certs_command,
+    chaos_command,
+    checkpoint_command,
+    keys_command,
+    trace_command,
+)
 from cluster.commands.terminal import console, fail, fail_call
 from cluster.commands.views import experts_view
 from protos import generation_pb2
@@ -26,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(chaos_command.app, name="chaos")
 app.add_typer(checkpoint_command.app, name="checkpoint")
 app.add_typer(certs_command.app, name="certs")
 app.add_typer(keys_command.app, name="keys")

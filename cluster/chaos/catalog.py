@@ -1,0 +1,30 @@
+"""The faults that `mobula chaos` knows by name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from cluster.chaos.fault import Fault
+from cluster.chaos.faults.freeze import Slow, Stop
+from cluster.chaos.faults.kill import Kill
+from cluster.chaos.system import CONTROLLER
+from cluster.controller.process import RoleName
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A fault by name. summary: one line for people. create: takes the run's seed."""
+
+    summary: str
+    create: Callable[[int], Fault]
+
+
+SCENARIOS: Mapping[str, Scenario] = {
+    "kill-shard": Scenario("kill -9 an expert shard", lambda seed: Kill(RoleName.SHARD)),
+    "kill-worker": Scenario("kill -9 an attention worker", lambda seed: Kill(RoleName.WORKER)),
+    "kill-gateway": Scenario("kill -9 a gateway", lambda seed: Kill(RoleName.GATEWAY)),
+    "kill-controller": Scenario("kill -9 the controller", lambda seed: Kill(CONTROLLER)),
+    "stop-shard": Scenario(
+        "SIGSTOP an expert shard for 8 s: it hangs, its connections stand", lambda seed: Stop(RoleName.SHARD)
+    ),
+    "slow-shard": Scenario("an expert shard gets a twentieth of its time for 8 s", lambda seed: Slow(RoleName.SHARD)),
+}

@@ -1,0 +1,147 @@
+"""Concurrent clients that stream answers all the time, and what each of them saw.
+
+Every request is one of a few cases, greedy or seeded, so that its tokens are known once it was answered undisturbed.
+Knows nothing of faults.
+"""
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+
+from protos import generation_pb2, generation_pb2_grpc, rpc
+from protos.loop_thread import LoopThread
+
+PROMPTS = (
+    "def main():",
+    "class Handler:\n    def __init__(self, name):\n        ",
+    "The following example shows how to",
+    "typedef struct {\n    ",
+)
+REQUEST_TIMEOUT_S = 45.0  # a client's patience: longer than any fault may last
+PAUSE_S = 0.2  # of a client whose request failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A request whose answer is always the same."""
+
+    text: str
+    temperature: float
+    seed: int
+    max_tokens: int
+
+    def request(self) -> generation_pb2.GenerateRequest:
+        """As it is sent."""
+        params = generation_pb2.SamplingParams(
+            temperature=self.temperature, top_p=0.95, seed=self.seed, max_tokens=self.max_tokens, ignore_eos=True
+        )
+        return generation_pb2.GenerateRequest(text=self.text, sampling_params=params)
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """What a client saw of one request. Moments are of time.monotonic().
+
+    Attributes:
+        times_s: when each token came.
+        ended_s: None while it streams.
+        error: the status that it ended with; "" when it was answered.
+    """
+
+    case: Case
+    sent_s: float
+    times_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    ended_s: float | None = None
+    error: str = ""
+
+
+def cases(max_tokens: int) -> list[Case]:
+    """Of every prompt one that is greedy and one that is drawn by seed."""
+    return [
+        Case(text=text, temperature=temperature, seed=number, max_tokens=max_tokens)
+        for number, text in enumerate(PROMPTS)
+        for temperature in (0.0, 0.8)
+    ]
+
+
+class Load:
+    """`num_clients` clients, each with one request after the other, from `start` to `drain`.
+
+    answers: in the order in which they were sent. Written by the load's own thread; others may read what has ended.
+    """
+
+    def __init__(self, address: str, cases: Sequence[Case], num_clients: int, seed: int) -> None:
+        self.answers: list[Answer] = []
+        self._address = address
+        self._cases = cases
+        self._num_clients = num_clients
+        self._choices = _each_once_then_random(cases, random.Random(seed))
+        self._is_draining = False
+        self._loop = LoopThread("chaos-load")
+        self._clients: list[Future[None]] = []
+
+    def start(self) -> None:
+        """Returns at once."""
+        self._clients = [self._loop.submit(self._client()) for _ in range(self._num_clients)]
+
+    def drain(self, timeout_s: float) -> None:
+        """Sends nothing new, waits for what is under way, and gives up what takes longer."""
+        self._is_draining = True
+        give_up_s = time.monotonic() + timeout_s
+        for client in self._clients:
+            try:
+                client.result(max(0.0, give_up_s - time.monotonic()))
+            except TimeoutError:
+                client.cancel()
+
+    def close(self) -> None:
+        """Cuts off what is under way."""
+        self.drain(0.0)
+        self._loop.stop()
+
+    def is_streaming(self) -> bool:
+        """Whether every client has had a token."""
+        first = self.answers[: self._num_clients]
+        return len(first) == self._num_clients and all(answer.times_s for answer in first)
+
+    def has_answered_every_case(self) -> bool:
+        """Whether the tokens of each are known."""
+        return {answer.case for answer in self.answers if answer.ended_s and not answer.error} == set(self._cases)
+
+    async def _client(self) -> None:
+        # Of its own, as a client of its own has: with several gateways not all go to one.
+        options = [*rpc.client_options(), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+            stub = generation_pb2_grpc.InferenceStub(channel)
+            while not self._is_draining:
+                answer = await self._ask(stub, next(self._choices))
+                await asyncio.sleep(PAUSE_S if answer.error else 0.0)
+
+    async def _ask(self, stub: generation_pb2_grpc.InferenceStub, case: Case) -> Answer:
+        answer = Answer(case=case, sent_s=time.monotonic())
+        self.answers.append(answer)
+        try:
+            # Waits for a gateway that is not there yet, as the deadline allows; a call that has begun is not repeated.
+            async for message in stub.Generate(case.request(), timeout=REQUEST_TIMEOUT_S, wait_for_ready=True):
+                answer.times_s += [time.monotonic()] * len(message.token_ids)
+                answer.token_ids += message.token_ids
+        except grpc.aio.AioRpcError as error:
+            answer.error = f"{error.code().name}: {error.details()}"
+        except asyncio.CancelledError:
+            answer.error = "not answered when the run ended"
+            raise
+        finally:
+            answer.ended_s = time.monotonic()
+        return answer
+
+
+def _each_once_then_random(cases: Sequence[Case], rng: random.Random) -> Iterator[Case]:
+    return itertools.chain(cases, (rng.choice(cases) for _ in itertools.count()))
