@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 
 TLS, TLS_CA, TLS_CERT, TLS_KEY = "MOBULA_TLS", "MOBULA_TLS_CA", "MOBULA_TLS_CERT", "MOBULA_TLS_KEY"
 API_KEY, API_KEY_FILE = "MOBULA_API_KEY", "MOBULA_API_KEY_FILE"
@@ -61,14 +62,26 @@ class ClientAccess:
             channel = grpc.secure_channel(address, credentials, options=options)
         else:
             channel = grpc.insecure_channel(address, options=options)
-        return channel if self.api_key is None else grpc.intercept_channel(channel, _ShowKey(self.api_key))
+        return grpc.intercept_channel(channel, _ShowKey(self.metadata)) if self.metadata else channel
+
+    def aio_channel(self, address: str, options: Sequence[tuple[str, int]]) -> grpc.aio.Channel:
+        """The same for asyncio; `metadata` goes with every call."""
+        if not self.is_tls:
+            return grpc.aio.insecure_channel(address, options=options)
+        credentials = grpc.ssl_channel_credentials(self.authority, self.private_key, self.certificate)
+        return grpc.aio.secure_channel(address, credentials, options=options)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What shows the key."""
+        return () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
 
 
 class _ShowKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
     """Adds the key to every call."""
 
-    def __init__(self, api_key: str) -> None:
-        self._metadata = ("authorization", f"Bearer {api_key}")
+    def __init__(self, metadata: Sequence[tuple[str, str]]) -> None:
+        self._metadata = metadata
 
     def intercept_unary_unary(self, call: Callable[..., Any], details: Any, request: Any) -> Any:
         return call(self._with_key(details), request)
@@ -77,7 +90,7 @@ class _ShowKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercept
         return call(self._with_key(details), request)
 
     def _with_key(self, details: Any) -> Any:
-        return details._replace(metadata=[*(details.metadata or ()), self._metadata])
+        return details._replace(metadata=[*(details.metadata or ()), *self._metadata])
 
 
 def _read(path: str | None) -> bytes | None:

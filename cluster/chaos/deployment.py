@@ -22,6 +22,7 @@ import psutil
 import yaml
 
 from cluster.chaos.system import System
+from cluster.client_access import ClientAccess
 from cluster.controller.controller import StartError
 from cluster.controller.process import ClusterStatus
 
@@ -113,7 +114,7 @@ class LocalDeployment:
         while time.monotonic() < give_up_s:
             if self._process.poll() is not None:
                 raise StartError(f"the system ended with status {self._process.returncode}: {self._last_words()}")
-            system = System(address)
+            system = System(address, ClientAccess())
             status = system.status()
             show(status)
             if status is not None and status.is_serving:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import grpc
 import grpc.aio
 
+from cluster.client_access import ClientAccess
 from protos import generation_pb2, generation_pb2_grpc, rpc
 from protos.loop_thread import LoopThread
 
@@ -78,9 +79,10 @@ class Load:
     answers: in the order in which they were sent. Written by the load's own thread; others may read what has ended.
     """
 
-    def __init__(self, address: str, cases: Sequence[Case], num_clients: int, seed: int) -> None:
+    def __init__(self, address: str, access: ClientAccess, cases: Sequence[Case], num_clients: int, seed: int) -> None:
         self.answers: list[Answer] = []
         self._address = address
+        self._access = access
         self._cases = cases
         self._num_clients = num_clients
         self._choices = _each_once_then_random(cases, random.Random(seed))
@@ -119,7 +121,7 @@ class Load:
     async def _client(self) -> None:
         # Of its own, as a client of its own has: with several gateways not all go to one.
         options = [*rpc.client_options(), ("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+        async with self._access.aio_channel(self._address, options) as channel:
             stub = generation_pb2_grpc.InferenceStub(channel)
             while not self._is_draining:
                 answer = await self._ask(stub, next(self._choices))
@@ -130,7 +132,10 @@ class Load:
         self.answers.append(answer)
         try:
             # Waits for a gateway that is not there yet, as the deadline allows; a call that has begun is not repeated.
-            async for message in stub.Generate(case.request(), timeout=REQUEST_TIMEOUT_S, wait_for_ready=True):
+            call = stub.Generate(
+                case.request(), timeout=REQUEST_TIMEOUT_S, wait_for_ready=True, metadata=self._access.metadata
+            )
+            async for message in call:
                 answer.times_s += [time.monotonic()] * len(message.token_ids)
                 answer.token_ids += message.token_ids
         except grpc.aio.AioRpcError as error:

@@ -53,7 +53,7 @@ def run_fault(fault: Fault, system: System, config: RunConfig, show: Show = lamb
     before = system.status()
     if before is None or not before.is_serving:
         raise ChaosRefused(f"{system.address} does not serve all of its processes; `mobula status` shows which")
-    load = Load(system.address, cases(config.max_tokens), config.num_clients, config.seed)
+    load = Load(system.address, system.access, cases(config.max_tokens), config.num_clients, config.seed)
     try:
         return _Run(fault, system, load, config, show).result()
     finally:

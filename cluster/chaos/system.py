@@ -14,6 +14,7 @@ import grpc
 import psutil
 
 from cluster.client import AdminClient
+from cluster.client_access import ClientAccess
 from cluster.controller.admin_messages import cluster_status
 from cluster.controller.process import ClusterStatus, RoleName
 
@@ -29,10 +30,11 @@ class ChaosRefused(Exception):
 class System:
     """Not thread-safe. Pids of processes are those of the latest answer, for the controller may be gone later."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: ClientAccess) -> None:
         """address: host:port of the gateway."""
         self.address = address
-        self._client = AdminClient(address)
+        self.access = access
+        self._client = AdminClient(address, access)
         self._pids: dict[str, int] = {}
 
     def __enter__(self) -> Self:

@@ -15,6 +15,7 @@ from cluster.chaos.deployment import LocalDeployment
 from cluster.chaos.fault import Fault
 from cluster.chaos.run import RunConfig, RunResult, run_fault
 from cluster.chaos.system import ChaosRefused, System
+from cluster.client_access import ClientAccess
 from cluster.commands.chaos_view import ChaosProgress, result_view, scenarios_view
 from cluster.commands.terminal import console, fail
 from cluster.config import ConfigError, read_config
@@ -76,7 +77,9 @@ def _run(
         if address is not None:
             if fault.needs_own_deployment:
                 raise ChaosRefused("this fault needs a system that is started for it; leave out --address")
-            return run_fault(fault, stack.enter_context(System(address)), config, progress.show)
+            return run_fault(
+                fault, stack.enter_context(System(address, ClientAccess.from_environment())), config, progress.show
+            )
         stack.callback(fault.close)
         deployment = stack.enter_context(LocalDeployment())
         progress.show("starting a system", 0.0)
