@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard experts/kernels/native/*.h experts/kernels/native/*.cpp router/native/*.h router/native/*.cpp)
 
-.PHONY: demo serve test test-bf16-kernels lint check bench protos train clean
+.PHONY: demo serve test test-bf16-kernels test-image lint check bench protos train clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mobula demo
@@ -20,6 +20,10 @@ test-bf16-kernels: $(VENV)/.installed-test
 	CFLAGS=-DMOBULA_EMULATE_BF16 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	$(BIN)/python -m pytest tests/experts tests/attention $(ARGS); status=$$?; \
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e . && exit $$status
+
+# What the Dockerfile installs, in an empty environment: torch, Ray and a wheel with compiled kernels. Minutes.
+test-image: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/k8s -m image $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from cluster.commands import (
 )
 from cluster.commands.terminal import console, fail, fail_call
 from cluster.commands.views import experts_view
+from cluster.version import VERSION
 from protos import generation_pb2
 
 if TYPE_CHECKING:
@@ -79,6 +80,21 @@ def main(
         client_access.ClientAccess.from_environment()
     except client_access.AccessError as error:
         fail(str(error))
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        console.print(f"mobula {VERSION}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def mobula(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What every command has."""
 
 
 @app.command()

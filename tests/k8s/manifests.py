@@ -30,16 +30,17 @@ class RenderError(Exception):
 
 
 @cache
-def _rendered(folder: Path) -> str:
+def _rendered(folder: Path) -> list[Manifest]:
     result = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, check=False, timeout=60)
     if result.returncode:
         raise RenderError(result.stderr)
-    return result.stdout
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
+    return [manifest for manifest in yaml.load_all(result.stdout, Loader=loader) if manifest]
 
 
 def render(target: str) -> list[Manifest]:
-    """The objects of a folder of k8s/. Raises RenderError."""
-    return [manifest for manifest in yaml.safe_load_all(_rendered(K8S / target)) if manifest]
+    """The objects of a folder of k8s/, the caller's to change. Raises RenderError."""
+    return deepcopy(_rendered(K8S / target))
 
 
 def render_component(name: str, folder: Path) -> list[Manifest]:
@@ -47,7 +48,7 @@ def render_component(name: str, folder: Path) -> list[Manifest]:
     files = {"resources": K8S / "base", "components": K8S / "components" / name}
     paths = {key: [os.path.relpath(path.resolve(), folder.resolve())] for key, path in files.items()}
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(paths))
-    return [manifest for manifest in yaml.safe_load_all(_rendered(folder)) if manifest]
+    return deepcopy(_rendered(folder))
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from cluster import serve_app
 from cluster.config import ActorConfig, MobulaConfig, PlacementStrategy
 from tests.k8s.manifests import K8S, TARGETS, Group, Manifest, config, groups, of_kind, pods, ray_cluster_spec, render
 
+PLAIN = "overlays/raycluster"  # without Serve
 STOP_MARGIN_S = 30.0  # beyond the drains of gateways, workers and shards, for a process to end
 STARTED_PORT_KEYS = ("node-manager-port", "object-manager-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
 
@@ -70,13 +72,11 @@ def test_ray_listens_on_fixed_ports_that_name_no_other(target: str) -> None:
         assert not set(workers) & (started | set(group.ports.values()))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != PLAIN])
 def test_serve_is_asked_for_the_application_and_waits_for_the_drain(target: str) -> None:
     manifests = render(target)
-    services = of_kind(manifests, "RayService")
-    if not services:
-        pytest.skip("this overlay has a plain RayCluster")
-    schema = ServeDeploySchema.model_validate(yaml.safe_load(services[0]["spec"]["serveConfigV2"]))
+    (service,) = of_kind(manifests, "RayService")
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     (application,) = schema.applications
     assert application.import_path == f"{serve_app.__name__}:{serve_app.app.__name__}"
     path = serve_app.AppArgs.model_validate(application.args).config
@@ -88,6 +88,21 @@ def test_serve_is_asked_for_the_application_and_waits_for_the_drain(target: str)
     volumes = {volume["name"]: volume for volume in gateway.template["spec"]["volumes"]}
     assert volumes[mount["name"]]["configMap"]["name"] == "mobula-config"
     assert deployment.graceful_shutdown_timeout_s >= 3 * settings.drain_timeout_s + STOP_MARGIN_S
+
+
+def test_plain_cluster_is_that_of_the_service_with_mobula_serve_beside_the_head() -> None:
+    plain, service = render(PLAIN), render("overlays/cpu-demo")
+    assert (of_kind(plain, "RayService"), of_kind(service, "RayCluster")) == ([], [])
+    spec, original = ray_cluster_spec(plain), ray_cluster_spec(service)
+    assert spec["workerGroupSpecs"] == original["workerGroupSpecs"]
+    ray_head, serve = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    assert serve["command"][:2] == ["mobula", "serve"]
+    ours = {mount["mountPath"]: mount["name"] for mount in serve["volumeMounts"]}
+    assert {mount["mountPath"]: mount["name"] for mount in ray_head["volumeMounts"]}.items() <= ours.items()
+    assert ours[str(Path(serve["command"][-1]).parent)] == "config"
+    drain_s = config(plain).drain_timeout_s
+    wait_s = ray_head["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert 3 * drain_s < wait_s < spec["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("target", TARGETS)

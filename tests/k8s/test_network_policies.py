@@ -1,21 +1,20 @@
 """The policies let through the flows that Mobula has, and no other."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from cluster.config import MobulaConfig
-from tests.k8s.manifests import OVERLAYS, Group, config, groups, of_kind, render
+from tests.k8s.manifests import OVERLAYS, Group, Manifest, config, groups, of_kind, ray_cluster_spec, render
 
 Flow = tuple[str, str, int]  # from, to, port; Pods of Mobula by role, others by name
 RAY_PORTS = (8265, 52365)  # dashboard and its agent, besides those that rayStartParams give
 PROMETHEUS, KUBERAY, CLIENTS = "prometheus", "kuberay-operator", "clients"
-WITH_POLICIES = [name for name in OVERLAYS if of_kind(render(f"overlays/{name}"), "NetworkPolicy")]
+DNS, REDIS, REDIS_CLEANUP, HUB = "kube-dns", "mobula-redis", "redis-cleanup", "addresses outside the cluster"
 
 
-def wanted(found: dict[str, Group], settings: MobulaConfig) -> set[Flow]:
-    """Every flow there should be, each from the configuration."""
+def wanted(manifests: list[Manifest]) -> set[Flow]:
+    """Every flow there should be, each from the configuration or from the component that brings its other end."""
+    found, settings = groups(manifests), config(manifests)
     worker, shard, gateway = settings.attention_workers, settings.expert_shards, settings.gateway
     flows = {
         (CLIENTS, "gateway", gateway.port),
@@ -32,21 +31,41 @@ def wanted(found: dict[str, Group], settings: MobulaConfig) -> set[Flow]:
         ray_ports |= set(start.values()) | set(range(start["min-worker-port"], start["max-worker-port"] + 1))
     flows |= {(source, target, port) for source in found for target in found for port in ray_ports}
     flows |= {(PROMETHEUS, role, port) for role in found for port in (8080, gateway.metrics_port)}
-    return flows | {(KUBERAY, role, port) for role in found for port in (*RAY_PORTS, 8000)}
+    flows |= {(KUBERAY, role, port) for role in found for port in (*RAY_PORTS, 8000)}
+    flows |= {(role, DNS, 53) for role in found}
+    if "gcsFaultToleranceOptions" in ray_cluster_spec(manifests):
+        flows |= {("head", REDIS, 6379), (REDIS_CLEANUP, REDIS, 6379)}
+    if not settings.model.startswith(("/", "bundled")):
+        flows |= {(role, HUB, 443) for role in found if role != "head"}
+    return flows
 
 
-def ports(rule: dict[str, Any]) -> Iterator[int]:
+def selected(selector: Manifest, found: dict[str, Group]) -> set[str]:
+    """Roles, or the name of another Pod of ours."""
+    labels = selector["matchLabels"]
+    roles = {role for role, group in found.items() if labels.items() <= group.pod_labels.items()}
+    for expression in selector.get("matchExpressions", []):
+        assert (expression["key"], expression["operator"]) == ("app.kubernetes.io/component", "In")
+        roles &= set(expression["values"])
+    return roles or set(labels.values())
+
+
+def ports(rule: Manifest) -> Iterator[int]:
     for port in rule["ports"]:
         yield from range(port["port"], port.get("endPort", port["port"]) + 1)
 
 
-def peers(rule: dict[str, Any], key: str, found: dict[str, Group]) -> set[str]:
+def peers(rule: Manifest, key: str, found: dict[str, Group]) -> set[str]:
     """Roles, or the name of who is outside."""
     names = set()
     for peer in rule[key]:
         labels = peer.get("podSelector", {}).get("matchLabels", {})
-        if "namespaceSelector" not in peer:
-            names |= {role for role, group in found.items() if labels.items() <= group.pod_labels.items()}
+        if "ipBlock" in peer:
+            assert peer["ipBlock"]["cidr"] == "0.0.0.0/0"
+            assert {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"} < set(peer["ipBlock"]["except"])
+            names.add(HUB)
+        elif "namespaceSelector" not in peer:
+            names |= selected(peer["podSelector"], found)
         elif labels:
             names |= set(labels.values())
         else:
@@ -55,13 +74,11 @@ def peers(rule: dict[str, Any], key: str, found: dict[str, Group]) -> set[str]:
     return names
 
 
-def allowed(policies: list[dict[str, Any]], found: dict[str, Group], direction: str) -> set[Flow]:
+def allowed(policies: list[Manifest], found: dict[str, Group], direction: str) -> set[Flow]:
     """What the policies' ingress or egress rules let through."""
     flows: set[Flow] = set()
     for policy in policies:
-        labels = policy["spec"]["podSelector"]["matchLabels"]
-        roles = [role for role, group in found.items() if labels.items() <= group.pod_labels.items()]
-        assert roles, policy["metadata"]["name"]
+        roles = selected(policy["spec"]["podSelector"], found)
         for rule in policy["spec"].get(direction, []):
             others = peers(rule, "from" if direction == "ingress" else "to", found)
             for role in roles:
@@ -70,29 +87,34 @@ def allowed(policies: list[dict[str, Any]], found: dict[str, Group], direction: 
     return flows
 
 
-@pytest.mark.parametrize("name", WITH_POLICIES)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_pods_take_exactly_the_flows_there_should_be(name: str) -> None:
     manifests = render(f"overlays/{name}")
-    found, policies = groups(manifests), of_kind(manifests, "NetworkPolicy")
-    assert allowed(policies, found, "ingress") == wanted(found, config(manifests))
+    ours = {*groups(manifests), REDIS}
+    policies = of_kind(manifests, "NetworkPolicy")
+    assert allowed(policies, groups(manifests), "ingress") == {flow for flow in wanted(manifests) if flow[1] in ours}
 
 
-@pytest.mark.parametrize("name", WITH_POLICIES)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_pods_may_call_exactly_whom_they_should(name: str) -> None:
     manifests = render(f"overlays/{name}")
     found, policies = groups(manifests), of_kind(manifests, "NetworkPolicy")
-    outward = {flow for flow in allowed(policies, found, "egress") if flow[1] != "kube-dns"}
-    assert outward == {flow for flow in wanted(found, config(manifests)) if flow[0] in found}
-    assert {flow for flow in allowed(policies, found, "egress") if flow[1] == "kube-dns"} == {
-        (role, "kube-dns", 53) for role in found
-    }
+    assert allowed(policies, found, "egress") == {flow for flow in wanted(manifests) if flow[0] in found}
 
 
-@pytest.mark.parametrize("name", WITH_POLICIES)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_what_no_rule_names_is_denied(name: str) -> None:
     manifests = render(f"overlays/{name}")
     (deny,) = [p for p in of_kind(manifests, "NetworkPolicy") if p["metadata"]["name"] == "mobula-deny"]
     assert deny["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert not {"ingress", "egress"} & set(deny["spec"])
-    selected = deny["spec"]["podSelector"]["matchLabels"]
-    assert all(selected.items() <= group.pod_labels.items() for group in groups(manifests).values())
+    assert selected(deny["spec"]["podSelector"], groups(manifests)) == set(groups(manifests))
+
+
+def test_a_rule_too_many_is_noticed() -> None:
+    manifests = render("overlays/cpu-demo")
+    policies = of_kind(manifests, "NetworkPolicy")
+    expert = next(policy for policy in policies if policy["metadata"]["name"] == "mobula-expert")
+    expert["spec"]["ingress"][0]["ports"].append({"port": 22})
+    extra = allowed(policies, groups(manifests), "ingress") - wanted(manifests)
+    assert extra == {("attention", "expert", 22)}
