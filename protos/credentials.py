@@ -11,6 +11,19 @@ import grpc.aio
 
 Options = Sequence[tuple[str, int]]
 
+_LIMITS = [  # of every server; messages have their own, by what they carry (protos/rpc.py)
+    ("grpc.so_reuseport", 0),  # a port that is taken is an error
+    ("grpc.max_metadata_size", 16 * 1024),  # of one call, in bytes
+    ("grpc.absolute_max_metadata_size", 32 * 1024),
+    ("grpc.max_allowed_incoming_connections", 4096),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # for those who connect and say nothing
+]
+
+
+def make_server(options: Options, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
+    """A server with the limits of all. For implementations of ServerCredentials."""
+    return grpc.aio.server(interceptors=list(interceptors), options=[*_LIMITS, *options])
+
 
 class PeerRole(StrEnum):
     """Who is at the other end of a connection between processes."""
@@ -55,7 +68,7 @@ class Plaintext:
         options: Options,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> grpc.aio.Server:
-        return grpc.aio.server(interceptors=list(interceptors), options=[*options, ("grpc.so_reuseport", 0)])
+        return make_server(options, interceptors)
 
     def listen(self, server: grpc.aio.Server, address: str) -> int:
         return int(server.add_insecure_port(address))

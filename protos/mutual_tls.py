@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from protos.certificates import CertificateFolder
-from protos.credentials import Options, PeerRole
+from protos.credentials import Options, PeerRole, make_server
 from protos.errors import PermissionDenied, Unauthenticated
 from protos.guard import HEALTH_PREFIX, Check, Guard
 from protos.rotating_channel import RotatingChannel
@@ -48,7 +48,7 @@ class MutualTls:
     ) -> grpc.aio.Server:
         """See Credentials."""
         guard = Guard(accept_roles(self._folder, accepted))
-        return grpc.aio.server(interceptors=[guard, *interceptors], options=[*options, ("grpc.so_reuseport", 0)])
+        return make_server(options, [guard, *interceptors])
 
     def listen(self, server: grpc.aio.Server, address: str) -> int:
         """See Credentials."""
@@ -71,7 +71,7 @@ class ServerTls:
         """See ServerCredentials. Clients have no role, so `accepted` is empty."""
         assert not accepted
         guards = [Guard(accept_unrevoked(self._folder))] if self._is_mutual else []
-        return grpc.aio.server(interceptors=[*guards, *interceptors], options=[*options, ("grpc.so_reuseport", 0)])
+        return make_server(options, [*guards, *interceptors])
 
     def listen(self, server: grpc.aio.Server, address: str) -> int:
         """See ServerCredentials."""

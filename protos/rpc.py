@@ -35,10 +35,25 @@ _RECONNECT = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_b
 
 
 def client_options() -> list[tuple[str, int]]:
-    """Settings of a client's channel and of the servers that clients reach."""
+    """Settings of a client's channel, and of the servers that only processes of ours reach for clients."""
     return [
         ("grpc.max_receive_message_length", MAX_CLIENT_MESSAGE_BYTES),
         ("grpc.max_send_message_length", -1),
+    ]
+
+
+def front_options() -> list[tuple[str, int]]:
+    """Settings of the server that clients reach: what strangers may hold open, and for how long."""
+    return [
+        *client_options(),
+        ("grpc.max_concurrent_streams", 1024),  # calls in flight on one connection
+        ("grpc.max_connection_idle_ms", 600_000),
+        ("grpc.max_connection_age_ms", 3_600_000),  # then a client connects anew: certificates are looked at again
+        ("grpc.max_connection_age_grace_ms", 3_600_000),  # for calls that are under way then
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # more often, and the connection is closed
+        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.keepalive_time_ms", 60_000),  # a client that is gone without a word is noticed
+        ("grpc.keepalive_timeout_ms", 20_000),
     ]
 
 

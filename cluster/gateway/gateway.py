@@ -113,7 +113,7 @@ class Gateway:
         self._front = front
         self._metrics = metrics
         self._health = health_aio.HealthServicer()
-        self._server = front.server((), rpc.client_options(), guards)
+        self._server = front.server((), rpc.front_options(), guards)
 
     @property
     def pool(self) -> WorkerPool:
