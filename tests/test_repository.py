@@ -1,5 +1,6 @@
 """The repository checks its own rules."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,20 @@ def test_every_module_says_what_it_is() -> None:
 
 def test_architecture_is_read_in_one_sitting() -> None:
     assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 80
+
+
+def test_only_three_files_make_channels_and_servers() -> None:
+    """So that none is made without certificates and limits."""
+    pattern = re.compile(r"\b(insecure|secure)_channel\(|add_(in)?secure_port\(|grpc(\.aio)?\.server\(")
+    makers = {str(path.relative_to(ROOT)) for path in python_files(*PACKAGES) if pattern.search(path.read_text())}
+    assert makers == {"protos/credentials.py", "protos/mutual_tls.py", "cluster/client_access.py"}
+
+
+def test_nothing_reads_what_could_run_code() -> None:
+    pattern = re.compile(
+        r"\bpickle\.|import pickle|cloudpickle|torch\.load\(|allow_pickle=True|marshal\.load|shelve\.|dill\b"
+    )
+    assert [str(path) for path in python_files(*PACKAGES) if pattern.search(path.read_text())] == []
 
 
 def test_imports_keep_the_contracts() -> None:
