@@ -113,6 +113,7 @@ class ExpertShardsConfig(ActorConfig):
     redundancy: Annotated[float, Field(ge=0, le=64)] = 0.0  # replicas beyond, as a share of the units: 0.25 a quarter
     units_per_layer: Count | None = None  # for models without expert groups; unset: up to 8 contiguous sets
     max_waiting_forwards: Annotated[int, Field(ge=1)] = 1024  # per shard; more are refused, not queued
+    max_waiting_mib: Annotated[int, Field(ge=1)] = 1024  # of frames that wait, per shard; the same
     rebalancing: RebalancingConfig = Field(default_factory=RebalancingConfig)
 
 

@@ -2,7 +2,8 @@
 
 Takes everything that waits for the layer of the oldest forward and computes it as one; never waits for more. The same
 thread sleeps on the sockets of rings, so that a forward that comes over one is computed and answered without another
-thread. Knows nothing of frames or streams; forwards that were given up are dropped unseen.
+thread. Forwards that were given up, or that nobody waits for any more, are not computed. Knows nothing of frames or
+streams.
 """
 
 import logging
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from experts.grouped_ffn import ForwardInput
 from experts.weight_store import LayerWeights
-from protos.errors import InternalError, MobulaError, QueueFull, Unavailable
+from protos.errors import Cancelled, DeadlineExceeded, InternalError, MobulaError, QueueFull, Unavailable
 from protos.poller import Poller
 
 logger = logging.getLogger(__name__)
+
+MAX_POLLS = 16  # before a computation: what came meanwhile may be merged, or takes a forward back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +40,9 @@ class ForwardOutput:
 class WaitingForward:
     """A forward with the weights that it was admitted under, which stay alive until it is done.
 
-    on_done: called once in the compute thread, unless the forward is given up before its computation.
+    on_done: called once in the compute thread.
     out: [num_partial_sums, hidden_size], where the partial sums are to be written; None for a tensor of their own.
+    num_bytes: of memory that it keeps while it waits. timeout_ns: after it arrived, when nobody waits for it any more.
     is_given_up: nobody waits for it; may be set from any thread.
     """
 
@@ -46,6 +50,8 @@ class WaitingForward:
     forward: ForwardInput
     on_done: Callable[[ForwardOutput | MobulaError], None]
     out: Tensor | None = None
+    num_bytes: int = 0
+    timeout_ns: int | None = None
     arrived_ns: int = 0
     is_given_up: bool = False
 
@@ -59,10 +65,17 @@ class Batcher:
     A forward that is computed alone may be computed right into its `out`.
     """
 
-    def __init__(self, compute: Compute, max_waiting: int, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self,
+        compute: Compute,
+        max_waiting: int,
+        max_waiting_bytes: int,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self.poller = Poller()  # what is registered runs in the compute thread, between computations
         self._compute = compute
         self._max_waiting = max_waiting
+        self._max_waiting_bytes = max_waiting_bytes
         self._clock_ns = clock_ns
         self._waiting: list[WaitingForward] = []
         self._lock = threading.Lock()
@@ -97,23 +110,28 @@ class Batcher:
                     f"{len(self._waiting)} forwards wait, limit is {self._max_waiting}; retry, or add shards",
                     retry_after_s=0.01,
                 )
+            if (num_bytes := sum(other.num_bytes for other in self._waiting)) > self._max_waiting_bytes:
+                raise QueueFull(
+                    f"forwards with {num_bytes} bytes wait, limit is {self._max_waiting_bytes}; retry, or add shards",
+                    retry_after_s=0.01,
+                )
             self._waiting.append(waiting)
         self.poller.wake()
 
     def compute_next(self) -> int:
         """Computes what waits for the layer of the oldest forward; how many forwards that answered."""
-        batch = [waiting for waiting in self._take_batch() if not waiting.is_given_up]
+        started_ns = self._clock_ns()
+        batch = [waiting for waiting in self._take_batch() if not _was_dropped(waiting, started_ns)]
         if not batch:
             return 0
         weights = batch[0].weights
-        started_ns = self._clock_ns()
         try:
             sums = self._compute(batch)
         except Exception as error:
             logger.exception("computing layer %d failed", weights.layer_id)
             failure = InternalError(f"computing layer {weights.layer_id} failed: {error}")
             for waiting in batch:
-                waiting.on_done(failure)
+                _tell(waiting, failure)
             return len(batch)
         compute_ns = self._clock_ns() - started_ns
         start = 0
@@ -124,10 +142,7 @@ class Batcher:
                 mine = waiting.out.copy_(mine)
             start = end
             output = ForwardOutput(partial_sums=mine, queue_ns=started_ns - waiting.arrived_ns, compute_ns=compute_ns)
-            try:
-                waiting.on_done(output)
-            except Exception:
-                logger.exception("a forward of layer %d could not be answered; the others are", weights.layer_id)
+            _tell(waiting, output)
         return len(batch)
 
     def _take_batch(self) -> list[WaitingForward]:
@@ -144,7 +159,29 @@ class Batcher:
         while self._waiting or not self._is_stopping:
             try:
                 self.poller.poll(0.0 if self._waiting or self._is_stopping else None)
+                for _ in range(MAX_POLLS):
+                    if not self.poller.poll(0.0):
+                        break
                 self.compute_next()
             except Exception:  # the thread's top: one forward's fault is not the others'
                 logger.exception("a forward failed in an unexpected way")
         self.poller.end()
+
+
+def _was_dropped(waiting: WaitingForward, now_ns: int) -> bool:
+    """Answers a forward that nobody waits for."""
+    waited_ns = now_ns - waiting.arrived_ns
+    if waiting.is_given_up:
+        _tell(waiting, Cancelled(f"dropped after it waited {waited_ns / 1e9:.3f} s"))
+        return True
+    if waiting.timeout_ns is not None and waited_ns > waiting.timeout_ns:
+        _tell(waiting, DeadlineExceeded(f"dropped after it waited {waited_ns / 1e9:.3f} s: nobody waits any more"))
+        return True
+    return False
+
+
+def _tell(waiting: WaitingForward, outcome: ForwardOutput | MobulaError) -> None:
+    try:
+        waiting.on_done(outcome)
+    except Exception:
+        logger.exception("a forward of layer %d could not be answered; the others are", waiting.weights.layer_id)

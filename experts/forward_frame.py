@@ -16,8 +16,9 @@ from experts.kernels.assignments import kernel_accepts
 from experts.weight_store import ExpertModel, LayerWeights
 from protos import expert_pb2
 from protos.codec import dtype_from_wire, dtype_to_wire, encode_frame
-from protos.errors import InvalidRequest, MobulaError, StalePlacement, code_number
+from protos.errors import InvalidRequest, MobulaError, StalePlacement, UnitQuarantined, code_number
 
+MAX_UNIT_IDS = 64  # of an error; a forward that asks for more quarantined units learns of the others by asking again
 MAX_MESSAGE_CHARS = 800  # of an error; with four bytes a character it still fits a ring's doorbell
 
 
@@ -134,7 +135,10 @@ def answer_header(sequence_number: int, outcome: ForwardOutput | MobulaError) ->
         message = str(outcome)
         if len(message) > MAX_MESSAGE_CHARS:
             message = f"{message[:MAX_MESSAGE_CHARS]}..."
-        error = expert_pb2.ForwardError(code=code_number(outcome), message=message)
+        unit_ids = outcome.unit_ids if isinstance(outcome, UnitQuarantined) else ()
+        error = expert_pb2.ForwardError(
+            code=code_number(outcome), message=message, quarantined_unit_ids=unit_ids[:MAX_UNIT_IDS]
+        )
         return expert_pb2.ForwardResult(sequence_number=sequence_number, error=error)
     return expert_pb2.ForwardResult(
         sequence_number=sequence_number,

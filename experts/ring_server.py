@@ -126,6 +126,10 @@ class RingConnection:
             self._close(f"not a forward's doorbell: {error}")
             return
         number = header.sequence_number
+        if header.is_cancellation:
+            if number in self._waiting:
+                self._waiting[number].is_given_up = True
+            return
         if number in self._waiting:
             self._close(f"forward {number} is already waiting")
             return

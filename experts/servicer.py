@@ -1,23 +1,26 @@
 """The shard's gRPC server: raw frames in and out of streams, the ticket of its ring, counted load, health. No logic.
 
-Answers go out in the order in which they are ready. A stream that sends bytes that are no frame ends with
-INVALID_ARGUMENT; the other streams do not notice. When a stream ends, its forwards that still wait are dropped.
+Answers go out in the order in which they are ready. A stream that sends bytes that are no frame, or a sequence number
+that waits already, ends with INVALID_ARGUMENT; the other streams do not notice. When a stream ends, its forwards that
+still wait are dropped.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import Future
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
+from experts.batcher import ForwardOutput, WaitingForward
+from experts.forward_frame import answer_frame
 from experts.ring_server import RingServer
 from experts.shard import ExpertShard
 from protos import expert_pb2, rpc
+from protos.codec import decode_frame
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
-from protos.errors import InternalError, InvalidRequest, to_status
+from protos.errors import InternalError, InvalidRequest, MobulaError, to_status
 from protos.ring import METADATA_KEY, Ticket
 
 SERVICE = "mobula.v1.ExpertShard"
@@ -37,7 +40,7 @@ class ExpertServicer:
         writer = asyncio.create_task(answers.write_to(context))
         try:
             async for frame in request_iterator:
-                answers.expect(self._shard.forward(frame))
+                answers.take(self._shard, frame)
             await answers.all_written()
         except InvalidRequest as error:
             await context.abort_with_status(to_status(error))
@@ -75,28 +78,38 @@ class ExpertServicer:
 
 
 class _Answers:
-    """The answers that a stream waits for. Everything but the futures' callbacks runs on the loop."""
+    """The answers that a stream waits for. Everything but `_on_done` runs on the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: set[Future[bytes]] = set()
-        self._ready: asyncio.Queue[Future[bytes]] = asyncio.Queue()
+        self._waiting: dict[int, WaitingForward | None] = {}  # by sequence number; None: refused, its answer is ready
+        self._ready: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
         self._written = asyncio.Event()
 
-    def expect(self, answer: Future[bytes]) -> None:
-        self._waiting.add(answer)
-        answer.add_done_callback(self._on_done)
-
-    def _on_done(self, answer: Future[bytes]) -> None:
-        if answer.cancelled() or self._loop.is_closed():
+    def take(self, shard: ExpertShard, frame: bytes) -> None:
+        """A frame of the worker: a forward, or the cancellation of one. Raises InvalidRequest, CorruptFrame."""
+        header, payload = decode_frame(expert_pb2.ForwardHeader, frame)
+        number = header.sequence_number
+        if header.is_cancellation:
+            if (waiting := self._waiting.get(number)) is not None:
+                waiting.is_given_up = True
             return
-        self._loop.call_soon_threadsafe(self._ready.put_nowait, answer)
+        if number in self._waiting:
+            raise InvalidRequest(f"forward {number} is already waiting", field="header.sequence_number")
+        self._waiting[number] = None
+        self._waiting[number] = shard.submit(header, payload, lambda outcome: self._on_done(number, outcome))
+
+    def _on_done(self, number: int, outcome: ForwardOutput | MobulaError) -> None:
+        """In the compute thread, or at once when it is refused."""
+        if not self._loop.is_closed():
+            frame = answer_frame(number, outcome)
+            self._loop.call_soon_threadsafe(self._ready.put_nowait, (number, frame))
 
     async def write_to(self, context: grpc.aio.ServicerContext) -> None:
         while True:
-            answer = await self._ready.get()
-            await context.write(answer.result())
-            self._waiting.discard(answer)
+            number, frame = await self._ready.get()
+            await context.write(frame)
+            self._waiting.pop(number, None)
             self._written.set()
 
     async def all_written(self) -> None:
@@ -106,8 +119,9 @@ class _Answers:
             await self._written.wait()
 
     def give_up(self) -> None:
-        for answer in self._waiting:
-            answer.cancel()
+        for waiting in self._waiting.values():
+            if waiting is not None:
+                waiting.is_given_up = True
 
 
 class ExpertServer:

@@ -36,6 +36,7 @@ class ShardConfig:
 
     ep_rank: int
     max_waiting_forwards: int = 1024  # more are refused with RESOURCE_EXHAUSTED; workers retry
+    max_waiting_bytes: int = 2**30  # of frames from streams, the same; rings are the workers' own memory
 
 
 class ExpertShard:
@@ -56,7 +57,7 @@ class ExpertShard:
         self._load = ExpertLoad(model.moe_layer_ids, model.n_routed_experts)
         self._metrics = metrics
         self._ffn = ffn
-        self._batcher = Batcher(self._compute, config.max_waiting_forwards)
+        self._batcher = Batcher(self._compute, config.max_waiting_forwards, config.max_waiting_bytes)
 
     @property
     def ep_rank(self) -> int:
@@ -160,7 +161,14 @@ class ExpertShard:
                 )
             forward = read_forward(header, payload, self._model, layer)
             out = None if answer is None else answer_tensor(answer, forward, self._model)
-            waiting = WaitingForward(weights=layer, forward=forward, on_done=on_done, out=out)
+            waiting = WaitingForward(
+                weights=layer,
+                forward=forward,
+                on_done=on_done,
+                out=out,
+                num_bytes=len(payload) if answer is None else 0,
+                timeout_ns=header.timeout_ms * 1_000_000 or None,
+            )
             self._batcher.submit(waiting)
         except MobulaError as error:
             on_done(error)

@@ -39,6 +39,12 @@ class InvalidRequest(MobulaError):
     reason = "INVALID_REQUEST"
 
 
+class CorruptFrame(InvalidRequest):
+    """Bytes were damaged between two processes; the same forward may succeed when it is sent again."""
+
+    reason = "CORRUPT_FRAME"
+
+
 class PromptTooLong(InvalidRequest):
     """The prompt does not fit the model's context."""
 
@@ -78,6 +84,28 @@ class StalePlacement(MobulaError):
 
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = "STALE_PLACEMENT"
+
+
+class UnitQuarantined(MobulaError):
+    """Weights on a shard do not give their known answers any more; another replica may be asked.
+
+    Attributes:
+        unit_ids: those of the forward's layer that are quarantined.
+    """
+
+    code = grpc.StatusCode.DATA_LOSS
+    reason = "UNIT_QUARANTINED"
+
+    def __init__(self, message: str, *, unit_ids: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.unit_ids = unit_ids
+
+
+class Cancelled(MobulaError):
+    """Nobody waited for it any more, so it was not done."""
+
+    code = grpc.StatusCode.CANCELLED
+    reason = "CANCELLED"
 
 
 class RebalanceRefused(MobulaError):
@@ -122,6 +150,9 @@ _BY_GRPC_CODE: dict[int, type[MobulaError]] = {
     code_pb2.RESOURCE_EXHAUSTED: QueueFull,
     code_pb2.FAILED_PRECONDITION: StalePlacement,
     code_pb2.UNAVAILABLE: Unavailable,
+    code_pb2.CANCELLED: Cancelled,
+    code_pb2.DEADLINE_EXCEEDED: DeadlineExceeded,
+    code_pb2.DATA_LOSS: UnitQuarantined,
 }
 
 

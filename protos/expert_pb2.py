@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\tmobula.v1\x1a\x13protos/tensor.proto\"\xbb\x01\n\rForwardHeader\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x10\n\x08layer_id\x18\x02 \x01(\r\x12\x19\n\x11placement_version\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x17\n\x0fnum_assignments\x18\x05 \x01(\r\x12\x18\n\x10num_partial_sums\x18\x06 \x01(\r\x12\x1f\n\x05\x64type\x18\x07 \x01(\x0e\x32\x10.mobula.v1.DType\"K\n\x0e\x46orwardRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.mobula.v1.ForwardHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"5\n\rForwardTiming\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\"-\n\x0c\x46orwardError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xb5\x01\n\rForwardResult\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x18\n\x10num_partial_sums\x18\x02 \x01(\r\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.mobula.v1.DType\x12&\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x17.mobula.v1.ForwardError\x12(\n\x06timing\x18\x05 \x01(\x0b\x32\x18.mobula.v1.ForwardTiming\"L\n\x0f\x46orwardResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.mobula.v1.ForwardResult\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\x15\n\x13GetShardLoadRequest\"6\n\x0eShardLayerLoad\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x03(\x04\"\xbc\x01\n\x14GetShardLoadResponse\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\r\x12\x11\n\tnum_units\x18\x02 \x01(\r\x12\x14\n\x0cnum_forwards\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\x04\x12\x17\n\x0fnum_assignments\x18\x05 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12)\n\x06layers\x18\x07 \x03(\x0b\x32\x19.mobula.v1.ShardLayerLoad2\xa4\x01\n\x0b\x45xpertShard\x12\x44\n\x07\x46orward\x12\x19.mobula.v1.ForwardRequest\x1a\x1a.mobula.v1.ForwardResponse(\x01\x30\x01\x12O\n\x0cGetShardLoad\x12\x1e.mobula.v1.GetShardLoadRequest\x1a\x1f.mobula.v1.GetShardLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\tmobula.v1\x1a\x13protos/tensor.proto\"\x86\x02\n\rForwardHeader\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x10\n\x08layer_id\x18\x02 \x01(\r\x12\x19\n\x11placement_version\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x17\n\x0fnum_assignments\x18\x05 \x01(\r\x12\x18\n\x10num_partial_sums\x18\x06 \x01(\r\x12\x1f\n\x05\x64type\x18\x07 \x01(\x0e\x32\x10.mobula.v1.DType\x12\x17\n\x0fis_cancellation\x18\x08 \x01(\x08\x12\x12\n\ntimeout_ms\x18\t \x01(\x07\x12\x12\n\x05\x63rc32\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"K\n\x0e\x46orwardRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.mobula.v1.ForwardHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"5\n\rForwardTiming\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\"K\n\x0c\x46orwardError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1c\n\x14quarantined_unit_ids\x18\x03 \x03(\r\"\xd3\x01\n\rForwardResult\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x18\n\x10num_partial_sums\x18\x02 \x01(\r\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.mobula.v1.DType\x12&\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x17.mobula.v1.ForwardError\x12(\n\x06timing\x18\x05 \x01(\x0b\x32\x18.mobula.v1.ForwardTiming\x12\x12\n\x05\x63rc32\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"L\n\x0f\x46orwardResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.mobula.v1.ForwardResult\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\x15\n\x13GetShardLoadRequest\"6\n\x0eShardLayerLoad\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x03(\x04\"\xbc\x01\n\x14GetShardLoadResponse\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\r\x12\x11\n\tnum_units\x18\x02 \x01(\r\x12\x14\n\x0cnum_forwards\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\x04\x12\x17\n\x0fnum_assignments\x18\x05 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12)\n\x06layers\x18\x07 \x03(\x0b\x32\x19.mobula.v1.ShardLayerLoad2\xa4\x01\n\x0b\x45xpertShard\x12\x44\n\x07\x46orward\x12\x19.mobula.v1.ForwardRequest\x1a\x1a.mobula.v1.ForwardResponse(\x01\x30\x01\x12O\n\x0cGetShardLoad\x12\x1e.mobula.v1.GetShardLoadRequest\x1a\x1f.mobula.v1.GetShardLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.expert_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FORWARDHEADER']._serialized_start=56
-  _globals['_FORWARDHEADER']._serialized_end=243
-  _globals['_FORWARDREQUEST']._serialized_start=245
-  _globals['_FORWARDREQUEST']._serialized_end=320
-  _globals['_FORWARDTIMING']._serialized_start=322
-  _globals['_FORWARDTIMING']._serialized_end=375
-  _globals['_FORWARDERROR']._serialized_start=377
-  _globals['_FORWARDERROR']._serialized_end=422
-  _globals['_FORWARDRESULT']._serialized_start=425
-  _globals['_FORWARDRESULT']._serialized_end=606
-  _globals['_FORWARDRESPONSE']._serialized_start=608
-  _globals['_FORWARDRESPONSE']._serialized_end=684
-  _globals['_GETSHARDLOADREQUEST']._serialized_start=686
-  _globals['_GETSHARDLOADREQUEST']._serialized_end=707
-  _globals['_SHARDLAYERLOAD']._serialized_start=709
-  _globals['_SHARDLAYERLOAD']._serialized_end=763
-  _globals['_GETSHARDLOADRESPONSE']._serialized_start=766
-  _globals['_GETSHARDLOADRESPONSE']._serialized_end=954
-  _globals['_EXPERTSHARD']._serialized_start=957
-  _globals['_EXPERTSHARD']._serialized_end=1121
+  _globals['_FORWARDHEADER']._serialized_end=318
+  _globals['_FORWARDREQUEST']._serialized_start=320
+  _globals['_FORWARDREQUEST']._serialized_end=395
+  _globals['_FORWARDTIMING']._serialized_start=397
+  _globals['_FORWARDTIMING']._serialized_end=450
+  _globals['_FORWARDERROR']._serialized_start=452
+  _globals['_FORWARDERROR']._serialized_end=527
+  _globals['_FORWARDRESULT']._serialized_start=530
+  _globals['_FORWARDRESULT']._serialized_end=741
+  _globals['_FORWARDRESPONSE']._serialized_start=743
+  _globals['_FORWARDRESPONSE']._serialized_end=819
+  _globals['_GETSHARDLOADREQUEST']._serialized_start=821
+  _globals['_GETSHARDLOADREQUEST']._serialized_end=842
+  _globals['_SHARDLAYERLOAD']._serialized_start=844
+  _globals['_SHARDLAYERLOAD']._serialized_end=898
+  _globals['_GETSHARDLOADRESPONSE']._serialized_start=901
+  _globals['_GETSHARDLOADRESPONSE']._serialized_end=1089
+  _globals['_EXPERTSHARD']._serialized_start=1092
+  _globals['_EXPERTSHARD']._serialized_end=1256
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ForwardHeader(_message.Message):
-    __slots__ = ("sequence_number", "layer_id", "placement_version", "num_rows", "num_assignments", "num_partial_sums", "dtype")
+    __slots__ = ("sequence_number", "layer_id", "placement_version", "num_rows", "num_assignments", "num_partial_sums", "dtype", "is_cancellation", "timeout_ms", "crc32")
     SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
     LAYER_ID_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,9 @@ class ForwardHeader(_message.Message):
     NUM_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     NUM_PARTIAL_SUMS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    IS_CANCELLATION_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
     sequence_number: int
     layer_id: int
     placement_version: int
@@ -23,7 +26,10 @@ class ForwardHeader(_message.Message):
     num_assignments: int
     num_partial_sums: int
     dtype: _tensor_pb2.DType
-    def __init__(self, sequence_number: _Optional[int] = ..., layer_id: _Optional[int] = ..., placement_version: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_assignments: _Optional[int] = ..., num_partial_sums: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ...) -> None: ...
+    is_cancellation: bool
+    timeout_ms: int
+    crc32: int
+    def __init__(self, sequence_number: _Optional[int] = ..., layer_id: _Optional[int] = ..., placement_version: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_assignments: _Optional[int] = ..., num_partial_sums: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., is_cancellation: _Optional[bool] = ..., timeout_ms: _Optional[int] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("header", "payload")
@@ -42,26 +48,30 @@ class ForwardTiming(_message.Message):
     def __init__(self, queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ...) -> None: ...
 
 class ForwardError(_message.Message):
-    __slots__ = ("code", "message")
+    __slots__ = ("code", "message", "quarantined_unit_ids")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_UNIT_IDS_FIELD_NUMBER: _ClassVar[int]
     code: int
     message: str
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    quarantined_unit_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., quarantined_unit_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardResult(_message.Message):
-    __slots__ = ("sequence_number", "num_partial_sums", "dtype", "error", "timing")
+    __slots__ = ("sequence_number", "num_partial_sums", "dtype", "error", "timing", "crc32")
     SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
     NUM_PARTIAL_SUMS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
     sequence_number: int
     num_partial_sums: int
     dtype: _tensor_pb2.DType
     error: ForwardError
     timing: ForwardTiming
-    def __init__(self, sequence_number: _Optional[int] = ..., num_partial_sums: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., error: _Optional[_Union[ForwardError, _Mapping]] = ..., timing: _Optional[_Union[ForwardTiming, _Mapping]] = ...) -> None: ...
+    crc32: int
+    def __init__(self, sequence_number: _Optional[int] = ..., num_partial_sums: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., error: _Optional[_Union[ForwardError, _Mapping]] = ..., timing: _Optional[_Union[ForwardTiming, _Mapping]] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("header", "payload")

@@ -11,6 +11,9 @@ from protos.codec import PayloadReader, dtype_from_wire, dtype_to_wire
 from protos.errors import InternalError, from_code
 from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall, Outcome
 from router.plan import PartialSums, ShardMessage
+from router.transport import ShardTransport
+
+MAX_TIMEOUT_MS = 2**32 - 1  # the field's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,7 @@ class Attempt:
 
     message: ShardMessage
     number: int
-    address: str
+    transport: ShardTransport | None
     sent_s: float
     late_at_s: float
     give_up_at_s: float
@@ -49,6 +52,10 @@ class Attempt:
         return self.message.ep_rank
 
     @property
+    def address(self) -> str:
+        return "no address" if self.transport is None else self.transport.address
+
+    @property
     def due_at_s(self) -> float:
         """When something about it must be looked at."""
         return min(self.late_at_s, self.give_up_at_s)
@@ -59,11 +66,12 @@ def forward_call(
     layer: LayerInput,
     *,
     sequence_number: int,
+    timeout_s: float,
     placement_version: int,
     completions: Completions,
     tell: Callable[[Outcome], None],
 ) -> ForwardCall:
-    """The call that carries a message."""
+    """The call that carries a message. timeout_s: how long its answer will be waited for."""
     hidden_states = layer.hidden_states
     header = expert_pb2.ForwardHeader(
         sequence_number=sequence_number,
@@ -73,6 +81,7 @@ def forward_call(
         num_assignments=message.num_assignments,
         num_partial_sums=message.num_partial_sums,
         dtype=dtype_to_wire(hidden_states.dtype),
+        timeout_ms=min(max(1, int(1000 * timeout_s)), MAX_TIMEOUT_MS),
     )
     hidden_bytes: Bytes = hidden_states.view(torch.uint8).numpy()  # numpy knows no bfloat16
     is_every_row = message.num_rows == len(hidden_states)  # ascending and distinct, so in place already

@@ -134,6 +134,11 @@ class ForwardCall:
         rows = self.hidden_states if self.row_ids is None else self.hidden_states.take(self.row_ids, axis=0)
         return join_frame(self.header, (rows.data, self.assignments.data))
 
+    def cancellation(self) -> bytes:
+        """The serialised header that takes the call back."""
+        header = expert_pb2.ForwardHeader(sequence_number=self.sequence_number, is_cancellation=True)
+        return header.SerializeToString()
+
     def write_payload(self, memory: Bytes, offset: int) -> None:
         """Puts the payload into `memory` ([n] uint8) from `offset` on."""
         row_bytes = self.hidden_states.shape[1]

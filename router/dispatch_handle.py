@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from protos.errors import (
+    DeadlineExceeded,
     InternalError,
     MobulaError,
     QueueFull,
@@ -168,7 +169,7 @@ class DispatchHandle:
         attempt = Attempt(
             message=message,
             number=number,
-            address=transport.address if transport is not None else "no address",
+            transport=transport,
             sent_s=now_s,
             late_at_s=now_s + config.late_after_s,
             give_up_at_s=min(now_s + config.attempt_timeout_s, self._deadline_s),
@@ -183,6 +184,7 @@ class DispatchHandle:
             message,
             self._layer,
             sequence_number=next(self._context.sequence_numbers),
+            timeout_s=attempt.give_up_at_s - now_s,
             placement_version=routing.expert_map.placement_version,
             completions=self._context.completions,
             tell=lambda outcome: self._finish(attempt, outcome),
@@ -194,6 +196,8 @@ class DispatchHandle:
         self._context.queues.ended(attempt.ep_rank, attempt.message.num_assignments)
         if attempt.call is not None:
             attempt.call.is_given_up = True
+            if attempt.transport is not None and not attempt.is_probe:
+                attempt.transport.cancel(attempt.call)
 
     def _next_due_s(self) -> float:
         """Seconds until the time of something comes."""
@@ -216,7 +220,7 @@ class DispatchHandle:
             if isinstance(outcome, MobulaError):
                 raise outcome
             self._take(attempt, outcome)
-        except (Unavailable, StalePlacement, QueueFull) as error:
+        except (Unavailable, StalePlacement, QueueFull, DeadlineExceeded) as error:
             if not attempt.is_probe:
                 self._retry(attempt, error.reason.lower(), str(error))
         except MobulaError as error:

@@ -16,12 +16,13 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 
 import grpc
 import grpc.aio
 
 from protos import expert_pb2, rpc
-from protos.codec import decode_frame
+from protos.codec import decode_frame, join_frame
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
 from protos.errors import InvalidRequest, QueueFull, ShardUnavailable
 from router.completions import Carrier, ForwardAnswer, ForwardCall
@@ -36,6 +37,7 @@ MAX_RECONNECT_WAIT_S = 1.0  # a shard that is back is used again within about th
 MAX_OUTSTANDING_FORWARDS = 64  # a worker has one per layer and micro-batch in flight, so more means that nobody waits
 
 
+_Outgoing = asyncio.Queue[tuple[ForwardCall | None, bytes]]  # frames, with their call where they have one
 OnOpen = Callable[[Mapping[str, str]], Awaitable[None]]
 
 
@@ -63,7 +65,7 @@ class GrpcTransport:
         self._on_open = on_open
         self._on_broken = on_broken
         self._pending: dict[int, ForwardCall] = {}
-        self._outgoing: asyncio.Queue[bytes] | None = None  # while connected
+        self._outgoing: _Outgoing | None = None  # while connected
         self._last_failure = "not connected yet"
         self._is_closed = False
         self._runner = asyncio.run_coroutine_threadsafe(self._keep_connected(), loop)
@@ -84,6 +86,11 @@ class GrpcTransport:
         except RuntimeError:  # the loop is closed
             call.end(self._unavailable("the event loop has ended"))
 
+    def cancel(self, call: ForwardCall) -> None:
+        """See ShardTransport."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._cancel, call)
+
     def close(self) -> None:
         """See ShardTransport."""
         self._is_closed = True
@@ -95,7 +102,8 @@ class GrpcTransport:
             return
         if len(self._pending) >= self._max_outstanding:
             self._pending = {number: call for number, call in self._pending.items() if not call.is_given_up}
-        if len(self._pending) >= self._max_outstanding:
+        is_stuck = self._outgoing.qsize() >= MAX_OUTSTANDING_FORWARDS  # with frames of calls that were given up
+        if is_stuck or len(self._pending) >= self._max_outstanding:
             call.end(
                 QueueFull(
                     f"{len(self._pending)} forwards to shard {self._address} are outstanding, limit is "
@@ -112,7 +120,11 @@ class GrpcTransport:
             )
             return
         self._pending[call.sequence_number] = call
-        self._outgoing.put_nowait(frame)
+        self._outgoing.put_nowait((call, frame))
+
+    def _cancel(self, call: ForwardCall) -> None:
+        if call.sequence_number in self._pending and self._outgoing is not None:
+            self._outgoing.put_nowait((None, join_frame(call.cancellation(), ())))
 
     async def _keep_connected(self) -> None:
         """The loop's top: one stream after the other until `close`."""
@@ -162,7 +174,7 @@ class GrpcTransport:
 
     async def _serve(self, call: grpc.aio.StreamStreamCall) -> None:
         """Writes and reads until the stream ends; a write that fails ends it for the reader too."""
-        outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        outgoing: _Outgoing = asyncio.Queue()
         writer = asyncio.create_task(_write_frames(call, outgoing))
         self._outgoing = outgoing
         try:
@@ -189,6 +201,8 @@ class GrpcTransport:
         return ShardUnavailable(f"no stream to shard {self._address}: {failure}")
 
 
-async def _write_frames(call: grpc.aio.StreamStreamCall, outgoing: asyncio.Queue[bytes]) -> None:
+async def _write_frames(call: grpc.aio.StreamStreamCall, outgoing: _Outgoing) -> None:
     while True:
-        await call.write(await outgoing.get())
+        forward, frame = await outgoing.get()
+        if forward is None or not forward.is_given_up:
+            await call.write(frame)

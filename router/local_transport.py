@@ -32,6 +32,9 @@ class LocalTransport:
             return
         self._handle(call.frame()).add_done_callback(lambda answer: _end(call, answer))
 
+    def cancel(self, call: ForwardCall) -> None:
+        """See ShardTransport; here it is computed all the same."""
+
     def close(self) -> None:
         self._is_closed = True
 

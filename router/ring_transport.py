@@ -15,6 +15,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -78,6 +79,13 @@ class RingTransport:
         opened = self._ring
         if opened is None or not opened.forward(call):
             self._stream.forward(call)
+
+    def cancel(self, call: ForwardCall) -> None:
+        """See ShardTransport."""
+        if call.carrier is Carrier.GRPC:
+            self._stream.cancel(call)
+        elif self._ring is not None:
+            self._ring.cancel(call)
 
     def close(self) -> None:
         """See ShardTransport."""
@@ -151,6 +159,13 @@ class Ring:
         call.carrier = Carrier.RING
         self._pending[call.sequence_number] = (call, offset, answer.offset)
         return True
+
+    def cancel(self, call: ForwardCall) -> None:
+        """Takes a call back; its region is free when the shard has answered, as ever."""
+        if self.is_open and call.sequence_number in self._pending:
+            nothing = Region(0, 0)
+            with suppress(OSError):  # the shard is behind, or gone
+                self._sock.send(pack_forward(call.cancellation(), nothing, nothing))
 
     def shut_down(self) -> None:
         """From any thread: the engine thread finds the end of the socket at its next poll."""

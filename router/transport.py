@@ -25,6 +25,12 @@ class ShardTransport(Protocol):
         call up; its late answer is ignored.
         """
 
+    def cancel(self, call: ForwardCall) -> None:
+        """Tells the shard that nobody waits for a call, so that it is not computed if it still waits there.
+
+        A hint, which may be lost; the call ends all the same. The engine thread's method.
+        """
+
     def close(self) -> None:
         """Ends the connection; forwards that are outstanding end with ShardUnavailable. From any thread."""
 

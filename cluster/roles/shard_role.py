@@ -40,7 +40,9 @@ class ShardRole(Role):
             for expert_id in unit.expert_ids:
                 model.checkpoint.check_role(model.config.decoder.expert_weight_shapes(unit.layer_id, expert_id))
         shard_config = ShardConfig(
-            ep_rank=self._ep_rank, max_waiting_forwards=self._config.expert_shards.max_waiting_forwards
+            ep_rank=self._ep_rank,
+            max_waiting_forwards=shards.max_waiting_forwards,
+            max_waiting_bytes=shards.max_waiting_mib * 2**20,
         )
         shard = ExpertShard(
             shard_config, model.expert_model, model.checkpoint, ShardMetrics(self._registry, self._ep_rank)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.batcher import Batcher, WaitingForward
+from experts.batcher import Batcher, ForwardOutput, WaitingForward
 from experts.grouped_ffn import ForwardInput
 from experts.weight_store import LayerWeights
-from protos.errors import InternalError, QueueFull, Unavailable
+from protos.errors import Cancelled, DeadlineExceeded, InternalError, QueueFull, Unavailable
 
 
 def layer(layer_id: int) -> LayerWeights:
@@ -33,7 +33,8 @@ def submit(batcher: Batcher, weights: LayerWeights, forward: ForwardInput, out=N
     future = Future()
 
     def on_done(outcome) -> None:
-        (future.set_exception if isinstance(outcome, Exception) else future.set_result)(outcome)
+        if not future.cancelled():
+            (future.set_exception if isinstance(outcome, Exception) else future.set_result)(outcome)
 
     waiting = WaitingForward(weights=weights, forward=forward, on_done=on_done, out=out)
     future.add_done_callback(lambda future: setattr(waiting, "is_given_up", future.cancelled()))
@@ -58,7 +59,7 @@ class Recorder:
 
 def test_everything_that_waits_for_the_oldest_forwards_layer_is_computed_at_once():
     compute = Recorder()
-    batcher = Batcher(compute, max_waiting=10)
+    batcher = Batcher(compute, max_waiting=10, max_waiting_bytes=2**20)
     submitted = [(2, 1.0), (1, 2.0), (2, 3.0), (3, 4.0), (1, 5.0)]
     futures = [submit(batcher, LAYERS[layer_id], forward_of(value)) for layer_id, value in submitted]
     assert [batcher.compute_next() for _ in range(4)] == [2, 2, 1, 0]
@@ -69,7 +70,7 @@ def test_everything_that_waits_for_the_oldest_forwards_layer_is_computed_at_once
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=20))
 @settings(max_examples=50)
 def test_every_forward_gets_its_own_partial_sums(work):
-    batcher = Batcher(Recorder(), max_waiting=20)
+    batcher = Batcher(Recorder(), max_waiting=20, max_waiting_bytes=2**20)
     futures = [
         submit(batcher, LAYERS[layer_id], forward_of(float(index), num_partial_sums))
         for index, (layer_id, num_partial_sums) in enumerate(work)
@@ -82,14 +83,14 @@ def test_every_forward_gets_its_own_partial_sums(work):
 
 def test_versions_of_a_layer_are_not_mixed():
     compute = Recorder()
-    batcher = Batcher(compute, max_waiting=10)
+    batcher = Batcher(compute, max_waiting=10, max_waiting_bytes=2**20)
     for weights in (LAYERS[1], layer(1), LAYERS[1]):
         submit(batcher, weights, forward_of(1.0))
     assert [batcher.compute_next(), batcher.compute_next()] == [2, 1]
 
 
 def test_a_full_queue_refuses_with_the_limit_and_takes_again_when_there_is_room():
-    batcher = Batcher(Recorder(), max_waiting=2)
+    batcher = Batcher(Recorder(), max_waiting=2, max_waiting_bytes=2**20)
     for _ in range(2):
         submit(batcher, LAYERS[0], forward_of(1.0))
     with pytest.raises(QueueFull, match="2 forwards wait, limit is 2"):
@@ -100,7 +101,7 @@ def test_a_full_queue_refuses_with_the_limit_and_takes_again_when_there_is_room(
 
 def test_a_cancelled_forward_is_never_computed():
     compute = Recorder()
-    batcher = Batcher(compute, max_waiting=10)
+    batcher = Batcher(compute, max_waiting=10, max_waiting_bytes=2**20)
     gone, stays = (submit(batcher, LAYERS[0], forward_of(value)) for value in (1.0, 2.0))
     gone.cancel()
     batcher.compute_next()
@@ -108,9 +109,36 @@ def test_a_cancelled_forward_is_never_computed():
     assert stays.result().partial_sums.item() == 20.0
 
 
+def test_a_forward_that_was_given_up_or_waited_too_long_is_answered_with_why_and_not_computed():
+    now_ns = 0
+    compute = Recorder()
+    batcher = Batcher(compute, max_waiting=10, max_waiting_bytes=2**20, clock_ns=lambda: now_ns)
+    outcomes = []
+
+    def waiting(**fields) -> WaitingForward:
+        return WaitingForward(weights=LAYERS[0], forward=forward_of(1.0), on_done=outcomes.append, **fields)
+
+    given_up, late, in_time = waiting(), waiting(timeout_ns=4_000), waiting(timeout_ns=6_000)
+    for forward in (given_up, late, in_time):
+        batcher.submit(forward)
+    given_up.is_given_up = True
+    now_ns = 5_000
+    batcher.compute_next()
+    assert [type(outcome) for outcome in outcomes] == [Cancelled, DeadlineExceeded, ForwardOutput]
+    assert compute.batches == [(0, [1.0])]
+
+
+def test_forwards_that_wait_may_keep_so_many_bytes():
+    batcher = Batcher(Recorder(), max_waiting=10, max_waiting_bytes=100)
+    forward = WaitingForward(weights=LAYERS[0], forward=forward_of(1.0), on_done=lambda _: None, num_bytes=101)
+    batcher.submit(forward)
+    with pytest.raises(QueueFull, match="forwards with 101 bytes wait, limit is 100"):
+        batcher.submit(forward)
+
+
 def test_a_computation_that_fails_fails_its_forwards_and_the_next_one_works():
     compute = Recorder()
-    batcher = Batcher(compute, max_waiting=10)
+    batcher = Batcher(compute, max_waiting=10, max_waiting_bytes=2**20)
     compute.error = RuntimeError("out of memory")
     failed = submit(batcher, LAYERS[0], forward_of(1.0))
     batcher.compute_next()
@@ -124,7 +152,7 @@ def test_a_computation_that_fails_fails_its_forwards_and_the_next_one_works():
 
 def test_queue_time_is_from_arrival_until_the_computation_begins():
     times = iter([100, 250, 400])
-    batcher = Batcher(Recorder(), max_waiting=10, clock_ns=lambda: next(times))
+    batcher = Batcher(Recorder(), max_waiting=10, max_waiting_bytes=2**20, clock_ns=lambda: next(times))
     future = submit(batcher, LAYERS[0], forward_of(1.0))
     batcher.compute_next()
     assert (future.result().queue_ns, future.result().compute_ns) == (150, 150)
@@ -139,7 +167,7 @@ def test_stopping_computes_what_waits_and_refuses_what_comes():
         assert release.wait(30)
         return compute(batch)
 
-    batcher = Batcher(slow, max_waiting=10)
+    batcher = Batcher(slow, max_waiting=10, max_waiting_bytes=2**20)
     batcher.start()
     first = submit(batcher, LAYERS[0], forward_of(1.0))
     assert started.wait(30)
@@ -154,7 +182,7 @@ def test_stopping_computes_what_waits_and_refuses_what_comes():
 
 
 def test_partial_sums_are_written_where_the_forward_wants_them_alone_or_merged():
-    batcher = Batcher(Recorder(), max_waiting=10)
+    batcher = Batcher(Recorder(), max_waiting=10, max_waiting_bytes=2**20)
     outs = [torch.zeros(2, 1) for _ in range(3)]
     futures = [submit(batcher, LAYERS[0], forward_of(1.0, 2), outs[0])]
     batcher.compute_next()

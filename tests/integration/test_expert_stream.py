@@ -1,6 +1,7 @@
 """Router and shards over real gRPC on loopback and over rings, in one process and without Ray."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -186,6 +187,50 @@ def test_when_a_worker_leaves_its_waiting_forwards_are_dropped(grpc_host):
     shard.stop()
 
 
+def test_a_forward_that_nobody_waits_for_is_dropped_from_the_shards_queue_and_answered(host):
+    expert_map = placed(GATE, 1)
+    shard = expert_shard(expert_map, 0, MODEL)
+    is_computing, may_compute, ffn = threading.Event(), threading.Event(), shard._ffn
+
+    def blocked_ffn(*args):
+        is_computing.set()
+        assert may_compute.wait(30)
+        return ffn(*args)
+
+    shard._ffn = blocked_ffn
+    shard.start()
+    router = host.router(expert_map, [host.serve(shard)])
+    rows = random_rows(GATE, 4, MODEL.hidden_size)
+    first, given_up = (router.dispatch(i, rows.hidden_states, rows.topk_weights, rows.topk_ids) for i in (1, 2))
+    assert is_computing.wait(30)
+    wait_until(lambda: shard.num_waiting_forwards == 1 or host._ring_bytes)
+    router.abandon(given_up)
+    wait_until(lambda: host._ring_bytes or all(waiting.is_given_up for waiting in shard._batcher._waiting))
+    may_compute.set()
+    router.combine(first)
+    combined(router, rows)
+    assert shard.load().num_forwards == 2
+    shard.stop()
+
+
+def test_a_sequence_number_that_waits_already_ends_the_stream_and_computes_nothing_twice(grpc_host):
+    host = grpc_host
+    shard = expert_shard(placed(GATE, 1), 0, MODEL)
+    server = host.serve(shard)
+    transport = host.connect(f"127.0.0.1:{server.port}")
+    wait_until(lambda: transport.is_connected)
+    forwards = Forwards(transport, host.poller)
+    header = expert_pb2.ForwardHeader(sequence_number=5, layer_id=1, placement_version=1, dtype=1)
+    futures = [forwards.send(header), forwards.send(header)]
+    with pytest.raises(ShardUnavailable, match="forward 5 is already waiting"):
+        forwards.wait(futures[1])
+    shard.start()
+    wait_until(lambda: shard.num_waiting_forwards == 0)
+    assert shard.load().num_forwards == 0
+    transport.close()
+    shard.stop()
+
+
 def test_bytes_that_are_no_frame_end_their_own_stream_with_invalid_argument(host):
     expert_map = placed(GATE, 1)
     with running_shards(expert_map, MODEL) as shards:
@@ -259,6 +304,7 @@ def test_outstanding_forwards_are_bounded_and_given_up_ones_make_room(grpc_host)
     _, second = forward(1), forward(2)
     with pytest.raises(QueueFull, match=r"2 forwards .* are outstanding, limit is 2"):
         forwards.wait(forward(3))
+    wait_until(lambda: shard.num_waiting_forwards == 2)
     forwards.calls[0].is_given_up = True
     third = forward(4)
     wait_until(lambda: shard.num_waiting_forwards == 3)

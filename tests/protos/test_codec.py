@@ -26,6 +26,8 @@ def random_tensors(specs) -> list[torch.Tensor]:
 def test_a_frame_is_read_as_it_was_written(header, specs):
     written = random_tensors(specs)
     read_header, payload = decode_frame(expert_pb2.ForwardHeader, encode_frame(header, written))
+    assert read_header.HasField("crc32")
+    read_header.ClearField("crc32")
     assert read_header == header
     reader = PayloadReader(payload)
     for tensor in written:
@@ -40,6 +42,7 @@ def test_a_frame_is_a_valid_protobuf_message(header, specs):
     written = random_tensors(specs)
     frame = encode_frame(header, written)
     message = expert_pb2.ForwardRequest.FromString(frame)
+    message.header.ClearField("crc32")
     assert message.header == header
     assert message.payload == b"".join(bytes(tensor.view(torch.uint8).numpy().tobytes())
                                        if tensor.numel() else b"" for tensor in written)  # fmt: skip
@@ -53,6 +56,20 @@ def test_a_frame_written_by_protobuf_is_read(header, specs):
     read_header, read_payload = decode_frame(expert_pb2.ForwardHeader, frame)
     assert read_header == header
     assert bytes(read_payload) == payload
+
+
+@given(header=headers, specs=tensors, place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_one_flipped_bit_is_noticed(header, specs, place, bit):
+    frame = bytearray(encode_frame(header, random_tensors(specs)))
+    frame[place % len(frame)] ^= 1 << bit
+    with pytest.raises(InvalidRequest):
+        decode_frame(expert_pb2.ForwardHeader, bytes(frame))
+
+
+def test_a_header_larger_than_any_is_refused_before_it_is_parsed():
+    frame = b"\x0a\x81\x80\x04" + bytes(65537)
+    with pytest.raises(InvalidRequest, match="header has 65537 bytes, limit is 65536"):
+        decode_frame(expert_pb2.ForwardHeader, frame)
 
 
 @given(st.binary(max_size=64))

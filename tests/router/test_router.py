@@ -40,6 +40,7 @@ from tests.fake_experts import (
 )
 
 GATE = grouped_gate()
+CHECKSUM_BYTES = 5  # which only frames have
 SHORT = RouterConfig(forward_timeout_s=0.05, attempt_timeout_s=0.02)
 
 
@@ -50,6 +51,7 @@ class SilentTransport:
         self.address = "silent:1"
         self.is_connected = True
         self.calls: list[ForwardCall] = []
+        self.cancelled: list[int] = []
         self.is_closed = False
         self._handle = handle
 
@@ -58,6 +60,9 @@ class SilentTransport:
 
     def answer(self, index: int) -> None:
         LocalTransport(self._handle).forward(self.calls[index])
+
+    def cancel(self, call: ForwardCall) -> None:
+        self.cancelled.append(call.sequence_number)
 
     def close(self) -> None:
         self.is_closed = True
@@ -94,7 +99,7 @@ def test_counted_bytes_are_the_plans_plus_headers():
     frames = [frame for shard in shards for frame in shard.frames]
     headers_and_payloads = [decode_frame(expert_pb2.ForwardHeader, frame) for frame in frames]
     assert router.stats().sent_bytes == sum(
-        header.ByteSize() + len(payload) for header, payload in headers_and_payloads
+        header.ByteSize() - CHECKSUM_BYTES + len(payload) for header, payload in headers_and_payloads
     )
     for message, shard in zip(messages, shards, strict=True):
         request = expert_pb2.ForwardRequest.FromString(shard.frames[0])
@@ -193,6 +198,7 @@ def test_a_silent_shard_costs_forward_timeout_and_no_more():
     with pytest.raises(ShardUnavailable, match="shard 0 at silent:1 did not answer for layer 1"):
         combined(router, random_rows(GATE, 3, hidden_size=4))
     assert all(call.is_given_up for call in silent.calls)
+    assert silent.cancelled == [call.sequence_number for call in silent.calls]
 
 
 def test_a_shard_that_comes_back_elsewhere_answers_the_waiting_forward():
