@@ -119,3 +119,14 @@ class AdminClient(Connection):
             admin_pb2.RebalanceRequest(dry_run=is_dry_run), timeout=REBALANCE_TIMEOUT_S
         )
         return plan
+
+    def scale_shards(self, count: int) -> admin_pb2.ScaleShardsResponse:
+        """From now on that many shards. Returns when it is decided."""
+        change: admin_pb2.ScaleShardsResponse = self._stub.ScaleShards(
+            admin_pb2.ScaleShardsRequest(count=count), timeout=REBALANCE_TIMEOUT_S
+        )
+        return change
+
+    def drain(self, role: "admin_pb2.ProcessRole", rank: int) -> None:
+        """That process is to end without a request noticing. Returns when it is decided."""
+        self._stub.Drain(admin_pb2.DrainRequest(role=role, rank=rank), timeout=REBALANCE_TIMEOUT_S)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from attention.engine_config import EngineConfig
 from attention.mla_form import MlaForm
+from router.placement.members import ShardTraits
 from router.router_config import RouterConfig
 
 Count = Annotated[int, Field(ge=1, le=4096)]
@@ -102,10 +103,24 @@ class RebalancingConfig(StrictModel):
     max_mib_per_s: Annotated[float, Field(gt=0)] = 64.0  # that a shard reads meanwhile
 
 
+class ShardGroupConfig(StrictModel):
+    """Some shards that are alike and differ from the others. What is unset is as in expert_shards."""
+
+    count: Count
+    max_weight_gib: Annotated[float, Field(gt=0)] | None = None  # of each
+    speed: Annotated[float, Field(gt=0)] | None = None  # relative to a shard of speed 1; unset: as measured
+    num_cpus: Annotated[float, Field(ge=0, le=1024)] | None = None
+    num_gpus: Annotated[float, Field(ge=0, le=64)] | None = None
+    labels: dict[str, str] | None = None
+
+
 class ExpertShardsConfig(ActorConfig):
-    """The expert shards, `ep_rank` 0 to count - 1."""
+    """The expert shards, `ep_rank` 0 to count - 1; `mobula scale shards` changes their number later."""
 
     count: Count = 4
+    groups: tuple[
+        ShardGroupConfig, ...
+    ] = ()  # the first shards in order, where they differ; load is shared accordingly
     device: str = "cpu"
     max_weight_gib: Annotated[float, Field(gt=0)] | None = None  # per shard; unset: what the machine has free
     placement_policy: PlacementPolicy = Field(default=PlacementPolicy.DEVICE_LIMITED, strict=False)
@@ -115,6 +130,29 @@ class ExpertShardsConfig(ActorConfig):
     max_waiting_forwards: Annotated[int, Field(ge=1)] = 1024  # per shard; more are refused, not queued
     max_waiting_mib: Annotated[int, Field(ge=1)] = 1024  # of frames that wait, per shard; the same
     rebalancing: RebalancingConfig = Field(default_factory=RebalancingConfig)
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if (num_grouped := sum(group.count for group in self.groups)) > self.count:
+            raise ValueError(f"groups have {num_grouped} shards, count is {self.count}; raise count")
+        return self
+
+    def group_of(self, ep_rank: int) -> ShardGroupConfig | None:
+        """The group that a shard belongs to, if any."""
+        ranks = [group for group in self.groups for _ in range(group.count)]
+        return ranks[ep_rank] if ep_rank < len(ranks) else None
+
+    def actor_config(self, ep_rank: int) -> ActorConfig:
+        """What a shard asks of Ray."""
+        group = self.group_of(ep_rank)
+        own = group.model_dump(include={"num_cpus", "num_gpus", "labels"}, exclude_none=True) if group else {}
+        return self.model_copy(update=own)
+
+    def traits(self, ep_rank: int) -> ShardTraits:
+        """What placement must know of a shard."""
+        group = self.group_of(ep_rank)
+        gib = group.max_weight_gib if group and group.max_weight_gib else self.max_weight_gib
+        return ShardTraits(max_weight_bytes=int(gib * 2**30) if gib else None, speed=group.speed if group else None)
 
 
 class ControllerConfig(StrictModel):

@@ -17,6 +17,12 @@ class ProcessState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PROCESS_STATE_FAILED: _ClassVar[ProcessState]
     PROCESS_STATE_DOWN: _ClassVar[ProcessState]
 
+class ProcessRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PROCESS_ROLE_UNSPECIFIED: _ClassVar[ProcessRole]
+    PROCESS_ROLE_SHARD: _ClassVar[ProcessRole]
+    PROCESS_ROLE_WORKER: _ClassVar[ProcessRole]
+
 class RebalanceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     REBALANCE_STATE_UNSPECIFIED: _ClassVar[RebalanceState]
@@ -33,6 +39,9 @@ PROCESS_STATE_LOADING: ProcessState
 PROCESS_STATE_READY: ProcessState
 PROCESS_STATE_FAILED: ProcessState
 PROCESS_STATE_DOWN: ProcessState
+PROCESS_ROLE_UNSPECIFIED: ProcessRole
+PROCESS_ROLE_SHARD: ProcessRole
+PROCESS_ROLE_WORKER: ProcessRole
 REBALANCE_STATE_UNSPECIFIED: RebalanceState
 REBALANCE_STATE_IDLE: RebalanceState
 REBALANCE_STATE_STAGING: RebalanceState
@@ -138,3 +147,29 @@ class RebalanceResponse(_message.Message):
     old_placement_version: int
     new_placement_version: int
     def __init__(self, moves: _Optional[_Iterable[_Union[UnitMove, _Mapping]]] = ..., moved_bytes: _Optional[int] = ..., balancedness_before: _Optional[float] = ..., balancedness_after: _Optional[float] = ..., step_time_ratio: _Optional[float] = ..., num_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., is_worth_it: _Optional[bool] = ..., started: _Optional[bool] = ..., old_placement_version: _Optional[int] = ..., new_placement_version: _Optional[int] = ...) -> None: ...
+
+class ScaleShardsRequest(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class ScaleShardsResponse(_message.Message):
+    __slots__ = ("added_ep_ranks", "drained_ep_ranks")
+    ADDED_EP_RANKS_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_EP_RANKS_FIELD_NUMBER: _ClassVar[int]
+    added_ep_ranks: _containers.RepeatedScalarFieldContainer[int]
+    drained_ep_ranks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, added_ep_ranks: _Optional[_Iterable[int]] = ..., drained_ep_ranks: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("role", "rank")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    role: ProcessRole
+    rank: int
+    def __init__(self, role: _Optional[_Union[ProcessRole, str]] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

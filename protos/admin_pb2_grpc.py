@@ -44,6 +44,16 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.RebalanceRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.RebalanceResponse.FromString,
                 _registered_method=True)
+        self.ScaleShards = channel.unary_unary(
+                '/mobula.v1.Admin/ScaleShards',
+                request_serializer=protos_dot_admin__pb2.ScaleShardsRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ScaleShardsResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/mobula.v1.Admin/Drain',
+                request_serializer=protos_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -66,6 +76,25 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleShards(self, request, context):
+        """From now on the system has so many expert shards. New ones start, load, and are given units; those that leave give
+        theirs to the others first. Requests in flight go on and give the same tokens. Returns when it is decided; GetStatus
+        shows how far it is. Asking for what is so already changes nothing.
+
+        FAILED_PRECONDITION when no placement on so many shards satisfies the configuration.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Lets one process end without a request noticing. A shard gives its units to the others first; other shards keep
+        their ep_rank. Returns when it is decided; GetStatus shows how far it is, and the process no longer when it is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +107,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Rebalance,
                     request_deserializer=protos_dot_admin__pb2.RebalanceRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.RebalanceResponse.SerializeToString,
+            ),
+            'ScaleShards': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleShards,
+                    request_deserializer=protos_dot_admin__pb2.ScaleShardsRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ScaleShardsResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +173,60 @@ class Admin:
             '/mobula.v1.Admin/Rebalance',
             protos_dot_admin__pb2.RebalanceRequest.SerializeToString,
             protos_dot_admin__pb2.RebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleShards(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.v1.Admin/ScaleShards',
+            protos_dot_admin__pb2.ScaleShardsRequest.SerializeToString,
+            protos_dot_admin__pb2.ScaleShardsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.v1.Admin/Drain',
+            protos_dot_admin__pb2.DrainRequest.SerializeToString,
+            protos_dot_admin__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

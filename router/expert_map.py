@@ -7,7 +7,7 @@ Glossary
     placement unit   a set of logical experts of one layer that always lies whole on a shard: an expert group where the
                      gate is group limited, else a set that Mobula chose; a single expert is a unit too (EPLB)
     replica          a unit that lies on several shards has several replicas
-    ep_rank          the number of a shard, 0 to ep_size - 1
+    ep_rank          the number of a shard, 0 to ep_size - 1; a shard that left leaves its number free
 
 Example: one layer (layer 1 of the model), four experts in two units, two shards; unit 1 has two replicas.
 
@@ -18,7 +18,7 @@ Example: one layer (layer 1 of the model), four experts in two units, two shards
     units_of(1)      (PlacementUnit(layer_id=1, unit_id=1, expert_ids=(2, 3)),)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,7 @@ class ExpertMap:
     expert_to_unit: [num_moe_layers, n_routed_experts] int64.
     unit_to_ep_ranks: [num_moe_layers, num_units, max_replicas] int64, -1 pads at the end. A layer with fewer units than
         another has rows of -1 that no expert names.
+    ep_ranks: the shards that hold anything, ascending; follows from the arrays.
     """
 
     placement_version: int
@@ -56,6 +57,7 @@ class ExpertMap:
     moe_layer_ids: tuple[int, ...]
     expert_to_unit: Int64Array
     unit_to_ep_ranks: Int64Array
+    ep_ranks: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.placement_version < 1 or self.ep_size < 1:
@@ -73,6 +75,7 @@ class ExpertMap:
                 )
             array.setflags(write=False)
         self._check_units()
+        object.__setattr__(self, "ep_ranks", tuple(sorted(_values(self.unit_to_ep_ranks) - {-1})))
 
     def _check_units(self) -> None:
         ranks, units = self.unit_to_ep_ranks, self.expert_to_unit

@@ -25,11 +25,12 @@ class Routing:
     transports: tuple[ShardTransport | None, ...]
 
     def down(self) -> list[int]:
-        """The shards that cannot be reached now."""
+        """The shards that hold anything and cannot be reached now."""
+        transports = self.transports
         return [
             ep_rank
-            for ep_rank, transport in enumerate(self.transports)
-            if transport is None or not transport.is_connected
+            for ep_rank in self.expert_map.ep_ranks
+            if (transport := transports[ep_rank]) is None or not transport.is_connected
         ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from cluster.config import GatewayConfig
 from cluster.controller.admin_server import AdminServer
+from cluster.controller.membership import ShardChange
 from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState
 from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, UnitMove
 from cluster.gateway.gateway import Gateway
@@ -67,6 +68,7 @@ class FakeController:
         self.ahead: list[ClusterStatus] = life(self.plan)
         self.error: Exception | None = None
         self.num_begun = 0
+        self.drained: list[int] = []
 
     def status(self) -> ClusterStatus:
         if self.num_begun and self.ahead:
@@ -82,6 +84,18 @@ class FakeController:
         plan = self.plan_rebalance()
         self.num_begun += 1
         return plan
+
+    def scale_shards(self, count: int) -> ShardChange:
+        """As if there were two shards."""
+        if self.error:
+            raise self.error
+        return ShardChange(added=tuple(range(2, count)), drained=tuple(range(count, 2)))
+
+    def drain_shard(self, ep_rank: int) -> ShardChange:
+        if self.error:
+            raise self.error
+        self.drained.append(ep_rank)
+        return ShardChange(drained=(ep_rank,))
 
 
 def life(plan: RebalancePlan, *, aborted_while: RebalanceState | None = None) -> list[ClusterStatus]:

@@ -15,11 +15,11 @@ class RoleProcess:
     def __init__(self, create: Callable[[], Role], role: Role) -> None:
         self.role = role
         self._create = create
-        self._is_alive = True
+        self.is_alive = True
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="role")
 
     def call(self, method: str, *args: Any) -> Future[Any]:
-        if not self._is_alive:
+        if not self.is_alive:
             died: Future[Any] = Future()
             died.set_exception(ProcessDied(method))
             return died
@@ -27,7 +27,7 @@ class RoleProcess:
 
     def die(self) -> None:
         """As a crash does: connections break, calls fail."""
-        self._is_alive = False
+        self.is_alive = False
         if isinstance(self.role, ShardRole) and self.role._server:
             self.role._loop.run(self.role._server.stop(0.0))
         self.role.stop(0.0)
@@ -35,7 +35,7 @@ class RoleProcess:
     def come_back(self) -> None:
         """As Ray starts an actor again."""
         self.role = self._create()
-        self._is_alive = True
+        self.is_alive = True
 
     def restart(self) -> None:
         self.die()

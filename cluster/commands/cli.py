@@ -18,6 +18,7 @@ from cluster.commands import (
     chaos_command,
     checkpoint_command,
     keys_command,
+    scale_command,
     trace_command,
 )
 from cluster.commands.terminal import console, fail, fail_call
@@ -39,6 +40,8 @@ app.add_typer(checkpoint_command.app, name="checkpoint")
 app.add_typer(certs_command.app, name="certs")
 app.add_typer(keys_command.app, name="keys")
 app.add_typer(trace_command.app, name="trace")
+app.add_typer(scale_command.scale_app, name="scale")
+app.add_typer(scale_command.drain_app, name="drain")
 Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; unset: the bundled model on this machine.")

@@ -70,7 +70,7 @@ def rebalance_message(plan: RebalancePlan, *, is_dry_run: bool) -> admin_pb2.Reb
         num_tokens=plan.num_tokens,
         reason=plan.reason,
         is_worth_it=plan.is_worth_it,
-        started=bool(plan.moves) and not is_dry_run,
+        started=plan.changes_anything and not is_dry_run,
         old_placement_version=plan.old.placement_version,
         new_placement_version=plan.new.placement_version,
     )

@@ -5,13 +5,15 @@ answered meanwhile. Knows nothing of Ray; the calls have no right of their own y
 """
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import grpc
 import grpc.aio
 
 from cluster.controller.admin_messages import rebalance_message, status_message
+from cluster.controller.membership import ShardChange
 from cluster.controller.process import ClusterStatus
 from cluster.controller.rebalance import RebalancePlan
 from protos import admin_pb2, errors, rpc
@@ -20,6 +22,7 @@ from protos.loop_thread import LoopThread
 
 SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 STOP_TIMEOUT_S = 5.0
+T = TypeVar("T")
 
 
 class AdminController(Protocol):
@@ -34,6 +37,12 @@ class AdminController(Protocol):
     def rebalance(self) -> RebalancePlan:
         """Begins one and returns what it will do. Raises MobulaError when it cannot begin."""
 
+    def scale_shards(self, count: int) -> ShardChange:
+        """From now on that many shards. Raises MobulaError when that cannot be."""
+
+    def drain_shard(self, ep_rank: int) -> ShardChange:
+        """The shard gives up its units and ends. Raises MobulaError when that cannot be."""
+
 
 class AdminServicer:
     """The Admin service over raw bytes."""
@@ -43,8 +52,14 @@ class AdminServicer:
         self._planner = planner
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        methods = {"GetStatus": rpc.unary_handler(self.get_status), "Rebalance": rpc.unary_handler(self.rebalance)}
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        methods = {
+            "GetStatus": self.get_status,
+            "Rebalance": self.rebalance,
+            "ScaleShards": self.scale_shards,
+            "Drain": self.drain,
+        }
+        handlers = {name: rpc.unary_handler(method) for name, method in methods.items()}
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def get_status(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Admin.GetStatus."""
@@ -55,8 +70,27 @@ class AdminServicer:
         """Admin.Rebalance. A caller that leaves while it waits for its turn asked for nothing; later it is done."""
         is_dry_run = rpc.parse(admin_pb2.RebalanceRequest, request).dry_run
         method = self._controller.plan_rebalance if is_dry_run else self._controller.rebalance
-        plan = await asyncio.get_running_loop().run_in_executor(self._planner, method)
+        plan = await self._planned(method)
         return bytes(rebalance_message(plan, is_dry_run=is_dry_run).SerializeToString())
+
+    async def scale_shards(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Admin.ScaleShards."""
+        count = rpc.parse(admin_pb2.ScaleShardsRequest, request).count
+        change = await self._planned(self._controller.scale_shards, count)
+        response = admin_pb2.ScaleShardsResponse(added_ep_ranks=change.added, drained_ep_ranks=change.drained)
+        return bytes(response.SerializeToString())
+
+    async def drain(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Admin.Drain."""
+        asked = rpc.parse(admin_pb2.DrainRequest, request)
+        if asked.role != admin_pb2.PROCESS_ROLE_SHARD:
+            raise errors.InvalidRequest(f"role is {asked.role}, only shards (1) can be drained", field="role")
+        await self._planned(self._controller.drain_shard, asked.rank)
+        return bytes(admin_pb2.DrainResponse().SerializeToString())
+
+    async def _planned(self, method: Callable[..., T], *args: object) -> T:
+        """What a call to the controller that may compute a placement returns."""
+        return await asyncio.get_running_loop().run_in_executor(self._planner, method, *args)
 
 
 class AdminServer:

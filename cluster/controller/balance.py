@@ -1,47 +1,50 @@
 """Watches the experts' load, and decides when a rebalance is worth its bytes. The controller's third duty.
 
-One round: take the shards' counters, move a rebalance that is under way on, answer what operators asked, and, where the
-configuration says so, begin a rebalance that is worth it. Belongs to the controller's thread but for `ask`.
+One round: take the shards' counters, move a rebalance that is under way on, and begin one when shards came or are to
+leave or, where the configuration says so, when it is worth it. Belongs to the controller's thread.
 """
 
 import logging
-import queue
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cluster.config import RebalancingConfig
+from cluster.controller.membership import ShardMembership
 from cluster.controller.process import ManagedProcess
 from cluster.controller.rebalance import (
     Float64Array,
     Hysteresis,
     RebalancePlan,
     RebalanceStatus,
-    largest_weight_bytes,
     plan_rebalance,
+    weight_bytes_while_moving,
 )
 from cluster.controller.rebalancer import Rebalancer
-from protos.errors import DeadlineExceeded, InternalError, MobulaError, RebalanceRefused
+from protos.errors import RebalanceRefused
 from router.expert_map import ExpertMap
 from router.load import LoadConfig, LoadTracker
 from router.placement import PlacementError
+from router.placement.members import ShardTraits
 
 logger = logging.getLogger(__name__)
 
 LOAD_INTERVAL_S = 2.0  # between two looks at the shards' counters
-ASK_TIMEOUT_S = 60.0  # a plan for a large model takes seconds
+CHANGE_RETRY_S = 10.0  # after a rebalance for shards that came or leave could not begin or was given up
 
 
 class Proposer(NamedTuple):
     """How placements are computed.
 
-    place: the placement for a load ([num_moe_layers, n_routed_experts] assignments), given the one in use and the
-        version of the new one; raises PlacementError.
+    place: the placement for a load ([num_moe_layers, n_routed_experts] assignments), given the one in use, the version
+        of the new one, and the shards that it may use, by ep_rank; raises PlacementError.
+    traits: of the shard of a rank, as configured.
     """
 
-    place: Callable[[Float64Array, ExpertMap, int], ExpertMap]
+    place: Callable[[Float64Array, ExpertMap, int, Mapping[int, ShardTraits]], ExpertMap]
     expert_bytes: int
-    max_weight_bytes: int | None = None  # of a shard
+    traits: Callable[[int], ShardTraits] = lambda ep_rank: ShardTraits()
 
 
 class Balance:
@@ -50,22 +53,27 @@ class Balance:
     def __init__(
         self,
         *,
-        shards: list[ManagedProcess],
-        workers: list[ManagedProcess],
+        processes: list[ManagedProcess],
+        create_shard: Callable[[int], ManagedProcess],
         expert_map: ExpertMap,
         proposer: Proposer,
         config: RebalancingConfig,
+        drain_timeout_s: float,
         publish: Callable[[ExpertMap], None],
         clock: Callable[[], float],
     ) -> None:
-        """publish: makes an expert map the one in use."""
-        self._shards = shards
+        """processes: the controller's records. create_shard: starts the one of a rank. drain_timeout_s: for a shard
+        to end in order. publish: makes an expert map the one in use.
+        """
+        self.membership = ShardMembership(processes, expert_map.ep_ranks, create_shard, self._check_members)
+        self._expert_map = expert_map  # in use
+        self._members: frozenset[int] = frozenset()  # that the rebalance under way is for
         self._proposer = proposer
         self._config = config
+        self._drain_timeout_s = drain_timeout_s
         self._clock = clock
         self._rebalancer = Rebalancer(
-            shards=shards,
-            workers=workers,
+            processes=processes,
             max_bytes_per_s=config.max_mib_per_s * 2**20,
             publish=publish,
             clock=clock,
@@ -78,7 +86,7 @@ class Balance:
         self._looked_s = float("-inf")
         self._ended_s = clock()  # the last rebalance
         self._newest_version = expert_map.placement_version
-        self._asked: queue.SimpleQueue[tuple[bool, Future[RebalancePlan]]] = queue.SimpleQueue()
+        self._change_at_s = float("-inf")  # not before this
 
     @property
     def is_idle(self) -> bool:
@@ -89,31 +97,51 @@ class Balance:
         """The rebalance under way and those before."""
         return self._rebalancer.status()
 
-    def ask(self, *, start: bool) -> RebalancePlan:
-        """The plan for the load as it is, begun if `start`. From any thread but the controller's.
-
-        Raises RebalanceRefused when it cannot begin now, or no placement satisfies the configuration; DeadlineExceeded
-        when the controller's thread has no time for it.
-        """
-        answer: Future[RebalancePlan] = Future()
-        self._asked.put((start, answer))
-        try:
-            return answer.result(ASK_TIMEOUT_S)
-        except TimeoutError as error:
-            answer.cancel()  # nobody is left to be told: what has not begun must not
-            raise DeadlineExceeded(
-                f"the controller took longer than {ASK_TIMEOUT_S:.0f} s; its status says whether a rebalance began"
-            ) from error
-
     def round(self, expert_map: ExpertMap, *, is_serving: bool) -> None:
         """One round under the placement in use."""
+        self._expert_map = expert_map
         self._observe_load()
-        was_idle = self.is_idle
+        was_idle, num_done = self.is_idle, self.status().num_done
         self._rebalancer.step()
         if self.is_idle and not was_idle:
             self._ended_s = self._clock()
-        self._answer(expert_map, is_serving)
-        self._rebalance_by_itself(expert_map, is_serving)
+            if self.status().num_done > num_done:
+                self.membership.are_placed_on(self._members)
+            else:
+                self._change_at_s = self._clock() + CHANGE_RETRY_S
+        self._rebalance_for_members()
+        self._rebalance_by_itself(is_serving)
+
+    def plan(self) -> RebalancePlan:
+        """What a rebalance would do now. Raises RebalanceRefused when no placement satisfies the configuration."""
+        load = self._tracker.estimate(self._expert_map.placement_version, self._clock()).decayed
+        new = self._place(load, self.membership.members())
+        hysteresis = Hysteresis(self._config.min_gain, self._config.min_assignments)
+        traits = self._traits([shard.rank for shard in self.membership.shards])
+        speeds = {ep_rank: known.speed or 1.0 for ep_rank, known in traits.items()}
+        return plan_rebalance(self._expert_map, new, load, self._proposer.expert_bytes, hysteresis, speeds)
+
+    def begin(self, plan: RebalancePlan, *, is_serving: bool) -> None:
+        """Begins what was planned, if there is anything to move. Raises RebalanceRefused when it cannot begin now."""
+        status = self._rebalancer.status()
+        if not self.is_idle:
+            raise RebalanceRefused(
+                f"a rebalance to version {status.target_version} is {status.state}; ask again when it is done",
+                retry_after_s=5.0,
+            )
+        if not is_serving:
+            raise RebalanceRefused("not every process is ready; ask again when the system serves", retry_after_s=5.0)
+        for ep_rank, needed in weight_bytes_while_moving(plan, self._proposer.expert_bytes).items():
+            limit = self._proposer.traits(ep_rank).max_weight_bytes
+            if limit is not None and needed > limit:
+                raise RebalanceRefused(
+                    f"shard {ep_rank} would hold {needed} bytes of old and new units while they move, its limit is "
+                    f"{limit}; raise expert_shards.max_weight_gib, or add shards"
+                )
+        if plan.changes_anything:
+            self._newest_version = plan.new.placement_version
+            self._members = self.membership.members()
+            self._rebalancer.begin(plan)
 
     def _observe_load(self) -> None:
         for source, counts in list(self._counts.items()):
@@ -124,65 +152,57 @@ class Balance:
         if self._clock() - self._looked_s < LOAD_INTERVAL_S:
             return
         self._looked_s = self._clock()
-        sources = {f"{shard.name} {shard.health.generation}": shard for shard in self._shards if shard.is_ready}
+        sources = {
+            f"{shard.name} {shard.health.generation}": shard for shard in self.membership.shards if shard.is_ready
+        }
         self._tracker.keep_sources(sources)
         for source, shard in sources.items():
             if source not in self._counts:
                 self._counts[source] = shard.handle.call("load_counts")
 
-    def _answer(self, expert_map: ExpertMap, is_serving: bool) -> None:
-        while not self._asked.empty():
-            start, answer = self._asked.get()
-            if not answer.set_running_or_notify_cancel():
-                continue
+    def _rebalance_for_members(self) -> None:
+        if not self.is_idle:
+            return
+        if self.membership.is_due():
+            if self._clock() < self._change_at_s:
+                return
+            members = self.membership.members()
             try:
-                plan = self._plan(expert_map)
-                if start:
-                    self._begin(plan, is_serving)
-                answer.set_result(plan)
-            except MobulaError as error:
-                answer.set_exception(error)
-            except Exception as error:  # a fault of a policy must not leave the operator waiting
-                logger.exception("no plan could be made")
-                answer.set_exception(InternalError(f"no plan could be made: {error}"))
+                plan = self.plan()
+                self.begin(plan, is_serving=all(s.is_ready for s in self.membership.shards if s.rank in members))
+            except RebalanceRefused as error:
+                logger.warning("shards %s cannot take over yet: %s", sorted(members), error)
+                self._change_at_s = self._clock() + CHANGE_RETRY_S
+                return
+            if self.is_idle:
+                self.membership.are_placed_on(members)
+        else:
+            self.membership.remove_drained(self._expert_map, self._drain_timeout_s)
 
-    def _rebalance_by_itself(self, expert_map: ExpertMap, is_serving: bool) -> None:
+    def _check_members(self, ep_ranks: Collection[int]) -> None:
+        """Raises RebalanceRefused where no placement on these shards satisfies the configuration."""
+        self._place(self._tracker.estimate(self._expert_map.placement_version, self._clock()).decayed, ep_ranks)
+
+    def _place(self, load: Float64Array, ep_ranks: Collection[int]) -> ExpertMap:
+        try:
+            return self._proposer.place(load, self._expert_map, self._newest_version + 1, self._traits(ep_ranks))
+        except PlacementError as error:
+            raise RebalanceRefused(f"no placement can be computed: {error}") from error
+
+    def _traits(self, ep_ranks: Collection[int]) -> dict[int, ShardTraits]:
+        """As configured and as the shards say."""
+        domains = {shard.rank: shard.health.domain for shard in self.membership.shards}
+        return {rank: replace(self._proposer.traits(rank), domain=domains.get(rank, "")) for rank in ep_ranks}
+
+    def _rebalance_by_itself(self, is_serving: bool) -> None:
         is_due = self._clock() - self._ended_s >= self._config.min_interval_s
         if not (self._config.enabled and is_due and self.is_idle and is_serving):
             return
         self._ended_s = self._clock()  # looked at again after another interval
         try:
-            plan = self._plan(expert_map)
+            plan = self.plan()
             logger.info("rebalance: %s", plan.reason)
             if plan.is_worth_it:
-                self._begin(plan, is_serving)
+                self.begin(plan, is_serving=is_serving)
         except RebalanceRefused as error:
             logger.warning("no rebalance: %s", error)
-
-    def _plan(self, expert_map: ExpertMap) -> RebalancePlan:
-        load = self._tracker.estimate(expert_map.placement_version, self._clock()).decayed
-        try:
-            new = self._proposer.place(load, expert_map, self._newest_version + 1)
-        except PlacementError as error:
-            raise RebalanceRefused(f"no placement can be computed: {error}") from error
-        hysteresis = Hysteresis(self._config.min_gain, self._config.min_assignments)
-        return plan_rebalance(expert_map, new, load, self._proposer.expert_bytes, hysteresis)
-
-    def _begin(self, plan: RebalancePlan, is_serving: bool) -> None:
-        status = self._rebalancer.status()
-        if not self.is_idle:
-            raise RebalanceRefused(
-                f"a rebalance to version {status.target_version} is {status.state}; ask again when it is done",
-                retry_after_s=5.0,
-            )
-        if not is_serving:
-            raise RebalanceRefused("not every process is ready; ask again when the system serves", retry_after_s=5.0)
-        limit = self._proposer.max_weight_bytes
-        if limit is not None and (needed := largest_weight_bytes(plan, self._proposer.expert_bytes)) > limit:
-            raise RebalanceRefused(
-                f"a shard would hold {needed} bytes of old and new units while they move, its limit is {limit}; raise "
-                "expert_shards.max_weight_gib, or add shards"
-            )
-        if plan.moves:
-            self._newest_version = plan.new.placement_version
-            self._rebalancer.begin(plan)

@@ -5,7 +5,8 @@ One round of the loop, the same at start, after a process died and when nothing 
   2. load: tell every NEW process to load; a FAILED one is restarted after a while, and is NEW again like one that died;
   3. connect: tell every ready worker where the shards are, if that changed since it was told;
   4. publish: tell the gateway which workers serve, which endpoints hold metrics and who answers admin calls;
-  5. balance: watch the experts' load and move them while requests run (balance.py).
+  5. balance: watch the experts' load and move them while requests run (balance.py), also when shards come or leave;
+  6. answer what operators asked (inbox.py).
 Tokens never pass here: while the controller is gone, everything that runs goes on. Knows nothing of Ray.
 """
 
@@ -14,9 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from dataclasses import replace
 
 from cluster.config import RebalancingConfig
 from cluster.controller.balance import Balance, Proposer
+from cluster.controller.inbox import Inbox
+from cluster.controller.membership import ShardChange
 from cluster.controller.process import (
     DOWN,
     STARTING,
@@ -54,21 +58,26 @@ class Controller:
         expert_map: ExpertMap,
         proposer: Proposer,
         rebalancing: RebalancingConfig,
+        create_shard: Callable[[int], ManagedProcess],
+        drain_timeout_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """create_shard: starts the shard of a rank, without waiting. drain_timeout_s: for a drained one to end."""
         self._processes = processes
         self._expert_map = expert_map
         self._clock = clock
         self.admin_address = ""
         self._balance = Balance(
-            shards=self._members(RoleName.SHARD),
-            workers=self._members(RoleName.WORKER),
+            processes=processes,
+            create_shard=create_shard,
             expert_map=expert_map,
             proposer=proposer,
             config=rebalancing,
+            drain_timeout_s=drain_timeout_s,
             publish=self._use,
             clock=clock,
         )
+        self._inbox = Inbox()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._status = ClusterStatus(processes=(), is_serving=False, placement_version=expert_map.placement_version)
@@ -83,11 +92,22 @@ class Controller:
 
     def plan_rebalance(self) -> RebalancePlan:
         """What a rebalance would do now. From any other thread. Raises RebalanceRefused."""
-        return self._balance.ask(start=False)
+        return self._inbox.ask(self._balance.plan)
 
     def rebalance(self) -> RebalancePlan:
         """Begins one; `status` shows how far it is. From any other thread. Raises RebalanceRefused."""
-        return self._balance.ask(start=True)
+        return self._inbox.ask(self._begin_rebalance)
+
+    def scale_shards(self, count: int) -> ShardChange:
+        """From now on that many shards. Returns once it is decided; `status` shows how far it is.
+
+        From any other thread. Raises InvalidRequest, RebalanceRefused, Unavailable.
+        """
+        return self._inbox.ask(lambda: self._balance.membership.scale(count))
+
+    def drain_shard(self, ep_rank: int) -> ShardChange:
+        """The shard gives its units to the others and ends. As scale_shards."""
+        return self._inbox.ask(lambda: self._balance.membership.drain(ep_rank))
 
     def stop(self, drain_timeout_s: float) -> None:
         """Ends the system in the order of the tokens' way: gateways drain, then workers, then shards."""
@@ -113,8 +133,10 @@ class Controller:
         self._observe()
         self._load()
         self._balance.round(self._expert_map, is_serving=self._status.is_serving)
-        shards = {p.rank: p.health.address for p in self._members(RoleName.SHARD) if p.is_ready}
-        has_all_shards = len(shards) == len(self._members(RoleName.SHARD))
+        self._inbox.answer()
+        in_use = self._expert_map.ep_ranks
+        shards = {p.rank: p.health.address for p in self._members(RoleName.SHARD) if p.is_ready and p.rank in in_use}
+        has_all_shards = len(shards) == len(in_use)
         if has_all_shards:
             placement = (self._expert_map.placement_version, shards)
             self._tell(RoleName.WORKER, placement, "update_placement", self._expert_map, shards)
@@ -122,6 +144,11 @@ class Controller:
         members = (workers, self._metrics_addresses(), self.admin_address)
         self._tell(RoleName.GATEWAY, members, "update_members", *members)
         self._publish_status(has_all_shards)
+
+    def _begin_rebalance(self) -> RebalancePlan:
+        plan = self._balance.plan()
+        self._balance.begin(plan, is_serving=self._status.is_serving)
+        return plan
 
     def _members(self, role: RoleName) -> list[ManagedProcess]:
         return [process for process in self._processes if process.role is role]
@@ -178,11 +205,18 @@ class Controller:
             process.is_connected for process in self._processes if process.role is not RoleName.SHARD
         )
         self._status = ClusterStatus(
-            processes=tuple((process.name, process.health) for process in self._processes),
+            processes=tuple((process.name, _shown(process)) for process in self._processes),
             is_serving=is_serving,
             placement_version=self._expert_map.placement_version,
             rebalance=self._balance.status(),
         )
+
+
+def _shown(process: ManagedProcess) -> ProcessHealth:
+    """Its health, and what it cannot know itself."""
+    if not process.is_leaving or process.health.detail:
+        return process.health
+    return replace(process.health, detail="is drained: its units move to the other shards")
 
 
 def _answer(process: ManagedProcess) -> ProcessHealth:

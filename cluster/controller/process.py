@@ -37,6 +37,7 @@ class ProcessHealth:
         address: host:port of its gRPC server, once READY.
         metrics_address: host:port of its Prometheus endpoint, once READY.
         detail: what it is doing, or why it failed.
+        domain: failure domain that the process runs in, its node or zone; "" if not known.
         weight_bytes: weights kept in memory.
         peak_rss_bytes: largest resident set since the process started.
         load_rss_bytes: how much the resident set grew at most while the weights were read.
@@ -48,6 +49,7 @@ class ProcessHealth:
     metrics_address: str = ""
     detail: str = ""
     pid: int = 0
+    domain: str = ""
     weight_bytes: int = 0
     peak_rss_bytes: int = 0
     load_rss_bytes: int = 0
@@ -110,6 +112,8 @@ class ManagedProcess:
     restart_at_s: float = 0.0  # if it has failed; a moment of the controller's clock
     pending_health: Future[ProcessHealth] | None = None
     told: tuple[str, object] | None = None  # its generation when it was last told something, and what
+    is_leaving: bool = False  # a shard that gives up its units and then ends
+    stopping: Future[Any] | None = None  # once it was told to end
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ Pure; knows nothing of processes.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -47,6 +48,11 @@ class RebalancePlan:
     reason: str
 
     @property
+    def changes_anything(self) -> bool:
+        """Units move, or shards are rid of some."""
+        return bool(self.moves) or not np.array_equal(self.old.unit_to_ep_ranks, self.new.unit_to_ep_ranks)
+
+    @property
     def moved_bytes(self) -> int:
         return sum(move.num_bytes for move in self.moves)
 
@@ -87,20 +93,26 @@ class Hysteresis(NamedTuple):
 
 
 def plan_rebalance(
-    old: ExpertMap, new: ExpertMap, load: Float64Array, expert_bytes: int, hysteresis: Hysteresis
+    old: ExpertMap,
+    new: ExpertMap,
+    load: Float64Array,
+    expert_bytes: int,
+    hysteresis: Hysteresis,
+    speeds: Mapping[int, float] | None = None,
 ) -> RebalancePlan:
-    """load: [num_moe_layers, n_routed_experts] assignments."""
+    """load: [num_moe_layers, n_routed_experts] assignments. speeds: of shards relative to each other; others have 1."""
     moves = unit_moves(old, new, expert_bytes)
-    before = expected_step_time(old, load)
-    ratio = expected_step_time(new, load) / before if before else 1.0
+    num_in_flight = max(len(old.ep_ranks), len(new.ep_ranks))
+    before, after = (expected_step_time(m, load, _speeds(m, speeds), num_in_flight) for m in (old, new))
+    ratio = after / before if before else 1.0
     num_tokens = int(load.sum())
     is_worth_it, reason = _judge(moves, ratio, num_tokens, hysteresis)
     return RebalancePlan(
         old=old,
         new=new,
         moves=moves,
-        balancedness_before=balancedness(old, load),
-        balancedness_after=balancedness(new, load),
+        balancedness_before=balancedness(old, load, _speeds(old, speeds)),
+        balancedness_after=balancedness(new, load, _speeds(new, speeds)),
         step_time_ratio=ratio,
         num_tokens=num_tokens,
         is_worth_it=is_worth_it,
@@ -108,10 +120,19 @@ def plan_rebalance(
     )
 
 
+def _speeds(expert_map: ExpertMap, speeds: Mapping[int, float] | None) -> list[float] | None:
+    """By ep_rank; a shard that holds nothing is of mean speed, so that it changes nothing."""
+    if not speeds:
+        return None
+    known = {rank: speeds.get(rank, 1.0) for rank in expert_map.ep_ranks}
+    mean = sum(known.values()) / len(known)
+    return [known.get(rank, mean) for rank in range(expert_map.ep_size)]
+
+
 def unit_moves(old: ExpertMap, new: ExpertMap, expert_bytes: int) -> tuple[UnitMove, ...]:
     """What each shard has in `new` and not in `old`, by ep_rank, layer and unit; a unit of other experts is another."""
     moves = []
-    for ep_rank in range(new.ep_size):
+    for ep_rank in new.ep_ranks:
         held = set(old.units_of(ep_rank)) if ep_rank < old.ep_size else set()
         for unit in new.units_of(ep_rank):
             if unit not in held:
@@ -119,13 +140,14 @@ def unit_moves(old: ExpertMap, new: ExpertMap, expert_bytes: int) -> tuple[UnitM
     return tuple(moves)
 
 
-def largest_weight_bytes(plan: RebalancePlan, expert_bytes: int) -> int:
-    """What the fullest shard holds while it serves both placements."""
-    held = [
-        {(unit.layer_id, expert_id) for m in (plan.old, plan.new) for unit in m.units_of(rank) for expert_id in unit[2]}
-        for rank in range(plan.new.ep_size)
-    ]
-    return expert_bytes * max(map(len, held), default=0)
+def weight_bytes_while_moving(plan: RebalancePlan, expert_bytes: int) -> dict[int, int]:
+    """What each shard of the new placement holds while it serves both, by ep_rank."""
+    maps = (plan.old, plan.new)
+    return {
+        rank: expert_bytes
+        * len({(unit.layer_id, expert_id) for m in maps for unit in m.units_of(rank) for expert_id in unit.expert_ids})
+        for rank in plan.new.ep_ranks
+    }
 
 
 class StagePart(NamedTuple):

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from cluster.controller.process import ManagedProcess, ProcessDied
+from cluster.controller.process import ManagedProcess, ProcessDied, RoleName
 from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, StagePart, parts_to_stage
 from router.expert_map import ExpertMap
 
@@ -32,15 +32,16 @@ class Rebalancer:
     def __init__(
         self,
         *,
-        shards: list[ManagedProcess],
-        workers: list[ManagedProcess],
+        processes: list[ManagedProcess],
         max_bytes_per_s: float,
         publish: Callable[[ExpertMap], None],
         clock: Callable[[], float],
     ) -> None:
-        """max_bytes_per_s: that a shard reads; publish: makes an expert map the one that workers are told."""
-        self._shards = shards
-        self._workers = workers
+        """processes: the controller's records, which come and go. max_bytes_per_s: that a shard reads.
+
+        publish: makes an expert map the one that workers are told.
+        """
+        self._processes = processes
         self._max_bytes_per_s = max_bytes_per_s
         self._publish = publish
         self._clock = clock
@@ -61,10 +62,10 @@ class Rebalancer:
         return replace(self._status, seconds_since_success=since)
 
     def begin(self, plan: RebalancePlan) -> None:
-        """Starts a rebalance; every shard must be ready."""
+        """Starts a rebalance; every shard that has units in the new placement must be ready."""
         assert self.is_idle
         self._plan = plan
-        self._generations = {shard.rank: shard.health.generation for shard in self._shards}
+        self._generations = {shard.rank: shard.health.generation for shard in self._shards(plan)}
         self._parts = parts_to_stage(plan, int(PART_S * self._max_bytes_per_s))
         self._calls = {}
         self._status = replace(
@@ -82,7 +83,7 @@ class Rebalancer:
         if self._plan is None:
             return
         if self._status.state in (RebalanceState.STAGING, RebalanceState.ACTIVATING):
-            if (failure := self._failure()) is not None:
+            if (failure := self._failure(self._plan)) is not None:
                 self._abort(failure)
                 return
             if self._status.state is RebalanceState.STAGING:
@@ -91,7 +92,7 @@ class Rebalancer:
                 self._publish(self._plan.new)
                 self._enter(RebalanceState.PUBLISHING)
         elif self._status.state is RebalanceState.PUBLISHING:
-            if all(_knows(worker, self._plan.new.placement_version) for worker in self._workers if worker.is_ready):
+            if all(_knows(worker, self._plan.new.placement_version) for worker in self._workers()):
                 self._ask_workers()
                 self._enter(RebalanceState.DRAINING)
         elif self._status.state is RebalanceState.DRAINING:
@@ -99,8 +100,16 @@ class Rebalancer:
         elif self._all_done():
             self._finish(self._plan)
 
+    def _shards(self, plan: RebalancePlan) -> list[ManagedProcess]:
+        """That have units in the new placement."""
+        ep_ranks = plan.new.ep_ranks
+        return [p for p in self._processes if p.role is RoleName.SHARD and p.rank in ep_ranks]
+
+    def _workers(self) -> list[ManagedProcess]:
+        return [process for process in self._processes if process.role is RoleName.WORKER and process.is_ready]
+
     def _stage(self, plan: RebalancePlan) -> None:
-        for shard in self._shards:
+        for shard in self._shards(plan):
             call = self._calls.get(shard.name)
             if call is not None and call.done():
                 part = self._parts[shard.rank].pop(0)
@@ -110,14 +119,14 @@ class Rebalancer:
                 units = self._parts[shard.rank][0].units
                 self._calls[shard.name] = shard.handle.call("stage", units, self._max_bytes_per_s)
         if not self._calls:
-            for shard in self._shards:
+            for shard in self._shards(plan):
                 units = plan.new.units_of(shard.rank)
                 self._calls[shard.name] = shard.handle.call("activate", plan.new.placement_version, units)
             self._enter(RebalanceState.ACTIVATING)
 
-    def _failure(self) -> str | None:
+    def _failure(self, plan: RebalancePlan) -> str | None:
         """Why it cannot go on, before anything was published."""
-        for shard in self._shards:
+        for shard in self._shards(plan):
             if not shard.is_ready or shard.health.generation != self._generations[shard.rank]:
                 return f"{shard.name} was lost: it {shard.health.detail or f'is {shard.health.state} again'}"
         for name, call in self._calls.items():
@@ -128,16 +137,14 @@ class Rebalancer:
     def _abort(self, failure: str) -> None:
         assert self._plan
         version = self._plan.new.placement_version
-        for shard in self._shards:
+        for shard in self._shards(self._plan):
             shard.handle.call("release", version)  # also drops what was only staged; one that is gone has nothing
         result = f"version {version} was given up while {self._status.state}: {failure}"
         logger.warning("rebalance: %s; version %d goes on", result, self._plan.old.placement_version)
         self._end(replace(self._status, num_aborted=self._status.num_aborted + 1, last_result=result))
 
     def _ask_workers(self) -> None:
-        self._calls = {
-            worker.name: worker.handle.call("oldest_placement_version") for worker in self._workers if worker.is_ready
-        }
+        self._calls = {worker.name: worker.handle.call("oldest_placement_version") for worker in self._workers()}
 
     def _drain(self, plan: RebalancePlan) -> None:
         if not self._all_done():
@@ -148,8 +155,8 @@ class Rebalancer:
             return
         self._calls = {
             shard.name: shard.handle.call("release", plan.old.placement_version)
-            for shard in self._shards
-            if shard.is_ready
+            for shard in self._processes
+            if shard.role is RoleName.SHARD and shard.is_ready
         }
         self._enter(RebalanceState.RELEASING)
 

@@ -22,8 +22,10 @@ from cluster.roles.role import node_address
 from cluster.roles.role_actor import GatewayActor, RoleActor, ShardActor, WorkerActor
 from cluster.security.process_tls import process_credentials, process_folder
 from protos.credentials import PeerRole
+from protos.errors import Unavailable
 from router.expert_map import ExpertMap
-from router.placement import PlacementRequest, place_units
+from router.placement import PlacementRequest
+from router.placement.members import ShardTraits, place_on
 
 PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find room on a cluster of ours
 CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
@@ -73,13 +75,27 @@ class ControllerActor:
 
     def start(self) -> None:
         """Places and creates every actor. Raises StartError when the Ray cluster has no room."""
-        processes = _create_processes(self._config, self._host)
-        rebalancing = self._config.expert_shards.rebalancing
-        self._controller = Controller(processes, self._expert_map, _proposer(self._config, self._request), rebalancing)
+        self._controller = Controller(
+            _create_processes(self._config, self._host),
+            self._expert_map,
+            _proposer(self._config, self._request),
+            self._config.expert_shards.rebalancing,
+            self._create_shard,
+            self._config.drain_timeout_s,
+        )
         certificates = process_folder(self._config.tls, PeerRole.CONTROLLER)
         self._admin = AdminServer(self._controller, process_credentials(certificates))
         self._controller.admin_address = self._admin.start(self._host or node_address(), self._config.controller.port)
         self._controller.start()
+
+    def _create_shard(self, ep_rank: int) -> ManagedProcess:
+        """One more. Ray starts it when it has room; an autoscaler makes some. Raises Unavailable."""
+        actor = self._config.expert_shards.actor_config(ep_rank)
+        options = _options(actor) | ({"label_selector": actor.labels} if actor.labels else {})
+        try:
+            return _create_process(RoleName.SHARD, ep_rank, options, self._config, self._host)
+        except ValueError as error:  # Ray's word for a name that is taken
+            raise Unavailable(f"shard {ep_rank} is still ending: {error}; ask again", retry_after_s=1.0) from error
 
     def status(self) -> ClusterStatus | None:
         """None until the actors are created."""
@@ -110,26 +126,36 @@ def create_controller(config: MobulaConfig, expert_map: ExpertMap, request: Plac
 def _proposer(config: MobulaConfig, request: PlacementRequest) -> Proposer:
     policy = config.expert_shards.placement_policy.value
 
-    def place(load: Float64Array, current: ExpertMap, placement_version: int) -> ExpertMap:
-        return place_units(replace(request, load=load, current=current), placement_version, policy)
+    def place(
+        load: Float64Array, current: ExpertMap, placement_version: int, shards: Mapping[int, ShardTraits]
+    ) -> ExpertMap:
+        return place_on(replace(request, load=load, current=current), shards, placement_version, policy)
 
-    limit = request.max_weight_bytes
-    return Proposer(place, request.expert_bytes, limit if isinstance(limit, int) else None)
+    return Proposer(place, request.expert_bytes, config.expert_shards.traits)
 
 
 def booked_cpus(config: MobulaConfig) -> float:
     """CPUs that the system books with Ray."""
-    workers, shards = config.attention_workers, config.expert_shards
-    return workers.count * workers.num_cpus + shards.count * shards.num_cpus + 2 * CONTROL_CPUS
+    return sum(actor.num_cpus for actor in [*_actors(config, RoleName.SHARD), *_actors(config, RoleName.WORKER)]) + (
+        2 * CONTROL_CPUS
+    )
+
+
+def _actors(config: MobulaConfig, role: RoleName) -> list[ActorConfig]:
+    """What each process of a role asks of Ray, by rank."""
+    if role is RoleName.WORKER:
+        return [config.attention_workers] * config.attention_workers.count
+    return [config.expert_shards.actor_config(ep_rank) for ep_rank in range(config.expert_shards.count)]
 
 
 def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedProcess]:
     processes = []
-    for role, actor_config in ((RoleName.SHARD, config.expert_shards), (RoleName.WORKER, config.attention_workers)):
-        group = _place(role, actor_config, actor_config.count, _placement_timeout_s(config))
-        for rank in range(actor_config.count):
+    for role in (RoleName.SHARD, RoleName.WORKER):
+        actors = _actors(config, role)
+        group = _place(role, actors, _placement_timeout_s(config))
+        for rank, actor in enumerate(actors):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-            options = _options(actor_config) | {"scheduling_strategy": strategy}
+            options = _options(actor) | {"scheduling_strategy": strategy}
             processes.append(_create_process(role, rank, options, config, host))
     options = _options(ActorConfig(num_cpus=CONTROL_CPUS)) | {"label_selector": config.gateway.labels or None}
     processes.append(_create_process(RoleName.GATEWAY, 0, options, config, host))
@@ -151,19 +177,24 @@ def _placement_timeout_s(config: MobulaConfig) -> float:
     return config.ray.start_timeout_s if config.ray.address else PLACEMENT_TIMEOUT_S
 
 
-def _place(role: RoleName, config: ActorConfig, count: int, timeout_s: float) -> PlacementGroup:
+def _place(role: RoleName, actors: list[ActorConfig], timeout_s: float) -> PlacementGroup:
     """One bundle per actor. Raises StartError when Ray finds no room in time."""
-    bundle = {"CPU": config.num_cpus, "GPU": config.num_gpus}
-    bundles = [{name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001} for _ in range(count)]
-    selector = [config.labels] * count if config.labels else None
-    group: PlacementGroup = placement_group(bundles, strategy=config.strategy.value, bundle_label_selector=selector)
+    bundles = [_bundle(actor) for actor in actors]
+    selector = [actor.labels for actor in actors] if any(actor.labels for actor in actors) else None
+    strategy = actors[0].strategy
+    group: PlacementGroup = placement_group(bundles, strategy=strategy.value, bundle_label_selector=selector)
     if not group.wait(timeout_s):
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         raise StartError(
-            f"Ray found no place for {count} {role}s of {bundles[0]} each ({config.strategy}, labels {config.labels}) "
+            f"Ray found no place for {len(actors)} {role}s of {bundles} ({strategy}, labels {selector}) "
             f"in {timeout_s:.0f} s; free: {free}; lower the count or num_cpus/num_gpus, or add nodes"
         )
     return group
+
+
+def _bundle(config: ActorConfig) -> dict[str, float]:
+    amounts = {"CPU": config.num_cpus, "GPU": config.num_gpus}
+    return {name: amount for name, amount in amounts.items() if amount} or {"CPU": 0.001}
 
 
 def _options(config: ActorConfig) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from experts.quantized_matrix import MatrixFormat
 from experts.weight_store import ExpertModel
 from protos.rpc import MAX_FRAME_BYTES
 from router.expert_map import ExpertMap
-from router.placement import PlacementRequest, place_units
+from router.placement import PlacementRequest
+from router.placement.members import place_on
 from router.placement.units import experts_held
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -150,9 +151,9 @@ def check(config: MobulaConfig) -> ServingPlan:
         num_replicas=shards.num_replicas,
         redundancy=shards.redundancy,
         expert_bytes=expert_bytes,
-        max_weight_bytes=int(shards.max_weight_gib * 2**30) if shards.max_weight_gib else None,
     )
-    expert_map = place_units(request, policy=shards.placement_policy.value)
+    traits = {ep_rank: shards.traits(ep_rank) for ep_rank in range(shards.count)}
+    expert_map = place_on(request, traits, placement_version=1, policy=shards.placement_policy.value)
     try:
         cache = cache_config(config, model)
         max_model_len = config.attention_workers.engine.resolved_max_model_len(

@@ -3,6 +3,7 @@
 Loads are in assignments (a token's visit to an expert), times in assignments on a shard of mean speed. A unit with
 replicas is taken to divide its load evenly between them: what taking replicas in turn does, and a bound from above on
 what a choice by queue length makes of it. Speeds are relative; None: all alike.
+Shards that hold nothing, such as those that have left, do not count.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def shard_load(expert_map: ExpertMap, load: Float64Array) -> Float64Array:
 def balancedness(expert_map: ExpertMap, load: Float64Array, speeds: Sequence[float] | None = None) -> float:
     """Over all layers: the busy time of a shard if all were equally busy over that of the busiest; 1 is perfect."""
     busy = shard_load(expert_map, load).sum(axis=0) / relative_speeds(speeds, expert_map.ep_size)
-    return float(load.sum() / expert_map.ep_size / busy.max()) if busy.max() > 0 else 1.0
+    return float(load.sum() / len(expert_map.ep_ranks) / busy.max()) if busy.max() > 0 else 1.0
 
 
 def balancedness_by_layer(
@@ -46,7 +47,7 @@ def balancedness_by_layer(
 ) -> Float64Array:
     """The same within each layer: [num_moe_layers]. A layer without load counts as 1."""
     busiest = (shard_load(expert_map, load) / relative_speeds(speeds, expert_map.ep_size)).max(axis=1)
-    even = load.sum(axis=1) / expert_map.ep_size
+    even = load.sum(axis=1) / len(expert_map.ep_ranks)
     return np.asarray(np.divide(even, busiest, out=np.ones(len(load)), where=busiest > 0))
 
 
@@ -77,5 +78,5 @@ def expected_step_time(
     num_in_flight: unset, as many as shards, enough to keep all of them busy.
     """
     busy = shard_load(expert_map, load) / relative_speeds(speeds, expert_map.ep_size)
-    count = num_in_flight or expert_map.ep_size
+    count = num_in_flight or len(expert_map.ep_ranks)
     return float((busy.max(axis=1).sum() + (count - 1) * busy.sum(axis=0).max()) / count)

@@ -1,9 +1,10 @@
 """Processes that are plain objects, and a controller over them: no Ray, no port, no waiting."""
 
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,7 +14,11 @@ from cluster.controller.controller import Controller
 from cluster.controller.process import ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
 from tests.fake_experts import grouped_gate, placed
 
-PROPOSER = Proposer(place=lambda load, current, version: replace(current, placement_version=version), expert_bytes=1)
+PROPOSER = Proposer(
+    place=lambda load, current, version, shards: replace(current, placement_version=version), expert_bytes=1
+)
+
+T = TypeVar("T")
 
 
 class FakeProcess:
@@ -84,8 +89,18 @@ def system(
     names += [(RoleName.WORKER, rank) for rank in range(num_workers)] + [(RoleName.GATEWAY, 0)]
     fakes = {f"{role}-{rank}": FakeProcess(f"{role}-{rank}") for role, rank in names}
     processes = [ManagedProcess(role=role, rank=rank, handle=fakes[f"{role}-{rank}"]) for role, rank in names]
+
+    def create_shard(rank: int) -> ManagedProcess:
+        fakes[f"shard-{rank}"] = FakeProcess(f"shard-{rank}")
+        return ManagedProcess(role=RoleName.SHARD, rank=rank, handle=fakes[f"shard-{rank}"])
+
     controller = Controller(
-        processes, placed(grouped_gate(), num_shards), proposer, rebalancing or RebalancingConfig(), clock
+        processes,
+        placed(grouped_gate(), num_shards),
+        proposer,
+        rebalancing or RebalancingConfig(),
+        create_shard,
+        clock=clock,
     )
     return controller, fakes
 
@@ -93,3 +108,13 @@ def system(
 def run(controller: Controller, rounds: int) -> None:
     for _ in range(rounds):
         controller.reconcile()
+
+
+def answered(controller: Controller, ask: Callable[[], T]) -> T:
+    """What another thread that asks the controller is answered or raised, after as many rounds as it takes."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        answer = pool.submit(ask)
+        while not answer.done():
+            controller.reconcile()
+            time.sleep(0.001)
+    return answer.result()

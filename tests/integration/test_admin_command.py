@@ -213,7 +213,7 @@ def test_an_operator_moves_experts_of_a_controller_that_supervises_processes() -
     """The real controller and its thread; the processes are plain objects that obey at once."""
     target = random_placement(grouped_gate(), 2, seed=1)
     proposer = Proposer(
-        place=lambda load, current, version: replace(target, placement_version=version), expert_bytes=2**20
+        place=lambda load, current, version, shards: replace(target, placement_version=version), expert_bytes=2**20
     )
     controller, fakes = system(proposer=proposer)
     fakes["shard-0"].answers["load_counts"] = np.full((3, 16), 1000, dtype=np.uint64)

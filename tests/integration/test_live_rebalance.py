@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ NUM_TOKENS = 24
 TIMEOUT_S = 120.0
 
 
-def shuffled(load: np.ndarray, current: ExpertMap, placement_version: int) -> ExpertMap:
+def shuffled(load: np.ndarray, current: ExpertMap, placement_version: int, shards: Collection[int]) -> ExpertMap:
     """Any units on any shards, some on several."""
     rng = np.random.default_rng(placement_version)
     num_layers, num_units, _ = current.unit_to_ep_ranks.shape
@@ -36,10 +36,10 @@ def shuffled(load: np.ndarray, current: ExpertMap, placement_version: int) -> Ex
     for layer in ranks:
         for unit in layer:
             count = rng.integers(1, 3)
-            unit[:count] = rng.permutation(NUM_SHARDS)[:count]
+            unit[:count] = rng.permutation(sorted(shards))[:count]
     return ExpertMap(
         placement_version=placement_version,
-        ep_size=NUM_SHARDS,
+        ep_size=max(shards) + 1,
         moe_layer_ids=current.moe_layer_ids,
         expert_to_unit=current.expert_to_unit.copy(),
         unit_to_ep_ranks=ranks,
@@ -55,8 +55,19 @@ def controlled(system: System) -> Iterator[tuple[Controller, dict[str, RoleProce
             handle = RoleProcess(lambda rank=rank: ShardRole(system.config, rank, HOST), member)
             processes.append(ManagedProcess(role=role, rank=rank, handle=handle))
             handles[processes[-1].name] = handle
+
+    def create_shard(rank: int) -> ManagedProcess:
+        role = ShardRole(system.config, rank, HOST)
+        handles[f"shard-{rank}"] = RoleProcess(lambda: ShardRole(system.config, rank, HOST), role)
+        return ManagedProcess(role=RoleName.SHARD, rank=rank, handle=handles[f"shard-{rank}"])
+
     controller = Controller(
-        processes, system.plan.expert_map, Proposer(shuffled, system.plan.model.expert_bytes), RebalancingConfig()
+        processes,
+        system.plan.expert_map,
+        Proposer(shuffled, system.plan.model.expert_bytes),
+        RebalancingConfig(),
+        create_shard,
+        drain_timeout_s=1.0,
     )
     controller.start()
     wait_until(lambda: controller.status().is_serving)
@@ -65,8 +76,9 @@ def controlled(system: System) -> Iterator[tuple[Controller, dict[str, RoleProce
     finally:
         controller._stopping.set()
         controller._thread.join()
-        for rank in range(NUM_SHARDS):  # the newest are the system's to stop
-            system.shards[rank] = handles[f"shard-{rank}"].role
+        for name, handle in handles.items():  # the newest are the system's to stop
+            if name.startswith("shard"):
+                system.shards[int(name.removeprefix("shard-")) :][:1] = [handle.role]
         for handle in handles.values():
             handle.close()
 
@@ -167,3 +179,38 @@ def test_a_shard_that_dies_in_the_middle_of_a_rebalance_fails_no_request_and_cha
         assert rebalanced(controller).num_done == 1
         assert controller.status().placement_version == 3
         wait_until(lambda: len(answered) >= before + len(prompts))
+
+
+def test_shards_that_are_added_and_drained_while_requests_run_fail_none_and_change_no_token(
+    system, prompts, monkeypatch
+):
+    monkeypatch.setattr(controller_module, "BUSY_ROUND_S", 0.005)
+    expected = [system.greedy(prompt, NUM_TOKENS) for prompt in prompts]
+    with controlled(system) as (controller, handles), load(system, prompts, expected) as answered:
+        for ep_ranks, change in (
+            ((0, 1, 2, 3), lambda: controller.scale_shards(4)),
+            ((0, 2, 3), lambda: controller.drain_shard(1)),
+            ((0, 1, 2, 3, 4), lambda: controller.scale_shards(5)),
+            ((0, 1), lambda: controller.scale_shards(2)),
+        ):
+            change()
+            wait_until(lambda ranks=ep_ranks: shard_ranks(controller) == ep_ranks_in_use(system) == ranks)
+            before = len(answered)
+            wait_until(lambda before=before: len(answered) >= before + len(prompts))
+        assert controller.status().rebalance.num_aborted == 0
+        assert not handles["shard-4"].is_alive
+    assert system.becomes_idle()
+
+
+def ep_ranks_in_use(system: System) -> tuple[int, ...] | None:
+    """That all workers agree on."""
+    in_use = {worker._router.expert_map.ep_ranks for worker in system.workers}
+    return in_use.pop() if len(in_use) == 1 else None
+
+
+def shard_ranks(controller: Controller) -> tuple[int, ...] | None:
+    """Once all of them serve and nothing moves."""
+    status = controller.status()
+    if not status.is_serving or status.rebalance.state is not RebalanceState.IDLE:
+        return None
+    return tuple(int(name.removeprefix("shard-")) for name, _ in status.processes if name.startswith("shard"))

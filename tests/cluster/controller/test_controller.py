@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.controller import balance
+from cluster.controller import inbox
 from cluster.controller.balance import Proposer
 from cluster.controller.process import ProcessState
 from protos.errors import DeadlineExceeded
@@ -124,10 +124,12 @@ def test_an_operator_whom_the_controllers_thread_keeps_waiting_is_told_and_his_r
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = random_placement(grouped_gate(), 2, seed=1)
-    proposer = Proposer(place=lambda load, current, version: replace(other, placement_version=version), expert_bytes=1)
+    proposer = Proposer(
+        lambda load, current, version, shards: replace(other, placement_version=version), expert_bytes=1
+    )
     controller, fakes = system(proposer=proposer)
     run(controller, 4)
-    monkeypatch.setattr(balance, "ASK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(inbox, "ASK_TIMEOUT_S", 0.01)
     with pytest.raises(DeadlineExceeded, match="its status says whether"):
         controller.rebalance()
     run(controller, 2)

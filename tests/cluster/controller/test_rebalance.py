@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cluster.controller.rebalance import Hysteresis, largest_weight_bytes, parts_to_stage, plan_rebalance
+from cluster.controller.rebalance import Hysteresis, parts_to_stage, plan_rebalance, weight_bytes_while_moving
 from router.expert_map import ExpertMap
 from router.placement.moves import moved_bytes
 from tests.fake_experts import grouped_gate, placed
@@ -68,4 +68,4 @@ def test_parts_have_every_unit_to_be_read_once_and_are_as_large_as_allowed() -> 
 def test_while_units_move_a_shard_holds_old_and_new_ones(ep_rank: int, num_units: int) -> None:
     everything = moved(*((row, unit, ep_rank) for row in range(3) for unit in range(8)))
     plan = plan_rebalance(OLD, everything, hot(), 10, ALWAYS)
-    assert largest_weight_bytes(plan, expert_bytes=10) == num_units * 2 * 10
+    assert weight_bytes_while_moving(plan, expert_bytes=10)[ep_rank] == num_units * 2 * 10

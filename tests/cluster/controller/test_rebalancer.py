@@ -1,6 +1,5 @@
 """Rebalances of a controller whose processes are plain objects: every step, and every death in between."""
 
-import threading
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -11,13 +10,14 @@ from cluster.config import RebalancingConfig
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
 from cluster.controller.rebalance import RebalancePlan, RebalanceState
-from protos.errors import InternalError, MobulaError, RebalanceRefused
+from protos.errors import InternalError, RebalanceRefused
 from router.expert_map import ExpertMap
 from router.placement import PlacementError
-from tests.cluster.fake_processes import FakeProcess, run, system
+from router.placement.members import ShardTraits
+from tests.cluster.fake_processes import FakeProcess, answered, run, system
 
 
-def swapped(load: np.ndarray, current: ExpertMap, placement_version: int) -> ExpertMap:
+def swapped(load: np.ndarray, current: ExpertMap, placement_version: int, shards: object) -> ExpertMap:
     """Every unit on the other one of two shards."""
     return replace(current, placement_version=placement_version, unit_to_ep_ranks=1 - current.unit_to_ep_ranks)
 
@@ -37,22 +37,7 @@ def serving(**options: object) -> tuple[Controller, dict[str, FakeProcess]]:
 
 def asked(controller: Controller, *, start: bool = True) -> RebalancePlan:
     """What an operator's thread is answered after a round."""
-    answers: list[RebalancePlan | Exception] = []
-
-    def ask() -> None:
-        try:
-            answers.append(controller.rebalance() if start else controller.plan_rebalance())
-        except MobulaError as error:
-            answers.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    while thread.is_alive():
-        controller.reconcile()
-        thread.join(0.001)
-    if isinstance(answers[0], Exception):
-        raise answers[0]
-    return answers[0]
+    return answered(controller, controller.rebalance if start else controller.plan_rebalance)
 
 
 def state(controller: Controller) -> RebalanceState:
@@ -189,13 +174,13 @@ def test_one_at_a_time_only_while_everything_serves_and_only_where_both_placemen
     run(controller, 1)
     with pytest.raises(RebalanceRefused, match="not every process is ready"):
         asked(controller)
-    controller, fakes = serving(proposer=PROPOSER._replace(max_weight_bytes=300))
+    controller, fakes = serving(proposer=PROPOSER._replace(traits=lambda ep_rank: ShardTraits(max_weight_bytes=300)))
     with pytest.raises(RebalanceRefused, match=r"would hold 480 bytes .* limit is 300"):
         asked(controller)
 
 
 def test_a_placement_that_cannot_be_computed_is_refused_with_its_reason() -> None:
-    def place(load: np.ndarray, current: ExpertMap, placement_version: int) -> ExpertMap:
+    def place(load: np.ndarray, current: ExpertMap, placement_version: int, shards: object) -> ExpertMap:
         raise PlacementError("too few shards")
 
     controller, _ = serving(proposer=Proposer(place, expert_bytes=10))
@@ -204,11 +189,11 @@ def test_a_placement_that_cannot_be_computed_is_refused_with_its_reason() -> Non
 
 
 def test_a_fault_of_a_policy_is_told_to_the_operator_and_the_rounds_go_on() -> None:
-    def place(load: np.ndarray, current: ExpertMap, placement_version: int) -> ExpertMap:
+    def place(load: np.ndarray, current: ExpertMap, placement_version: int, shards: object) -> ExpertMap:
         raise ZeroDivisionError("division by zero")
 
     controller, _ = serving(proposer=Proposer(place, expert_bytes=10))
-    with pytest.raises(InternalError, match="no plan could be made: division by zero"):
+    with pytest.raises(InternalError, match="what was asked failed: division by zero"):
         asked(controller)
     assert controller.status().is_serving
 
@@ -217,7 +202,7 @@ def test_by_itself_only_when_enabled_due_and_worth_it() -> None:
     now = [0.0]
     options = {"enabled": True, "min_interval_s": 60.0, "min_assignments": 100, "min_gain": 0.05}
 
-    def one_hot_pair(load: np.ndarray, current: ExpertMap, placement_version: int) -> ExpertMap:
+    def one_hot_pair(load: np.ndarray, current: ExpertMap, placement_version: int, shards: object) -> ExpertMap:
         """Brings the two units that the fakes' counters are of apart."""
         assert load[0, 0] > 0
         ranks = current.unit_to_ep_ranks.copy()

@@ -1,0 +1,59 @@
+"""`mobula scale shards` and `mobula drain shard`: an operator or an autoscaler changes how many processes there are."""
+
+from typing import Annotated
+
+import grpc
+import typer
+
+from cluster.client import DEFAULT_ADDRESS, AdminClient
+from cluster.commands.terminal import console, fail_call
+from protos import admin_pb2
+
+Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
+SEE = "`mobula status` shows how far it is"
+
+scale_app = typer.Typer(no_args_is_help=True, help="Change how many processes there are, while requests run.")
+drain_app = typer.Typer(no_args_is_help=True, help="Let one process end without a request noticing.")
+
+
+@scale_app.callback()
+@drain_app.callback()
+def _group() -> None:
+    """Without this, typer would make the only command of a group the group itself."""
+
+
+@scale_app.command("shards")
+def scale_shards(
+    count: Annotated[int, typer.Argument(min=1, help="How many expert shards there shall be.")],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Start expert shards and give them units, or take units from the last ones and end them."""
+    try:
+        with AdminClient(address) as client:
+            change = client.scale_shards(count)
+    except grpc.RpcError as error:
+        fail_call(error)
+    added, drained = list(change.added_ep_ranks), list(change.drained_ep_ranks)
+    if not added and not drained:
+        console.print(f"there are {count} shards already")
+    if added:
+        console.print(f"shards {_listed(added)} start and are then given units; {SEE}", highlight=False)
+    if drained:
+        console.print(f"shards {_listed(drained)} give up their units and then end; {SEE}", highlight=False)
+
+
+@drain_app.command("shard")
+def drain_shard(
+    ep_rank: Annotated[int, typer.Argument(min=0, help="The shard's number.")], address: Address = DEFAULT_ADDRESS
+) -> None:
+    """Move a shard's units to the others, then end it. Other shards keep their numbers."""
+    try:
+        with AdminClient(address) as client:
+            client.drain(admin_pb2.PROCESS_ROLE_SHARD, ep_rank)
+    except grpc.RpcError as error:
+        fail_call(error)
+    console.print(f"shard {ep_rank} gives up its units and then ends; {SEE}", highlight=False)
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))

@@ -1,0 +1,126 @@
+"""Which shards there are: shards are added and drained while requests run. Belongs to the controller's thread.
+
+A shard that is added starts, loads the placement in use, in which it has nothing, and is given units by a rebalance.
+One that is drained gives its units to the others by a rebalance, and ends. Other shards keep their ep_rank; the next
+shard takes a number that is free. Knows nothing of load, policies or Ray.
+"""
+
+import logging
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from cluster.controller.process import ManagedProcess, ProcessState, RoleName
+from protos.errors import InvalidRequest
+from router.expert_map import ExpertMap
+
+logger = logging.getLogger(__name__)
+
+COMING = (ProcessState.NEW, ProcessState.LOADING)
+
+
+class ShardChange(NamedTuple):
+    """What was asked for, by ep_rank."""
+
+    added: tuple[int, ...] = ()
+    drained: tuple[int, ...] = ()
+
+
+class ShardMembership:
+    """Adds to and removes from the controller's records."""
+
+    def __init__(
+        self,
+        processes: list[ManagedProcess],
+        placed_on: Collection[int],
+        create: Callable[[int], ManagedProcess],
+        check: Callable[[Collection[int]], None],
+    ) -> None:
+        """placed_on: the shards of the placement in use.
+
+        create: starts the shard of a rank, without waiting; raises MobulaError when it cannot now.
+        check: raises MobulaError where no placement on those ranks satisfies the configuration.
+        """
+        self._processes = processes
+        self._placed_on = frozenset(placed_on)
+        self._create = create
+        self._check = check
+
+    @property
+    def shards(self) -> list[ManagedProcess]:
+        """All records, by rank."""
+        return [process for process in self._processes if process.role is RoleName.SHARD]
+
+    @property
+    def staying(self) -> list[ManagedProcess]:
+        """Those that are not to leave."""
+        return [shard for shard in self.shards if not shard.is_leaving]
+
+    def scale(self, count: int) -> ShardChange:
+        """From now on `count` shards: new ones take the lowest free ranks, the highest ranks leave.
+
+        Raises InvalidRequest, or what `check` and `create` raise; then nothing has changed but what was created.
+        """
+        if count < 1:
+            raise InvalidRequest(f"count is {count}, at least 1 shard must hold the experts", field="count")
+        staying = [shard.rank for shard in self.staying]
+        if count < len(staying):
+            drained = staying[count:]
+            self._check(staying[:count])
+            self._leave(drained)
+            return ShardChange(drained=tuple(drained))
+        taken = {shard.rank for shard in self.shards}
+        free = [rank for rank in range(count + len(taken)) if rank not in taken]
+        added = free[: count - len(staying)]
+        if not added:
+            return ShardChange()
+        self._check([*staying, *added])
+        for rank in added:
+            self._processes.insert(self._place_of(rank), self._create(rank))
+            logger.info("shard-%d is added", rank)
+        return ShardChange(added=tuple(added))
+
+    def drain(self, rank: int) -> ShardChange:
+        """That shard gives up its units and ends. Asking again changes nothing. Raises InvalidRequest, as `scale`."""
+        shard = next((shard for shard in self.shards if shard.rank == rank), None)
+        if shard is None:
+            ranks = [shard.rank for shard in self.shards]
+            raise InvalidRequest(f"there is no shard {rank}, only {ranks}", field="rank")
+        if not shard.is_leaving:
+            self._check([other.rank for other in self.staying if other is not shard])
+            self._leave([rank])
+        return ShardChange(drained=(rank,))
+
+    def members(self) -> frozenset[int]:
+        """The shards that the next placement uses: all that stay, new ones once they are ready."""
+        return frozenset(shard.rank for shard in self.staying if shard.rank in self._placed_on or shard.is_ready)
+
+    def are_placed_on(self, members: Collection[int]) -> None:
+        """The placement in use was computed for these shards."""
+        self._placed_on = frozenset(members)
+
+    def is_due(self) -> bool:
+        """Whether units must move because shards came or are to leave, and no further one is about to be ready."""
+        is_coming = any(s.health.state in COMING for s in self.staying if s.rank not in self._placed_on)
+        return not is_coming and self.members() != self._placed_on
+
+    def remove_drained(self, expert_map: ExpertMap, drain_timeout_s: float) -> None:
+        """Ends the shards that leave and hold nothing; call it while no rebalance is under way."""
+        for shard in [shard for shard in self.shards if shard.is_leaving]:
+            if shard.rank in expert_map.ep_ranks:
+                continue
+            if shard.stopping is None:
+                shard.stopping = shard.handle.call("stop", drain_timeout_s)
+            elif shard.stopping.done():
+                shard.handle.kill()
+                self._processes.remove(shard)
+                logger.info("%s has left", shard.name)
+
+    def _leave(self, ranks: Collection[int]) -> None:
+        for shard in self.shards:
+            if shard.rank in ranks:
+                shard.is_leaving = True
+                logger.info("%s is drained", shard.name)
+
+    def _place_of(self, rank: int) -> int:
+        """Where its record belongs: shards come first, by rank."""
+        return sum(shard.rank < rank for shard in self.shards)
