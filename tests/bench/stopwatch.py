@@ -29,7 +29,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (  # part, module, name in it
     ("lm_head", "attention.decoder", "Decoder.logits"),
     ("sampling", "attention.model_runner", "sample"),
 )
-ANSWER_SEAM = ("router.dispatch_handle", "DispatchHandle._partial_sums")
+ANSWER_SEAM = ("router.dispatch_handle", "read_partial_sums")
 KERNELS = ("attention", "gate", "dense and shared MLP", FFN, "lm_head", "sampling")
 
 
@@ -87,10 +87,10 @@ class Stopwatch:
     def _noting(self, accept: Callable[..., Any]) -> Callable[..., Any]:
         """Keeps the shard's own timing of every answer."""
 
-        def run(handle: Any, attempt: Any, answer: Any) -> Any:
-            if timing := getattr(answer[0], "timing", None):
-                self._answers.append((timing.queue_ns / 1e9, timing.compute_ns / 1e9))
-            return accept(handle, attempt, answer)
+        def run(message: Any, answer: Any, hidden_states: Any) -> Any:
+            timing = answer.header.timing
+            self._answers.append((timing.queue_ns / 1e9, timing.compute_ns / 1e9))
+            return accept(message, answer, hidden_states)
 
         return run
 

@@ -53,16 +53,16 @@ def test_wait_is_split_by_the_slowest_answer() -> None:
     clock = Clock()
     stopwatch = Stopwatch(clock)
 
-    def answer(queue_s: float, compute_s: float) -> tuple[object]:
+    def answer(queue_s: float, compute_s: float) -> object:
         timing = SimpleNamespace(queue_ns=1e9 * queue_s, compute_ns=1e9 * compute_s)
-        return (SimpleNamespace(timing=timing),)
+        return SimpleNamespace(header=SimpleNamespace(timing=timing))
 
-    accept = stopwatch._noting(lambda handle, attempt, answer: None)
+    accept = stopwatch._noting(lambda message, answer, hidden_states: None)
 
     def wait() -> None:
         clock.work(5.0)
-        accept(None, None, answer(0.5, 1.0))
-        accept(None, None, answer(1.0, 3.0))
+        accept(None, answer(0.5, 1.0), None)
+        accept(None, answer(1.0, 3.0), None)
 
     stopwatch.timed(WAIT, wait)()
     assert stopwatch._seconds[FFN] == 3.0
