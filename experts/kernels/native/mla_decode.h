@@ -129,7 +129,7 @@ inline void softmax_block(float* scores, uint32_t* weights, int n, float scale, 
         const Simd::Floats even = power_of_two(Simd::fma(Simd::load(column + t * kLanes), factor, shift));
         Simd::Floats odd = Simd::zero();
         if (t + 1 < n) odd = power_of_two(Simd::fma(Simd::load(column + (t + 1) * kLanes), factor, shift));
-        store_pairs(weights + t / 2 * kLanes + 16 * j, even, odd);
+        store_pairs<Simd>(weights + t / 2 * kLanes + 16 * j, even, odd);
         sum = Simd::add(Simd::add(sum, even), odd);
       }
     }

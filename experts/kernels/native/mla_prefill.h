@@ -103,7 +103,7 @@ inline void store_values(const float* product, int num_tokens, uint32_t* values)
     for (int i = 0; i < kBlockColumns; i += 16) {
       const float* from = product + m * kBlockColumns + i;
       if constexpr (U::kNumbers == 2)
-        store_pairs(values + i, Simd::load(from), Simd::load(m + 1 < num_tokens ? from + kBlockColumns : zeros));
+        store_pairs<Simd>(values + i, Simd::load(from), Simd::load(m + 1 < num_tokens ? from + kBlockColumns : zeros));
       else
         Simd::store((float*)values + i, Simd::load(from));
     }

@@ -48,9 +48,9 @@ struct Stage {
       const uint16_t* even = (const uint16_t*)tokens[token] + first;
       const uint16_t* odd = token + 1 < num_tokens ? (const uint16_t*)tokens[token + 1] + first : zeros;
       if (count == kSlab)
-        interleave(even, odd, to, kSlab);
+        interleave<Simd>(even, odd, to, kSlab);
       else
-        interleave(even, odd, to, count);
+        interleave<Simd>(even, odd, to, count);
     }
   }
 };

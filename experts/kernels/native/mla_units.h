@@ -57,15 +57,24 @@ inline Simd::Floats power_of_two(Simd::Floats x) {
 }
 
 // Pairs of what stands at the same place of two rows.
+template <class S>
 inline void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* to, int n) {
-  for (int i = 0; i < n; i++) to[i] = (uint32_t)even[i] | (uint32_t)odd[i] << 16;
+  int i = 0;
+  if constexpr (S::kVectorsPerTile == 4)
+    for (; i + 32 <= n; i += 32) S::interleave(even + i, odd + i, to + i);
+  for (; i < n; i++) to[i] = (uint32_t)even[i] | (uint32_t)odd[i] << 16;
 }
 
-inline void store_pairs(uint32_t* to, Simd::Floats even, Simd::Floats odd) {
-  alignas(64) uint16_t halves[32];
-  Simd::store_bf16(halves, even);
-  Simd::store_bf16(halves + 16, odd);
-  interleave(halves, halves + 16, to, 16);
+template <class S>
+inline void store_pairs(uint32_t* to, typename S::Floats even, typename S::Floats odd) {
+  if constexpr (S::kVectorsPerTile == 4) {
+    S::store_bf16_pairs(to, even, odd);
+  } else {
+    alignas(64) uint16_t halves[32];
+    S::store_bf16(halves, even);
+    S::store_bf16(halves + 16, odd);
+    interleave<S>(halves, halves + 16, to, 16);
+  }
 }
 
 // to[column][row] = from[row][column], in units.

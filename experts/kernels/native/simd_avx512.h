@@ -96,6 +96,21 @@ struct Simd {
 #endif
   }
   static void store_bf16(uint16_t* to, Floats value) { _mm256_storeu_si256((__m256i*)to, to_bf16(value)); }
+  // The two numbers of a lane side by side, the even one in the low half.
+  static void store_bf16_pairs(uint32_t* to, Floats even, Floats odd) {
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(odd)), 16);
+    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(to_bf16(even)), high));
+  }
+  // to[i] = even[i] | odd[i] << 16, of 32 numbers.
+  static void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* to) {
+    alignas(64) static constexpr uint16_t kOrder[64] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder), b));
+    _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder + 32), b));
+  }
 
   // --- products of bf16 pairs: the panel has 16 columns x 2 numbers a vector -----------------------------------
 #ifdef MOBULA_AVX512_BF16
