@@ -3,8 +3,6 @@
 A default is written once, here or above the class that reads it. Errors name the key's path, the value and the limit.
 """
 
-import reprlib
-from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -14,36 +12,27 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from attention.engine_config import EngineConfig
 from attention.mla_form import MlaForm
-from protos.bounded_file import read_bounded
 from router.placement.members import ShardTraits
 from router.router_config import RouterConfig
 
 Count = Annotated[int, Field(ge=1, le=4096)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+FixedPort = Annotated[int, Field(ge=1, le=65535)]
 
 BUNDLED_MODEL = "bundled"
-MAX_FILE_BYTES = 1024 * 1024  # of a configuration
-MAX_FAULTS = 50  # that are told of one
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which plain loaders keep the last in silence, and aliases, with which a few
-    lines stand for more values than there is memory.
-    """
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice; plain YAML loaders keep the last one in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            counts = Counter(self.construct_object(key, deep=True) for key, _ in node.value)
-            twice = sorted(str(key) for key, count in counts.items() if count > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"keys stand twice: {twice}", node.start_mark)
-        return mapping
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "aliases are not supported", mark)
-        return super().compose_node(parent, index)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"keys stand twice: {sorted(map(str, twice))}", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 class ConfigError(Exception):
@@ -89,6 +78,7 @@ class ActorConfig(StrictModel):
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that the actors' nodes must carry
     port: Port = 0  # of the gRPC server; 0 takes a free one. A fixed one, for probes, wants a node for each process
     metrics_port: Port = 0  # Prometheus endpoint; the same holds
+    health_port: FixedPort | None = None  # health alone, in plaintext: for probes that speak no TLS; unset: none
 
 
 class AttentionWorkersConfig(ActorConfig):
@@ -180,6 +170,7 @@ class GatewayConfig(StrictModel):
     host: str = "127.0.0.1"  # "0.0.0.0" to be reachable from other machines
     port: Port = 50051  # 0 takes a free one
     metrics_port: Port = 9400  # Prometheus endpoint with the metrics of every process; 0 takes a free one
+    health_port: FixedPort | None = None  # health alone, in plaintext: for probes that speak no TLS; unset: none
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 1024  # over all workers; more get RESOURCE_EXHAUSTED
     resume_timeout_s: Annotated[float, Field(ge=0)] = 60.0  # an answer that has begun waits so long for another worker
     keys: str | None = None  # file of bearer keys, see `mobula keys`; unset: whoever reaches the port may do everything
@@ -228,10 +219,11 @@ class MobulaConfig(StrictModel):
     def _check_ports(self) -> Self:
         for name, role in (("attention_workers", self.attention_workers), ("expert_shards", self.expert_shards)):
             has_own_nodes = role.count == 1 or role.strategy is PlacementStrategy.STRICT_SPREAD
-            if (role.port or role.metrics_port) and not has_own_nodes:
+            fixed = {key: port for key in ("port", "metrics_port", "health_port") if (port := getattr(role, key))}
+            if fixed and not has_own_nodes:
                 raise ValueError(
-                    f"{name}.port is {role.port} and {name}.metrics_port {role.metrics_port}, but {role.count} "
-                    f"processes may share a node (strategy {role.strategy}); set 0, or strategy STRICT_SPREAD"
+                    f"{name} has fixed ports {fixed}, but {role.count} processes may share a node (strategy "
+                    f"{role.strategy}); leave them out, or set strategy STRICT_SPREAD"
                 )
         return self
 
@@ -243,16 +235,14 @@ def parse_config(data: Any) -> MobulaConfig:
     try:
         return MobulaConfig.model_validate(data)
     except ValidationError as error:
-        faults = error.errors()
-        more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        raise ConfigError("\n".join([*map(_describe, faults[:MAX_FAULTS]), *more])) from error
+        raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
 
 
 def read_config(path: Path) -> MobulaConfig:
     """The configuration in a YAML file. Raises ConfigError naming the file."""
     try:
-        data = yaml.load(read_bounded(path, MAX_FILE_BYTES).decode("utf-8"), Loader=_StrictLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     try:
         return parse_config(data)
@@ -264,4 +254,4 @@ def _describe(fault: Any) -> str:
     path = ".".join(str(part) for part in fault["loc"]) or "the document"
     if fault["type"] == "extra_forbidden":
         return f"{path}: unknown key"
-    return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {reprlib.repr(fault['input'])}"
+    return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"

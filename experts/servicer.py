@@ -131,7 +131,7 @@ class ExpertServer:
         self.port = port
         self.ring = ring
         self._server = server
-        self._health = health
+        self.health = health
 
     @classmethod
     async def start(
@@ -160,13 +160,13 @@ class ExpertServer:
         """What grpc.health.v1 says: serving means that the weights of a placement are there."""
         status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", SERVICE):
-            await self._health.set(service, status)
+            await self.health.set(service, status)
 
     async def stop(self, grace_s: float) -> None:
         """Not serving; streams, which never end on their own, end after `grace_s` seconds.
 
         Stop the shard first, so that what waits is answered.
         """
-        await self._health.enter_graceful_shutdown()
+        await self.health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
         self.ring.close()

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from cryptography import x509
 
-from protos.bounded_file import FileTooLarge, read_bounded
-
 logger = logging.getLogger(__name__)
 
 CHAIN, KEY, AUTHORITY, REVOKED = "tls.crt", "tls.key", "ca.crt", "ca.crl"
@@ -116,11 +114,13 @@ class CertificateFolder:
     def _bytes(self, name: str) -> bytes:
         path = self.path / name
         try:
-            return read_bounded(path, MAX_FILE_BYTES)
+            with path.open("rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
             raise CertificateError(f"cannot read {path}: {error.strerror}") from error
-        except FileTooLarge as error:
-            raise CertificateError(str(error)) from error
+        if len(data) > MAX_FILE_BYTES:
+            raise CertificateError(f"{path} has more than {MAX_FILE_BYTES} bytes")
+        return data
 
     def _check_pair(self) -> None:
         try:

@@ -112,7 +112,7 @@ class Gateway:
         self._admin = AdminRelay(credentials=credentials)
         self._front = front
         self._metrics = metrics
-        self._health = health_aio.HealthServicer()
+        self.health = health_aio.HealthServicer()
         self._server = front.server((), rpc.front_options(), guards)
 
     @property
@@ -123,7 +123,7 @@ class Gateway:
         """Listens; serves once `update_workers` names a worker. Returns the port. Raises Unavailable if it is taken."""
         inference = GatewayServicer(self._pool, self._metrics, self._settings.resume_timeout_s)
         self._server.add_generic_rpc_handlers((inference.handlers(), self._admin.handlers()))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         names = (SERVICE, admin_relay.SERVICE, health, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -158,7 +158,7 @@ class Gateway:
         status = health_pb2.HealthCheckResponse
         value = status.SERVING if is_serving else status.NOT_SERVING
         for name in ("", SERVICE):
-            await self._health.set(name, value)
+            await self.health.set(name, value)
 
 
 def _add_dispatch(total: generation_pb2.DispatchStats, other: generation_pb2.DispatchStats) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.config import MobulaConfig
+from cluster.config import GatewayConfig, MobulaConfig
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
@@ -43,6 +43,7 @@ class GatewayRole(Role):
             return gateway, await gateway.start(self._bind_host, settings.port)
 
         self._gateway, port = self._loop.run(start())
+        self._serve_health(self._gateway.health)
         return f"{self._host}:{port}", 0
 
     def update_members(
@@ -58,5 +59,5 @@ class GatewayRole(Role):
         if self._gateway:
             self._loop.run(self._gateway.stop(drain_timeout_s))
 
-    def _metrics_port(self) -> int:
-        return self._config.gateway.metrics_port
+    def _ports(self) -> GatewayConfig:
+        return self._config.gateway

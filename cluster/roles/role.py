@@ -10,15 +10,18 @@ import threading
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
+import grpc.aio
 import psutil
+from grpc_health.v1.health import aio as health_aio
 from prometheus_client import CollectorRegistry
 
-from cluster.config import MobulaConfig
+from cluster.config import ActorConfig, GatewayConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
 from cluster.gateway.metrics import serve_metrics
 from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
 from protos.credentials import PLAINTEXT, PeerRole
+from protos.health_server import serve_health
 from protos.loop_thread import LoopThread
 from router.expert_map import ExpertMap
 
@@ -42,6 +45,7 @@ class Role(ABC):
         self._credentials = PLAINTEXT
         self._loop = LoopThread("loop")
         self._registry = CollectorRegistry()
+        self._health_server: grpc.aio.Server | None = None  # it ends when nothing refers to it
 
     def health(self) -> ProcessHealth:
         """This process about itself."""
@@ -60,7 +64,7 @@ class Role(ABC):
         try:
             self._use_certificates()
             address, weight_bytes = self._load(expert_map)
-            _, metrics_port = serve_metrics(self._bind_host, self._metrics_port(), self._registry)
+            _, metrics_port = serve_metrics(self._bind_host, self._ports().metrics_port, self._registry)
         except Exception as error:  # the top of the process's start: the controller shows it
             logger.exception("could not load")
             self._health = replace(self._health, state=ProcessState.FAILED, detail=f"{type(error).__name__}: {error}")
@@ -92,8 +96,13 @@ class Role(ABC):
         """Returns the server's address and the bytes of weights kept."""
 
     @abstractmethod
-    def _metrics_port(self) -> int:
-        """Where the Prometheus endpoint listens; 0 takes a free one."""
+    def _ports(self) -> ActorConfig | GatewayConfig:
+        """The settings that name this role's ports."""
+
+    def _serve_health(self, health: health_aio.HealthServicer) -> None:
+        """On a port of its own too, if one is configured. Raises Unavailable."""
+        if port := self._ports().health_port:
+            self._health_server = self._loop.run(serve_health(health, self._bind_host, port), CONTROL_TIMEOUT_S)
 
 
 def _peak_rss_bytes() -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from cluster.config import MobulaConfig
+from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import open_model
@@ -52,6 +52,7 @@ class ShardRole(Role):
         self._shard = shard
         self._server = self._loop.run(ExpertServer.start(shard, self._host, shards.port, self._credentials))
         self._loop.run(self._server.set_serving(True))
+        self._serve_health(self._server.health)
         return f"{self._host}:{self._server.port}", shard.weight_bytes
 
     def stage(self, units: Iterable[PlacementUnit], max_bytes_per_s: float) -> None:
@@ -88,5 +89,5 @@ class ShardRole(Role):
             self._shard.stop()
             self._loop.run(self._server.stop(grace_s=0.2))
 
-    def _metrics_port(self) -> int:
-        return self._config.expert_shards.metrics_port
+    def _ports(self) -> ActorConfig:
+        return self._config.expert_shards

@@ -19,7 +19,7 @@ from attention.request import GenerationDefaults, RequestReader
 from attention.servicer import SERVICE, InferenceServicer
 from attention.tokenizer import Tokenizer
 from attention.worker_report import WorkerReport
-from cluster.config import MobulaConfig
+from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import ServedModel, cache_config, open_model
@@ -95,7 +95,7 @@ class WorkerRole(Role):
         num_blocks = cache.config.num_blocks
         max_model_len = workers.engine.resolved_max_model_len(num_blocks, decoder_config.max_position_embeddings)
         metrics = EngineMetrics(self._registry, self._dp_rank)
-        engine = Engine(workers.engine, runner, num_blocks=num_blocks, metrics=metrics, limit_step=router.limit_step)
+        engine = Engine(workers.engine, runner, num_blocks=num_blocks, metrics=metrics)
         folder = model.tokenizer_folder()
         tokenizer = Tokenizer.read(folder)
         reader = RequestReader(
@@ -109,6 +109,7 @@ class WorkerRole(Role):
         engine.start()
         self._router, self._report, self._engine = router, report, engine
         port = self._loop.run(self._serve(InferenceServicer(engine, reader, report, metrics)))
+        self._serve_health(self._health_servicer)
         return f"{self._host}:{port}", weights.weight_bytes
 
     def update_placement(self, expert_map: ExpertMap, addresses: Mapping[int, str]) -> None:
@@ -173,8 +174,8 @@ class WorkerRole(Role):
         for name in ("", SERVICE):
             await self._health_servicer.set(name, status.SERVING if is_serving else status.NOT_SERVING)
 
-    def _metrics_port(self) -> int:
-        return self._config.attention_workers.metrics_port
+    def _ports(self) -> ActorConfig:
+        return self._config.attention_workers
 
 
 def _model_info(

@@ -26,7 +26,7 @@ def free_port() -> int:
 @pytest.fixture
 def config(tmp_path: Path) -> MobulaConfig:
     def ports() -> dict[str, int]:
-        return {"count": 1, "port": free_port(), "metrics_port": free_port()}
+        return {"count": 1} | {name: free_port() for name in ("port", "metrics_port", "health_port")}
 
     folder = write_checkpoint(tmp_path, "v2", seed=3)
     return parse_config({"model": str(folder), "expert_shards": ports(), "attention_workers": ports()})
@@ -52,9 +52,13 @@ def test_a_role_listens_at_the_address_of_its_pod_and_its_probe_means_weights_an
     assert shard.health().metrics_address == f"{POD_IP}:{config.expert_shards.metrics_port}"
     assert worker.health().metrics_address == f"{POD_IP}:{config.attention_workers.metrics_port}"
     assert probe(shard_address) == health_pb2.HealthCheckResponse.SERVING
-    assert probe(worker_address) == health_pb2.HealthCheckResponse.NOT_SERVING  # it knows no shards yet
+    worker_addresses = worker_address, f"{POD_IP}:{config.attention_workers.health_port}"
+    assert probe(f"{POD_IP}:{config.expert_shards.health_port}") == health_pb2.HealthCheckResponse.SERVING
+    for address in worker_addresses:
+        assert probe(address) == health_pb2.HealthCheckResponse.NOT_SERVING  # it knows no shards yet
     worker.update_placement(expert_map, {0: shard_address})
-    assert probe(worker_address) == health_pb2.HealthCheckResponse.SERVING
+    for address in worker_addresses:
+        assert probe(address) == health_pb2.HealthCheckResponse.SERVING
     worker.stop(0.0)
     shard.stop(0.0)
 

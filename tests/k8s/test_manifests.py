@@ -28,13 +28,15 @@ def grpc_ports(settings: MobulaConfig) -> dict[str, int]:
 
 def check_ports(manifests: list[Manifest]) -> None:
     found, settings = groups(manifests), config(manifests)
-    metrics = {role: actors.metrics_port for role, actors in actor_settings(settings).items()}
-    metrics["gateway"] = settings.gateway.metrics_port
+    roles = actor_settings(settings) | {"gateway": settings.gateway}
     for role, port in grpc_ports(settings).items():
-        assert found[role].container["readinessProbe"]["grpc"]["port"] == port
+        assert found[role].container["readinessProbe"]["grpc"]["port"] == roles[role].health_port
         serving = [number for name, number in found[role].ports.items() if name.startswith("serve-")]
         assert port in serving
-        assert found[role].ports["ep-metrics"] == metrics[role]
+        assert (found[role].ports["ep-metrics"], found[role].ports["health"]) == (
+            roles[role].metrics_port,
+            roles[role].health_port,
+        )
     assert found["gateway"].ports["admin-grpc"] == settings.controller.port
     assert settings.gateway.host == "0.0.0.0"
 
