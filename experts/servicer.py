@@ -1,4 +1,5 @@
-"""The shard's gRPC server: raw frames in and out of streams, the ticket of its ring, counted load, health. No logic.
+"""The shard's gRPC server: raw frames in and out of streams, the ticket of its ring, load, copies of weights, health.
+No logic.
 
 Answers go out in the order in which they are ready. A stream that sends bytes that are no frame, or a sequence number
 that waits already, ends with INVALID_ARGUMENT; the other streams do not notice. When a stream ends, its forwards that
@@ -17,10 +18,11 @@ from experts.batcher import ForwardOutput, WaitingForward
 from experts.forward_frame import answer_frame
 from experts.ring_server import RingServer
 from experts.shard import ExpertShard
+from experts.weight_frames import frames
 from protos import expert_pb2, rpc
 from protos.codec import decode_frame
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
-from protos.errors import InternalError, InvalidRequest, MobulaError, to_status
+from protos.errors import InternalError, InvalidRequest, MobulaError, StalePlacement, to_status
 from protos.ring import METADATA_KEY, Ticket
 
 SERVICE = "mobula.v1.ExpertShard"
@@ -66,6 +68,15 @@ class ExpertServicer:
         )
         return bytes(response.SerializeToString())
 
+    async def copy_expert(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        """ExpertShard.CopyExpert. As fast as the other shard reads: a frame waits until the stream takes it."""
+        asked = rpc.parse(expert_pb2.CopyExpertRequest, request)
+        expert = self._shard.expert(asked.layer_id, asked.expert_id)
+        if expert is None:
+            raise StalePlacement(f"expert {asked.expert_id} of layer {asked.layer_id} is not held here (any more)")
+        for frame in frames(expert):
+            yield bytes(frame.SerializeToString())
+
     def handlers(self) -> grpc.GenericRpcHandler:
         """For grpc.aio.Server.add_generic_rpc_handlers; without (de)serializers, so that frames are not copied."""
         return grpc.method_handlers_generic_handler(
@@ -73,6 +84,7 @@ class ExpertServicer:
             {
                 "Forward": grpc.stream_stream_rpc_method_handler(self.forward),
                 "GetShardLoad": rpc.unary_handler(self.get_shard_load),
+                "CopyExpert": rpc.stream_handler(self.copy_expert),
             },
         )
 

@@ -21,7 +21,7 @@ from experts.forward_frame import answer_frame, answer_tensor, read_forward
 from experts.grouped_ffn import grouped_ffn, merge
 from experts.metrics import ShardMetrics
 from experts.pacer import Pacer
-from experts.weight_store import ExpertModel, Unit, WeightReader, WeightStore
+from experts.weight_store import CopyExpert, Expert, ExpertModel, Unit, WeightReader, WeightStore
 from protos import expert_pb2
 from protos.codec import decode_frame
 from protos.errors import InvalidRequest, MobulaError
@@ -64,6 +64,11 @@ class ExpertShard:
         return self._config.ep_rank
 
     @property
+    def model(self) -> ExpertModel:
+        """What is served."""
+        return self._model
+
+    @property
     def poller(self) -> Poller:
         """Sockets that the compute thread listens to."""
         return self._batcher.poller
@@ -99,13 +104,20 @@ class ExpertShard:
         """Computes what waits, refuses what comes (UNAVAILABLE), ends the compute thread."""
         self._batcher.stop()
 
-    def stage(self, units: Iterable[Unit], max_bytes_per_s: float | None = None) -> None:
-        """Reads the units' weights while the versions served go on. Raises WeightShapeError."""
-        if max_bytes_per_s is None:
-            self._store.stage(units)
-        else:
-            self._store.stage(units, Pacer(max_bytes_per_s).pace)
+    def stage(
+        self, units: Iterable[Unit], max_bytes_per_s: float | None = None, copy: CopyExpert = lambda *_: None
+    ) -> None:
+        """Reads the units' weights while the versions served go on. Raises WeightShapeError.
+
+        copy: where an expert is looked for before the checkpoint.
+        """
+        on_read = None if max_bytes_per_s is None else Pacer(max_bytes_per_s, lambda: self._batcher.num_waiting).pace
+        self._store.stage(units, on_read, copy)
         self._show_weights()
+
+    def expert(self, layer_id: int, expert_id: int) -> Expert | None:
+        """The weights of one that is held, under whichever version. From any thread."""
+        return self._store.expert(layer_id, expert_id)
 
     def activate(self, placement_version: int, units: Iterable[Unit]) -> None:
         """Serves `units` under `placement_version`, beside the versions served before; reads what is not staged."""

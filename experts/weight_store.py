@@ -44,6 +44,13 @@ class Unit(NamedTuple):
     expert_ids: tuple[int, ...]
 
 
+Expert = ExpertWeights | PackedExpert
+OnRead = Callable[[int], None]  # told of bytes that were read; may wait, so that the machine is left to others
+CopyExpert = Callable[
+    [Unit, int, OnRead | None], Expert | None
+]  # a unit's expert by its id, from elsewhere if it is there
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertModel:
     """The model's facts that a shard needs."""
@@ -65,7 +72,7 @@ class UnitWeights:
     """One unit's weights, in the order of its expert ids."""
 
     unit: Unit
-    experts: tuple[ExpertWeights | PackedExpert, ...]
+    experts: tuple[Expert, ...]
 
     @property
     def weight_bytes(self) -> int:
@@ -95,6 +102,9 @@ class WeightStore:
         self._reader = reader
         self._use_kernels = use_kernels and native() is not None
         self._units: dict[Unit, UnitWeights] = {}  # this and the next are the control thread's
+        self._experts: dict[
+            tuple[int, int], Expert
+        ] = {}  # of all units, and of one that is being read; any thread reads
         self._units_of_version: dict[int, tuple[Unit, ...]] = {}
         self._served: Mapping[int, Mapping[int, LayerWeights]] = MappingProxyType({})  # by version and layer
 
@@ -113,19 +123,29 @@ class WeightStore:
         """Of all units held."""
         return sum(unit.weight_bytes for unit in self._units.values())
 
-    def stage(self, units: Iterable[Unit], on_read: Callable[[int], None] = lambda _: None) -> None:
+    def stage(self, units: Iterable[Unit], on_read: OnRead | None = None, copy: CopyExpert = lambda *_: None) -> None:
         """Reads those units that are not held yet, one tensor at a time. Raises WeightShapeError.
 
-        on_read: called with the bytes of each expert; may wait, so that reading leaves the machine to others.
+        An expert that is held already, in another unit or by a call that failed after it, is not read again.
+        copy: where an expert is looked for before the checkpoint.
         """
         for unit in units:
             if unit not in self._units:
-                self._units[unit] = self._read(unit, on_read)
+                self._units[unit] = self._read(unit, on_read, copy)
+
+    def expert(self, layer_id: int, expert_id: int) -> Expert | None:
+        """One that is held, under whichever version."""
+        return self._experts.get((layer_id, expert_id))
 
     def drop_staged(self) -> None:
-        """Drops the units that no version has."""
+        """Drops the units that no version has, and what was read of one."""
         for unit in set(self._units).difference(*self._units_of_version.values()):
             del self._units[unit]
+        self._experts = {
+            (unit.layer_id, expert_id): expert
+            for unit, weights in self._units.items()
+            for expert_id, expert in zip(unit.expert_ids, weights.experts, strict=True)
+        }
 
     def activate(self, placement_version: int, units: Iterable[Unit]) -> None:
         """Serves `units`, reading what is not staged, under `placement_version` beside the versions served before."""
@@ -172,14 +192,15 @@ class WeightStore:
             expert_to_unit=expert_to_unit,
         )
 
-    def _read(self, unit: Unit, on_read: Callable[[int], None]) -> UnitWeights:
-        experts = []
-        for expert_id in unit.expert_ids:
-            experts.append(self._read_expert(unit.layer_id, expert_id))
-            on_read(experts[-1].nbytes)
-        return UnitWeights(unit=unit, experts=tuple(experts))
+    def _read(self, unit: Unit, on_read: OnRead | None, copy: CopyExpert) -> UnitWeights:
+        keys = [(unit.layer_id, expert_id) for expert_id in unit.expert_ids]
+        for key in keys:
+            if key not in self._experts:
+                expert = copy(unit, key[1], on_read)
+                self._experts[key] = self._read_expert(*key, on_read) if expert is None else expert
+        return UnitWeights(unit=unit, experts=tuple(self._experts[key] for key in keys))
 
-    def _read_expert(self, layer_id: int, expert_id: int) -> ExpertWeights | PackedExpert:
+    def _read_expert(self, layer_id: int, expert_id: int, on_read: OnRead | None) -> Expert:
         """One matrix at a time, straight into its place."""
         hidden_size, inner = self._model.hidden_size, self._model.moe_intermediate_size
         prefix = f"model.layers.{layer_id}.mlp.experts.{expert_id}"
@@ -189,9 +210,12 @@ class WeightStore:
         if len({kind_of(matrix) for matrix in (gate, up, down)}) > 1:  # the kernels take an expert of one kind
             gate, up, down = (self._plain(matrix) for matrix in (gate, up, down))
         if self._use_kernels and all(can_pack(matrix) for matrix in (gate, up, down)):
-            return PackedExpert(w13=pack([gate, up]), w2=pack([down]))
+            return PackedExpert(w13=pack([gate, up], on_read), w2=pack([down], on_read))
         gate, up, down = (self._plain(matrix) for matrix in (gate, up, down))
-        return ExpertWeights(w13=torch.cat((gate, up)), w2=down)
+        expert = ExpertWeights(w13=torch.cat((gate, up)), w2=down)
+        if on_read:
+            on_read(expert.nbytes)
+        return expert
 
     def _plain(self, matrix: Tensor | QuantizedMatrix) -> Tensor:
         """In the model's dtype."""

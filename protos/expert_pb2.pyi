@@ -1,11 +1,25 @@
 from protos import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class WeightFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WEIGHT_FORMAT_UNSPECIFIED: _ClassVar[WeightFormat]
+    WEIGHT_FORMAT_FLOAT32: _ClassVar[WeightFormat]
+    WEIGHT_FORMAT_BFLOAT16: _ClassVar[WeightFormat]
+    WEIGHT_FORMAT_INT8: _ClassVar[WeightFormat]
+    WEIGHT_FORMAT_INT4: _ClassVar[WeightFormat]
+WEIGHT_FORMAT_UNSPECIFIED: WeightFormat
+WEIGHT_FORMAT_FLOAT32: WeightFormat
+WEIGHT_FORMAT_BFLOAT16: WeightFormat
+WEIGHT_FORMAT_INT8: WeightFormat
+WEIGHT_FORMAT_INT4: WeightFormat
 
 class ForwardHeader(_message.Message):
     __slots__ = ("sequence_number", "layer_id", "placement_version", "num_rows", "num_assignments", "num_partial_sums", "dtype", "is_cancellation", "timeout_ms", "crc32")
@@ -80,6 +94,38 @@ class ForwardResponse(_message.Message):
     header: ForwardResult
     payload: bytes
     def __init__(self, header: _Optional[_Union[ForwardResult, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class CopyExpertRequest(_message.Message):
+    __slots__ = ("layer_id", "expert_id")
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_ID_FIELD_NUMBER: _ClassVar[int]
+    layer_id: int
+    expert_id: int
+    def __init__(self, layer_id: _Optional[int] = ..., expert_id: _Optional[int] = ...) -> None: ...
+
+class WeightMatrix(_message.Message):
+    __slots__ = ("format", "num_outputs", "num_inputs", "group_size", "is_packed")
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    IS_PACKED_FIELD_NUMBER: _ClassVar[int]
+    format: WeightFormat
+    num_outputs: int
+    num_inputs: int
+    group_size: int
+    is_packed: bool
+    def __init__(self, format: _Optional[_Union[WeightFormat, str]] = ..., num_outputs: _Optional[int] = ..., num_inputs: _Optional[int] = ..., group_size: _Optional[int] = ..., is_packed: _Optional[bool] = ...) -> None: ...
+
+class CopyExpertResponse(_message.Message):
+    __slots__ = ("matrices", "data", "crc32")
+    MATRICES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    matrices: _containers.RepeatedCompositeFieldContainer[WeightMatrix]
+    data: bytes
+    crc32: int
+    def __init__(self, matrices: _Optional[_Iterable[_Union[WeightMatrix, _Mapping]]] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class GetShardLoadRequest(_message.Message):
     __slots__ = ()

@@ -44,6 +44,11 @@ class ExpertShardStub:
                 request_serializer=protos_dot_expert__pb2.GetShardLoadRequest.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.GetShardLoadResponse.FromString,
                 _registered_method=True)
+        self.CopyExpert = channel.unary_stream(
+                '/mobula.v1.ExpertShard/CopyExpert',
+                request_serializer=protos_dot_expert__pb2.CopyExpertRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.CopyExpertResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertShardServicer:
@@ -63,6 +68,14 @@ class ExpertShardServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CopyExpert(self, request, context):
+        """One expert's weights as this shard keeps them, for a shard that is to hold it too. As fast as the caller reads.
+        FAILED_PRECONDITION when the shard does not hold it (any more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertShardServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +88,11 @@ def add_ExpertShardServicer_to_server(servicer, server):
                     servicer.GetShardLoad,
                     request_deserializer=protos_dot_expert__pb2.GetShardLoadRequest.FromString,
                     response_serializer=protos_dot_expert__pb2.GetShardLoadResponse.SerializeToString,
+            ),
+            'CopyExpert': grpc.unary_stream_rpc_method_handler(
+                    servicer.CopyExpert,
+                    request_deserializer=protos_dot_expert__pb2.CopyExpertRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.CopyExpertResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +149,33 @@ class ExpertShard:
             '/mobula.v1.ExpertShard/GetShardLoad',
             protos_dot_expert__pb2.GetShardLoadRequest.SerializeToString,
             protos_dot_expert__pb2.GetShardLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CopyExpert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mobula.v1.ExpertShard/CopyExpert',
+            protos_dot_expert__pb2.CopyExpertRequest.SerializeToString,
+            protos_dot_expert__pb2.CopyExpertResponse.FromString,
             options,
             channel_credentials,
             insecure,

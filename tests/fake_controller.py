@@ -30,6 +30,7 @@ def rebalance_plan(moves: tuple[UnitMove, ...] = MOVES, placement_version: int =
         balancedness_after=0.875,
         step_time_ratio=0.75,
         num_tokens=12_345,
+        shard_load=(8_000.0, 4_345.0),
         is_worth_it=bool(moves),
         reason="expected to save 25.0% of the experts' time" if moves else "the placement is already the one",
     )

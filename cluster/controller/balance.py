@@ -75,6 +75,7 @@ class Balance:
         self._rebalancer = Rebalancer(
             processes=processes,
             max_bytes_per_s=config.max_mib_per_s * 2**20,
+            copies_from_peers=config.copy_from_peers,
             publish=publish,
             clock=clock,
         )

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from router.expert_map import ExpertMap, PlacementUnit
-from router.placement.scores import balancedness, expected_step_time
+from router.placement.scores import balancedness, expected_step_time, shard_load
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -34,6 +34,7 @@ class RebalancePlan:
     balancedness_before, _after: mean over maximum of the shards' load, all layers together; 1 is perfect.
     step_time_ratio: expected time of the experts' part of a step, after over before.
     num_tokens: assignments that the load was counted from; the newest count most.
+    shard_load: of `old`'s shards, by ep_rank, in such assignments.
     is_worth_it: whether it would be done without being asked; `reason` says why in words.
     """
 
@@ -44,6 +45,7 @@ class RebalancePlan:
     balancedness_after: float
     step_time_ratio: float
     num_tokens: int
+    shard_load: tuple[float, ...]
     is_worth_it: bool
     reason: str
 
@@ -115,6 +117,7 @@ def plan_rebalance(
         balancedness_after=balancedness(new, load, _speeds(new, speeds)),
         step_time_ratio=ratio,
         num_tokens=num_tokens,
+        shard_load=tuple(shard_load(old, load).sum(axis=0).tolist()),
         is_worth_it=is_worth_it,
         reason=reason,
     )

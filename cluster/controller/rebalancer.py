@@ -19,10 +19,12 @@ from typing import Any
 
 from cluster.controller.process import ManagedProcess, ProcessDied, RoleName
 from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, StagePart, parts_to_stage
+from cluster.controller.unit_sources import NO_SOURCES, UnitSources
 from router.expert_map import ExpertMap
 
 logger = logging.getLogger(__name__)
 
+MAX_FAILURES = 3  # of a shard to read units in one rebalance
 PART_S = 1.0  # of reading asked for in one call to a shard, or one unit: how long a shard reads on after an abort
 
 
@@ -34,15 +36,21 @@ class Rebalancer:
         *,
         processes: list[ManagedProcess],
         max_bytes_per_s: float,
+        copies_from_peers: bool,
         publish: Callable[[ExpertMap], None],
         clock: Callable[[], float],
     ) -> None:
         """processes: the controller's records, which come and go. max_bytes_per_s: that a shard reads.
 
+        copies_from_peers: units that another shard has are read from it, else all from the checkpoint.
+
         publish: makes an expert map the one that workers are told.
         """
         self._processes = processes
         self._max_bytes_per_s = max_bytes_per_s
+        self._copies_from_peers = copies_from_peers
+        self._sources = NO_SOURCES
+        self._num_failures: dict[str, int] = {}  # to read units, by process
         self._publish = publish
         self._clock = clock
         self._plan: RebalancePlan | None = None
@@ -66,8 +74,10 @@ class Rebalancer:
         assert self.is_idle
         self._plan = plan
         self._generations = {shard.rank: shard.health.generation for shard in self._shards(plan)}
+        self._num_failures = {}
         self._parts = parts_to_stage(plan, int(PART_S * self._max_bytes_per_s))
         self._calls = {}
+        self._sources = UnitSources(plan) if self._copies_from_peers else NO_SOURCES
         self._status = replace(
             self._status,
             state=RebalanceState.STAGING,
@@ -111,13 +121,16 @@ class Rebalancer:
     def _stage(self, plan: RebalancePlan) -> None:
         for shard in self._shards(plan):
             call = self._calls.get(shard.name)
-            if call is not None and call.done():
+            if call is not None and call.done() and call.exception() is not None:
+                del self._calls[shard.name]  # asked again below; what it has read of the part it keeps
+            elif call is not None and call.done():
                 part = self._parts[shard.rank].pop(0)
                 self._status = replace(self._status, moved_bytes=self._status.moved_bytes + part.num_bytes)
                 del self._calls[shard.name]
             if shard.name not in self._calls and self._parts.get(shard.rank):
                 units = self._parts[shard.rank][0].units
-                self._calls[shard.name] = shard.handle.call("stage", units, self._max_bytes_per_s)
+                addresses = self._sources.addresses(units, shard, self._processes)
+                self._calls[shard.name] = shard.handle.call("stage", units, self._max_bytes_per_s, addresses)
         if not self._calls:
             for shard in self._shards(plan):
                 units = plan.new.units_of(shard.rank)
@@ -130,8 +143,12 @@ class Rebalancer:
             if not shard.is_ready or shard.health.generation != self._generations[shard.rank]:
                 return f"{shard.name} was lost: it {shard.health.detail or f'is {shard.health.state} again'}"
         for name, call in self._calls.items():
-            if call.done() and (error := call.exception()) is not None:
+            if not call.done() or (error := call.exception()) is None:
+                continue
+            self._num_failures[name] = self._num_failures.get(name, 0) + 1
+            if self._num_failures[name] >= MAX_FAILURES or self._status.state is not RebalanceState.STAGING:
                 return f"{name} could not take its units: {error}"
+            logger.warning("%s could not read its units, and is asked again: %s", name, error)
         return None
 
     def _abort(self, failure: str) -> None:

@@ -13,6 +13,7 @@ from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import open_model
 from cluster.roles.role import Role
 from experts.metrics import ShardMetrics
+from experts.peer_weights import PeerWeights
 from experts.servicer import ExpertServer
 from experts.shard import ExpertShard, ShardConfig
 from experts.weight_store import Unit
@@ -55,10 +56,19 @@ class ShardRole(Role):
         self._serve_health(self._server.health)
         return f"{self._host}:{self._server.port}", shard.weight_bytes
 
-    def stage(self, units: Iterable[PlacementUnit], max_bytes_per_s: float) -> None:
-        """Reads units while the shard serves. Raises WeightShapeError, InvalidCheckpoint."""
-        with self._placement_lock:
-            self._loaded_shard().stage((Unit(*unit) for unit in units), max_bytes_per_s)
+    def stage(self, units: Iterable[PlacementUnit], max_bytes_per_s: float, sources: Iterable[str]) -> None:
+        """Reads units while the shard serves. Raises WeightShapeError, InvalidCheckpoint.
+
+        sources: for each unit the host:port of a shard that has it, or "" for the checkpoint.
+        """
+        shard = self._loaded_shard()
+        wanted = [Unit(*unit) for unit in units]
+        held_by = {unit: address for unit, address in zip(wanted, sources, strict=True) if address}
+        with (
+            self._placement_lock,
+            PeerWeights(self._loop, self._credentials, shard.model, held_by, max_bytes_per_s) as peers,
+        ):
+            shard.stage(wanted, max_bytes_per_s, peers.copy)
 
     def activate(self, placement_version: int, units: Iterable[PlacementUnit]) -> None:
         """Serves a placement beside those served before."""

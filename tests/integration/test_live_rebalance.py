@@ -161,9 +161,9 @@ def test_a_shard_that_dies_in_the_middle_of_a_rebalance_fails_no_request_and_cha
         role = handles["shard-1"].role
         stage = role.stage
 
-        def stage_and_tell(units, rate) -> None:
+        def stage_and_tell(*args) -> None:
             reads.set()
-            stage(units, rate)
+            stage(*args)
 
         role.stage = stage_and_tell
         controller.rebalance()

@@ -9,12 +9,15 @@ import pytest
 from cluster.config import RebalancingConfig
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
-from cluster.controller.rebalance import RebalancePlan, RebalanceState
+from cluster.controller.process import RoleName
+from cluster.controller.rebalance import Hysteresis, RebalancePlan, RebalanceState, plan_rebalance
+from cluster.controller.unit_sources import NO_SOURCES, UnitSources
 from protos.errors import InternalError, RebalanceRefused
 from router.expert_map import ExpertMap
 from router.placement import PlacementError
 from router.placement.members import ShardTraits
 from tests.cluster.fake_processes import FakeProcess, answered, run, system
+from tests.fake_experts import grouped_gate, placed
 
 
 def swapped(load: np.ndarray, current: ExpertMap, placement_version: int, shards: object) -> ExpertMap:
@@ -132,10 +135,43 @@ def test_a_shard_that_cannot_read_its_units_ends_it() -> None:
     controller, fakes = serving()
     fakes["shard-1"].answers["stage"] = OSError("no space left on device")
     asked(controller)
-    run(controller, 3)
+    run(controller, 6)
     rebalance = controller.status().rebalance
     assert rebalance.num_aborted == 1
+    assert len(fakes["shard-1"].told("stage")) == 3
     assert "shard-1 could not take its units: no space left on device" in rebalance.last_result
+
+
+def test_a_shard_that_could_not_read_its_units_once_is_asked_for_the_same_ones_again() -> None:
+    controller, fakes = serving()
+    fakes["shard-1"].answers["stage"] = OSError("the disk was away")
+    asked(controller)
+    run(controller, 1)
+    del fakes["shard-1"].answers["stage"]
+    run(controller, 10)
+    first, second = fakes["shard-1"].told("stage")
+    assert first == second
+    assert controller.status().rebalance.num_done == 1
+
+
+def test_units_are_copied_from_the_least_busy_shard_that_has_them_and_read_where_none_has() -> None:
+    controller, _ = system(num_shards=4)
+    run(controller, 4)
+    old = placed(grouped_gate(), 4, num_replicas=2)
+    new = placed(grouped_gate(), 4, num_replicas=3, placement_version=2)
+    load = np.ones((3, 16))
+    plan = plan_rebalance(old, new, load, 10, Hysteresis(0.0, 0))
+    sources = UnitSources(plan)
+    processes = [process for process in controller._processes if process.role is RoleName.SHARD]
+    given: dict[str, int] = {}
+    for move in plan.moves:
+        unit = next(unit for unit in new.units_of(move.ep_rank) if unit[:2] == (move.layer_id, move.unit_id))
+        (address,) = sources.addresses([unit], processes[move.ep_rank], processes)
+        holders = {f"shard-{rank}.0:1" for rank in old.ep_ranks if unit in old.units_of(rank)}
+        assert address in holders
+        given[address] = given.get(address, 0) + 1
+    assert max(given.values()) < 1.5 * sum(given.values()) / 4
+    assert NO_SOURCES.addresses([unit], processes[0], processes) == ("",)
 
 
 def test_a_shard_that_dies_after_workers_were_told_loads_the_new_version_and_the_rebalance_is_done() -> None:

@@ -1,0 +1,136 @@
+"""An expert's weights as frames of bounded size, and back: how a shard gives a copy to another. Pure.
+
+What is copied is what the kernels read: nothing is unpacked, converted or packed again, so the copy has the same bits.
+Knows nothing of gRPC.
+"""
+
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from experts.grouped_ffn import ExpertWeights
+from experts.kernels.expert_set import PackedExpert
+from experts.kernels.library import Format
+from experts.kernels.packed_matrix import PANEL_OUTPUTS, PackedMatrix, empty
+from experts.weight_store import Expert, ExpertModel
+from protos import expert_pb2
+
+FRAME_BYTES = 256 * 1024  # so that a frame holds up neither end's event loop
+
+_FORMATS = {format_: getattr(expert_pb2, f"WEIGHT_FORMAT_{format_.name}") for format_ in Format}
+_DTYPES = {torch.float32: Format.FLOAT32, torch.bfloat16: Format.BFLOAT16}
+_BY_WIRE = {wire: format_ for format_, wire in _FORMATS.items()}
+
+
+class CopyError(Exception):
+    """A copy did not arrive as it should; the weights can still be read from the checkpoint."""
+
+
+def frames(expert: Expert) -> Iterator[expert_pb2.CopyExpertResponse]:
+    """The messages of CopyExpert."""
+    crc32 = 0
+    yield expert_pb2.CopyExpertResponse(matrices=[_described(matrix) for matrix in (expert.w13, expert.w2)])
+    for memory in _memory(expert):
+        for start in range(0, len(memory), FRAME_BYTES):
+            data = bytes(memory[start : start + FRAME_BYTES])
+            crc32 = zlib.crc32(data, crc32)
+            yield expert_pb2.CopyExpertResponse(data=data)
+    yield expert_pb2.CopyExpertResponse(crc32=crc32)
+
+
+class ExpertCopy:
+    """Puts an expert together from frames in their order."""
+
+    def __init__(self, model: ExpertModel) -> None:
+        self._model = model
+        self._expert: Expert | None = None
+        self._left: list[memoryview] = []  # memory that is not written yet
+        self._crc32 = 0
+        self._is_whole = False
+
+    def add(self, frame: expert_pb2.CopyExpertResponse) -> int:
+        """Takes a frame; the number of bytes of weights in it. Raises CopyError."""
+        if self._expert is None:
+            self._expert = _allocated(frame, self._model)
+            self._left = list(_memory(self._expert))
+        data = memoryview(frame.data)
+        self._crc32 = zlib.crc32(data, self._crc32)
+        while data:
+            if not self._left:
+                raise CopyError(f"{len(data)} bytes come after the expert's last one")
+            count = min(len(data), len(self._left[0]))
+            self._left[0][:count] = data[:count]
+            data, self._left[0] = data[count:], self._left[0][count:]
+            if not self._left[0]:
+                del self._left[0]
+        if frame.HasField("crc32"):
+            if self._left or frame.crc32 != self._crc32:
+                missing = sum(map(len, self._left))
+                raise CopyError(f"{missing} bytes are missing, the CRC-32 is {self._crc32}, not {frame.crc32}")
+            self._is_whole = True
+        return len(frame.data)
+
+    def expert(self) -> Expert:
+        """Once the last frame was taken. Raises CopyError before."""
+        if self._expert is None or not self._is_whole:
+            raise CopyError("the stream of an expert's weights ended before its last frame")
+        return self._expert
+
+
+def _described(matrix: PackedMatrix | Tensor) -> expert_pb2.WeightMatrix:
+    if isinstance(matrix, Tensor):
+        return expert_pb2.WeightMatrix(
+            format=_FORMATS[_DTYPES[matrix.dtype]], num_outputs=matrix.shape[0], num_inputs=matrix.shape[1]
+        )
+    return expert_pb2.WeightMatrix(
+        format=_FORMATS[matrix.number_format],
+        num_outputs=matrix.num_outputs,
+        num_inputs=matrix.num_inputs,
+        group_size=matrix.group_size,
+        is_packed=True,
+    )
+
+
+def _allocated(frame: expert_pb2.CopyExpertResponse, model: ExpertModel) -> Expert:
+    """Memory for what the first frame describes. Raises CopyError where that is no expert of the model."""
+    inner, hidden = model.moe_intermediate_size, model.hidden_size
+    padded = -(-inner // PANEL_OUTPUTS) * PANEL_OUTPUTS
+    if len(frame.matrices) != 2:
+        raise CopyError(f"the first frame describes {len(frame.matrices)} matrices, an expert has 2")
+    is_packed = frame.matrices[0].is_packed
+    shapes = (((padded if is_packed else inner) + inner, hidden), (hidden, inner))
+    for matrix, shape in zip(frame.matrices, shapes, strict=True):
+        group_size = matrix.group_size
+        if (
+            (matrix.num_outputs, matrix.num_inputs) != shape
+            or matrix.is_packed is not is_packed
+            or matrix.format not in _BY_WIRE
+            or (group_size and (matrix.num_inputs % group_size or not is_packed))
+            or (not is_packed and _BY_WIRE[matrix.format] is not _DTYPES.get(model.dtype))
+        ):
+            raise CopyError(f"a matrix of the copy is {str(matrix).split()}, the model's are {list(shape)}")
+    if is_packed:
+        w13, w2 = (
+            empty(
+                _BY_WIRE[matrix.format],
+                num_outputs=matrix.num_outputs,
+                num_inputs=matrix.num_inputs,
+                group_size=matrix.group_size,
+            )
+            for matrix in frame.matrices
+        )
+        return PackedExpert(w13=w13, w2=w2)
+    return ExpertWeights(
+        w13=torch.empty((2 * inner, hidden), dtype=model.dtype), w2=torch.empty((hidden, inner), dtype=model.dtype)
+    )
+
+
+def _memory(expert: Expert) -> Iterator[memoryview]:
+    """The bytes of both matrices and their scales, in place."""
+    for matrix in (expert.w13, expert.w2):
+        parts = (matrix,) if isinstance(matrix, Tensor) else (matrix.data, matrix.scales)
+        for part in parts:
+            if part is not None:
+                yield part.view(-1).view(torch.uint8).numpy().data
