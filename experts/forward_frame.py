@@ -36,6 +36,20 @@ class ForwardLimits:
     expert_to_unit: npt.NDArray[np.int64]
 
 
+def next_number(number: int, last: int) -> int:
+    """`number`, if it may follow `last` on one stream or ring: numbers only rise, so a frame counts once, however often
+    it comes.
+
+    Raises InvalidRequest.
+    """
+    if number <= last:
+        raise InvalidRequest(
+            f"forward {number} comes after forward {last}: numbers only rise, this one came before or is out of order",
+            field="header.sequence_number",
+        )
+    return number
+
+
 def read_forward(
     header: expert_pb2.ForwardHeader, payload: memoryview, model: ExpertModel, layer: LayerWeights
 ) -> ForwardInput:

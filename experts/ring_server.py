@@ -15,7 +15,7 @@ from collections.abc import Callable
 from google.protobuf.message import DecodeError
 
 from experts.batcher import ForwardOutput, WaitingForward
-from experts.forward_frame import answer_header
+from experts.forward_frame import answer_header, next_number
 from experts.shard import ExpertShard
 from protos import expert_pb2, ring
 from protos.errors import InvalidRequest, MobulaError
@@ -101,6 +101,7 @@ class RingConnection:
         self._memory = memory
         self._on_closed = on_closed
         self._waiting: dict[int, WaitingForward] = {}
+        self._last_number = -1
         self._is_open = True
 
     def shut_down(self) -> None:
@@ -130,8 +131,11 @@ class RingConnection:
             if number in self._waiting:
                 self._waiting[number].is_given_up = True
             return
-        if number in self._waiting:
-            self._close(f"forward {number} is already waiting")
+        try:
+            self._last_number = next_number(number, self._last_number)
+        except InvalidRequest as error:
+            logger.warning("a worker's ring is ended: %s", error)
+            self._close(str(error))
             return
         waiting = self._shard.submit(
             header,

@@ -7,6 +7,7 @@ still wait are dropped.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
 import grpc
@@ -15,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from experts.batcher import ForwardOutput, WaitingForward
-from experts.forward_frame import answer_frame
+from experts.forward_frame import answer_frame, next_number
 from experts.ring_server import RingServer
 from experts.shard import ExpertShard
 from experts.weight_frames import frames
@@ -24,6 +25,8 @@ from protos.codec import decode_frame
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
 from protos.errors import InternalError, InvalidRequest, MobulaError, StalePlacement, to_status
 from protos.ring import METADATA_KEY, Ticket
+
+logger = logging.getLogger(__name__)
 
 SERVICE = "mobula.v1.ExpertShard"
 
@@ -45,6 +48,7 @@ class ExpertServicer:
                 answers.take(self._shard, frame)
             await answers.all_written()
         except InvalidRequest as error:
+            logger.warning("the stream of %s is ended: %s", context.peer(), error)
             await context.abort_with_status(to_status(error))
         finally:
             answers.give_up()
@@ -94,6 +98,7 @@ class _Answers:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._last_number = -1
         self._waiting: dict[int, WaitingForward | None] = {}  # by sequence number; None: refused, its answer is ready
         self._ready: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
         self._written = asyncio.Event()
@@ -106,8 +111,7 @@ class _Answers:
             if (waiting := self._waiting.get(number)) is not None:
                 waiting.is_given_up = True
             return
-        if number in self._waiting:
-            raise InvalidRequest(f"forward {number} is already waiting", field="header.sequence_number")
+        self._last_number = next_number(number, self._last_number)
         self._waiting[number] = None
         self._waiting[number] = shard.submit(header, payload, lambda outcome: self._on_done(number, outcome))
 

@@ -222,7 +222,7 @@ def test_a_sequence_number_that_waits_already_ends_the_stream_and_computes_nothi
     forwards = Forwards(transport, host.poller)
     header = expert_pb2.ForwardHeader(sequence_number=5, layer_id=1, placement_version=1, dtype=1)
     futures = [forwards.send(header), forwards.send(header)]
-    with pytest.raises(ShardUnavailable, match="forward 5 is already waiting"):
+    with pytest.raises(ShardUnavailable, match="forward 5 comes after forward 5"):
         forwards.wait(futures[1])
     shard.start()
     wait_until(lambda: shard.num_waiting_forwards == 0)
