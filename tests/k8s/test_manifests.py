@@ -122,7 +122,8 @@ def test_clients_reach_the_gateways_by_a_service(target: str) -> None:
     assert service["spec"]["selector"].items() <= gateway.pod_labels.items()
     (port,) = service["spec"]["ports"]
     assert gateway.ports[port["targetPort"]] == config(manifests).gateway.port
-    assert (port["name"], port["appProtocol"]) == ("serve-grpc", "kubernetes.io/h2c")
+    protocol = "https" if config(manifests).tls.clients else "kubernetes.io/h2c"
+    assert (port["name"], port["appProtocol"]) == ("serve-grpc", protocol)
 
 
 @pytest.mark.parametrize("target", TARGETS)
