@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard experts/kernels/native/*.h experts/kernels/native/*.cpp router/native/*.h router/native/*.cpp)
 
-.PHONY: demo serve test test-bf16-kernels test-image lint check bench protos train clean
+.PHONY: demo serve test test-bf16-kernels test-image lint check bench fuzz protos train clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mobula demo
@@ -35,6 +35,10 @@ check: lint test
 # e.g. make bench ONLY=wire,kernels OUT=bench.json
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# Hostile input to every port and file format, e.g. make fuzz ARGS="--cases 500000 --seed 7"
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 protos: $(VENV)/.installed-test
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto

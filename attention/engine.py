@@ -12,6 +12,7 @@ The life of a request here:
 """
 
 import logging
+import math
 import queue
 import secrets
 import threading
@@ -27,6 +28,7 @@ from attention.sampler import SampledToken
 from attention.scheduler import ScheduledBatch, Scheduler
 from attention.sequence import FinishReason, Sequence, SequenceOutput
 from protos import errors
+from router.step_limit import StepLimit
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +96,17 @@ class Engine:
         *,
         num_blocks: int,
         metrics: EngineMetrics,
+        limit_step: Callable[[StepLimit], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """num_blocks: of the runner's latent cache, as EngineConfig.num_cache_blocks says. clock: seconds."""
+        """num_blocks: of the runner's latent cache, as EngineConfig.num_cache_blocks says. clock: seconds.
+
+        limit_step: told before each step how long it is waited for.
+        """
         self._config = config
         self._runner = runner
         self._metrics = metrics
+        self._limit_step = limit_step
         self._clock = clock
         self._block_manager = BlockManager(num_blocks=num_blocks, block_size=config.block_size)
         self._scheduler = Scheduler(
@@ -109,6 +116,7 @@ class Engine:
         )
         self._requests: dict[Sequence, _Request] = {}
         self._stop_deadline_s: float | None = None
+        self._next_deadline_s = math.inf  # of any request
         self._stats = EngineStats(num_blocks=num_blocks, num_free_blocks=num_blocks)
         self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards the two below, which other threads read
@@ -151,6 +159,7 @@ class Engine:
 
     def abort(self, sequence: Sequence) -> None:
         """Ends a submitted sequence before the next step; nothing happens when it has ended."""
+        sequence.is_abandoned = True
         self._inbox.put(_Abort(sequence))
 
     def stop(self, drain_timeout_s: float = 0.0) -> None:
@@ -168,6 +177,7 @@ class Engine:
         self._empty_inbox()
         if self._stop_deadline_s is not None and self._clock() >= self._stop_deadline_s:
             self._fail(list(self._requests), _stopped())
+        self._end_overdue()
         batch = self._scheduler.schedule()
         if batch is not None:
             self._start_timelines(batch)
@@ -208,12 +218,22 @@ class Engine:
                     is_resumed=sequence.num_output_tokens > 0,
                 )
                 self._requests[sequence] = _Request(on_output, timeline)
+                self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
                 self._scheduler.add(sequence)
             case _Abort(sequence):
                 if sequence in self._requests:
                     self._end(sequence, SequenceOutput(finish_reason=FinishReason.ABORT))
             case _Stop(deadline_s):
                 self._stop_deadline_s = deadline_s
+
+    def _end_overdue(self) -> None:
+        """Ends requests whose clients wait no longer, so that no step is spent on them."""
+        now_s = self._clock()
+        if now_s < self._next_deadline_s:
+            return
+        for sequence in [sequence for sequence in self._requests if sequence.deadline_s <= now_s]:
+            self._fail([sequence], _overdue(sequence))
+        self._next_deadline_s = min((sequence.deadline_s for sequence in self._requests), default=math.inf)
 
     def _start_timelines(self, batch: ScheduledBatch) -> None:
         now_s = self._clock()
@@ -225,6 +245,12 @@ class Engine:
 
     def _compute(self, batch: ScheduledBatch) -> None:
         sequences = [scheduled.sequence for scheduled in batch.sequences]
+        self._limit_step(
+            StepLimit(
+                deadline_s=max(sequence.deadline_s for sequence in sequences),
+                is_wanted=lambda: not all(sequence.is_abandoned for sequence in sequences),
+            )
+        )
         try:
             tokens = self._runner.run(batch)
         except errors.MobulaError as error:
@@ -321,6 +347,12 @@ class Engine:
 
 def _stopped() -> errors.WorkerStopping:
     return errors.WorkerStopping("the worker has stopped; retry on another one", retry_after_s=1.0)
+
+
+def _overdue(sequence: Sequence) -> errors.DeadlineExceeded:
+    return errors.DeadlineExceeded(
+        f"the deadline passed after {sequence.num_output_tokens} tokens; give the call more time or lower max_tokens"
+    )
 
 
 def _internal_error() -> errors.InternalError:

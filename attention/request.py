@@ -13,8 +13,9 @@ from typing import Any
 from attention.detokenizer import Detokenizer
 from attention.sampling_params import InvalidSamplingParams, SamplingParams
 from attention.sequence import Sequence
-from attention.tokenizer import BadTokenizer, ChatMessages, Tokenizer
+from attention.tokenizer import MAX_FILE_BYTES, BadTokenizer, ChatMessages, Tokenizer
 from protos import errors, generation_pb2, rpc, worker_pb2
+from protos.bounded_file import read_bounded
 
 MAX_REQUEST_ID_CHARS = 128  # it is repeated in every answer and log line
 CHAT_ROLES = ("system", "user", "assistant")
@@ -44,12 +45,12 @@ class GenerationDefaults:
         if not path.is_file():
             return cls()
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(read_bounded(path, MAX_FILE_BYTES))
             values = {name: config[name] for name in cls.__slots__ if config.get(name) is not None}
             if config.get("do_sample") is False:
                 values["temperature"] = 0.0
             return cls(**values)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise BadTokenizer(f"{path} cannot be used: {error}") from error
 
 

@@ -3,6 +3,7 @@
 Knows nothing of blocks, tensors or text; text is made by the TextDecoder that the sequence carries.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum, unique
 from typing import Protocol
@@ -77,8 +78,10 @@ class Sequence:
     max_num_tokens: int  # prompt and output together, never above max_model_len
     eos_token_ids: frozenset[int] = frozenset()
     text_decoder: TextDecoder | None = None  # None: the output has no text
+    deadline_s: float = math.inf  # a moment of the monotonic clock: its client waits no longer
 
     output_token_ids: list[int] = field(default_factory=list)
+    is_abandoned: bool = False  # its client has left; set from any thread
     num_computed_tokens: int = 0  # leading tokens whose latents are in the cache
     status: SequenceStatus = SequenceStatus.WAITING
     arrival_number: int = -1  # order of arrival, set by the scheduler

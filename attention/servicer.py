@@ -5,6 +5,8 @@ request. When a call ends, however it ends, its sequence is aborted, so that its
 """
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
@@ -75,8 +77,11 @@ class InferenceServicer:
         return self._generate(lambda: read(rpc.parse(worker_pb2.RelayedRequest, request)), context)
 
     async def _generate(self, read: Callable[[], Sequence], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        remaining_s = context.time_remaining()
+        deadline_s = math.inf if remaining_s is None else time.monotonic() + remaining_s
         with self._metrics.counted_errors():
             sequence = await asyncio.to_thread(read)
+            sequence.deadline_s = deadline_s
             context.add_done_callback(lambda _: self._engine.abort(sequence))
             async for output in self._outputs(sequence):
                 yield _response(sequence, output).SerializeToString()

@@ -5,16 +5,18 @@ beginning-of-sequence token twice: a chat template writes it itself. Safe to use
 """
 
 import json
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 
+from attention.chat_template import ChatTemplate
 from protos import errors
+from protos.bounded_file import read_bounded
+
+MAX_TOKENIZER_BYTES = 256 * 1024 * 1024  # of tokenizer.json; published ones have up to 40 MB
+MAX_FILE_BYTES = 16 * 1024 * 1024  # of each other file
 
 ChatMessages = list[dict[str, str]]
 
@@ -68,7 +70,7 @@ class Tokenizer:
             raise BadTokenizer(f"{path} does not exist; a checkpoint needs it, with tokenizer_config.json beside it")
         config = _read_json(folder / "tokenizer_config.json")
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_buffer(read_bounded(path, MAX_TOKENIZER_BYTES))
         except Exception as error:  # the library raises bare Exception, with what is wrong as its text
             raise BadTokenizer(f"{path} is not a tokenizer: {error}") from error
         special_tokens = _special_tokens(config)
@@ -132,30 +134,11 @@ class Tokenizer:
         return [self.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
 
 
-def _compile(chat_template: str) -> jinja2.Template:
-    """The template under the same rules as in transformers, whose templates are written for them."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_template_error
-    environment.globals["strftime_now"] = _strftime_now
+def _compile(chat_template: str) -> ChatTemplate:
     try:
-        return environment.from_string(chat_template)
+        return ChatTemplate(chat_template)
     except jinja2.TemplateError as error:
         raise BadTokenizer(f"the chat template is not valid jinja: {error}") from error
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_template_error(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(time_format: str) -> str:
-    return datetime.now().strftime(time_format)  # the server's local time, as transformers gives it
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -174,10 +157,14 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The template of chat_template.jinja, else of the config: a text, or the one named default in a list."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return read_bounded(path, MAX_FILE_BYTES).decode("utf-8")
+        except (OSError, ValueError) as error:
+            raise BadTokenizer(f"{path} cannot be read: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if template is not None and not isinstance(template, str):
         raise BadTokenizer(f"chat_template in {folder / 'tokenizer_config.json'} is neither a text nor a list")
     return template
@@ -190,7 +177,10 @@ def _read_eos_token_ids(
     eos_token_ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name).get("eos_token_id")
-        eos_token_ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token_id) is int for token_id in found):
+            raise BadTokenizer(f"{folder / name}: eos_token_id is {str(value)[:80]}, expected token ids")
+        eos_token_ids.update(found)
     if "eos_token" in special_tokens:
         token_id = tokenizer.token_to_id(special_tokens["eos_token"])
         eos_token_ids.update([] if token_id is None else [token_id])
@@ -202,8 +192,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(read_bounded(path, MAX_FILE_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadTokenizer(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise BadTokenizer(f"{path} holds a {type(value).__name__}, not an object")

@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from protos.bounded_file import FileTooLarge, read_bounded
+
 TLS, TLS_CA, TLS_CERT, TLS_KEY = "MOBULA_TLS", "MOBULA_TLS_CA", "MOBULA_TLS_CERT", "MOBULA_TLS_KEY"
 API_KEY, API_KEY_FILE = "MOBULA_API_KEY", "MOBULA_API_KEY_FILE"
 MAX_FILE_BYTES = 1024 * 1024
@@ -97,7 +99,6 @@ def _read(path: str | None) -> bytes | None:
     if not path:
         return None
     try:
-        with Path(path).open("rb") as file:
-            return file.read(MAX_FILE_BYTES)
-    except OSError as error:
-        raise AccessError(f"cannot read {path}: {error.strerror}") from error
+        return read_bounded(Path(path), MAX_FILE_BYTES)
+    except (OSError, FileTooLarge) as error:
+        raise AccessError(f"cannot read {path}: {error}") from error

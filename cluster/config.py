@@ -3,6 +3,8 @@
 A default is written once, here or above the class that reads it. Errors name the key's path, the value and the limit.
 """
 
+import reprlib
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -12,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from attention.engine_config import EngineConfig
 from attention.mla_form import MlaForm
+from protos.bounded_file import read_bounded
 from router.placement.members import ShardTraits
 from router.router_config import RouterConfig
 
@@ -20,19 +23,28 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 FixedPort = Annotated[int, Field(ge=1, le=65535)]
 
 BUNDLED_MODEL = "bundled"
+MAX_FILE_BYTES = 1024 * 1024  # of a configuration
+MAX_FAULTS = 50  # that are told of one
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice; plain YAML loaders keep the last one in silence."""
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which plain loaders keep the last in silence, and aliases, with which a few
+    lines stand for more values than there is memory.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"keys stand twice: {sorted(map(str, twice))}", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            counts = Counter(self.construct_object(key, deep=True) for key, _ in node.value)
+            twice = sorted(str(key) for key, count in counts.items() if count > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"keys stand twice: {twice}", node.start_mark)
+        return mapping
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported", mark)
+        return super().compose_node(parent, index)
 
 
 class ConfigError(Exception):
@@ -236,14 +248,16 @@ def parse_config(data: Any) -> MobulaConfig:
     try:
         return MobulaConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(fault) for fault in error.errors())) from error
+        faults = error.errors()
+        more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+        raise ConfigError("\n".join([*map(_describe, faults[:MAX_FAULTS]), *more])) from error
 
 
 def read_config(path: Path) -> MobulaConfig:
     """The configuration in a YAML file. Raises ConfigError naming the file."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = yaml.load(read_bounded(path, MAX_FILE_BYTES).decode("utf-8"), Loader=_StrictLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     try:
         return parse_config(data)
@@ -255,4 +269,4 @@ def _describe(fault: Any) -> str:
     path = ".".join(str(part) for part in fault["loc"]) or "the document"
     if fault["type"] == "extra_forbidden":
         return f"{path}: unknown key"
-    return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
+    return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {reprlib.repr(fault['input'])}"

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from cryptography import x509
 
+from protos.bounded_file import FileTooLarge, read_bounded
+
 logger = logging.getLogger(__name__)
 
 CHAIN, KEY, AUTHORITY, REVOKED = "tls.crt", "tls.key", "ca.crt", "ca.crl"
@@ -114,13 +116,11 @@ class CertificateFolder:
     def _bytes(self, name: str) -> bytes:
         path = self.path / name
         try:
-            with path.open("rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
+            return read_bounded(path, MAX_FILE_BYTES)
         except OSError as error:
             raise CertificateError(f"cannot read {path}: {error.strerror}") from error
-        if len(data) > MAX_FILE_BYTES:
-            raise CertificateError(f"{path} has more than {MAX_FILE_BYTES} bytes")
-        return data
+        except FileTooLarge as error:
+            raise CertificateError(str(error)) from error
 
     def _check_pair(self) -> None:
         try:

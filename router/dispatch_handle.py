@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from protos.errors import (
+    Cancelled,
     DeadlineExceeded,
     InternalError,
     MobulaError,
@@ -44,9 +45,11 @@ from router.routing import Candidates, Routing
 from router.service_times import ServiceTimes
 from router.shard_health import ShardHealth
 from router.shard_queues import ShardQueues
+from router.step_limit import StepLimit
 
 MIN_RETRY_WAIT_S = 0.005  # the first retry goes out at once, the second after about this time
 MAX_RETRY_WAIT_S = 0.1
+WANTED_POLL_S = 0.1  # how often a layer that waits asks whether anybody waits for it
 DOWN_POLL_S = 0.01  # how often a message looks whether its shard is back
 
 
@@ -74,13 +77,14 @@ class HandleContext:
 class DispatchHandle:
     """Returned by Router.dispatch, taken by Router.combine, once."""
 
-    def __init__(self, layer: LayerInput, context: HandleContext, device: torch.device) -> None:
+    def __init__(self, layer: LayerInput, context: HandleContext, device: torch.device, limit: StepLimit) -> None:
         self.device = device
         self.started_s = context.clock()
         self.is_combined = False
         self._layer = layer
         self._context = context
-        self._deadline_s = self.started_s + context.config.forward_timeout_s
+        self._limit = limit
+        self._deadline_s = min(self.started_s + context.config.forward_timeout_s, limit.deadline_s)
         self._in_flight: set[Attempt] = set()
         self._failed: list[Attempt] = []
         self._error: MobulaError | None = None
@@ -116,8 +120,8 @@ class DispatchHandle:
     def wait(self) -> Tensor:
         """The sum of each row's partial sums, [num_tokens, hidden_size] fp32.
 
-        Raises ShardUnavailable when forward_timeout_s have passed, InternalError when a shard finds fault with the
-        message itself.
+        Raises ShardUnavailable when forward_timeout_s have passed, DeadlineExceeded or Cancelled when nobody waits any
+        more, InternalError when a shard finds fault with the message itself.
         """
         try:
             while self._error is None and self._num_missing:
@@ -200,10 +204,10 @@ class DispatchHandle:
                 attempt.transport.cancel(attempt.call)
 
     def _next_due_s(self) -> float:
-        """Seconds until the time of something comes."""
+        """Seconds until the time of something comes, or until it is time to ask whether anybody waits."""
         times = [attempt.due_at_s for attempt in self._in_flight]
         times += [attempt.resend_at_s for attempt in self._failed]
-        return max(0.0, min(times, default=0.0) - self._context.clock())
+        return min(WANTED_POLL_S, max(0.0, min(times, default=0.0) - self._context.clock()))
 
     def _finish(self, attempt: Attempt, outcome: Outcome) -> None:
         """The end of a call; raises nothing, for the engine thread may be waiting for another layer."""
@@ -301,6 +305,8 @@ class DispatchHandle:
     def _look_at_due(self) -> None:
         """Attempts that are late are sent to others too; those that took far too long are given up."""
         now_s = self._context.clock()
+        if not self._limit.is_wanted():
+            raise Cancelled(f"every request of the step has left while layer {self._layer.layer_id} waited")
         for attempt in [attempt for attempt in self._in_flight if attempt.due_at_s <= now_s]:
             if attempt.give_up_at_s > now_s:
                 self._look_whether_late(attempt, now_s)
@@ -337,7 +343,12 @@ class DispatchHandle:
                 self._context.metrics.count_retry("late")
                 self._send(message, routing, attempt.number + 1)
 
-    def _out_of_time(self, attempt: Attempt) -> ShardUnavailable:
+    def _out_of_time(self, attempt: Attempt) -> MobulaError:
+        if self._context.clock() >= self._limit.deadline_s:
+            return DeadlineExceeded(
+                f"the deadline of every request of the step passed while layer {self._layer.layer_id} waited for "
+                f"expert shard {attempt.ep_rank} at {attempt.address}; give the calls more time"
+            )
         return ShardUnavailable(
             f"expert shard {attempt.ep_rank} at {attempt.address} did not answer for layer "
             f"{self._layer.layer_id} within forward_timeout_s = {self._context.config.forward_timeout_s} s "

@@ -31,6 +31,7 @@ from router.routing import Candidates, Routing
 from router.service_times import ServiceTimes
 from router.shard_health import ShardHealth
 from router.shard_queues import ShardQueues
+from router.step_limit import StepLimit
 from router.transport import ShardTransport, TransportFactory
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Router:
         self._update_lock = threading.Lock()
         self._routing = Routing(expert_map=expert_map, transports=(None,) * expert_map.ep_size)
         self._is_closed = False
+        self._step_limit = StepLimit()
         self._health = ShardHealth(clock)
         metrics.watch(self._health.quarantined)
         queues = ShardQueues()
@@ -106,7 +108,7 @@ class Router:
             topk_weights=topk_weights.detach().float().cpu().contiguous(),
             topk_ids=topk_ids.cpu().contiguous(),
         )
-        handle = DispatchHandle(layer, self._context, hidden_states.device)
+        handle = DispatchHandle(layer, self._context, hidden_states.device, self._step_limit)
         try:
             handle.start()
         except BaseException:
@@ -119,13 +121,18 @@ class Router:
         """The weighted sum of each row's routed experts: [num_tokens, hidden_size] fp32.
 
         The same to the bit wherever the experts are. Raises ShardUnavailable when a shard and its replicas did not
-        answer within forward_timeout_s, InternalError when one refused the message.
+        answer within forward_timeout_s, DeadlineExceeded or Cancelled when nobody waits any more, InternalError when a
+        shard refused the message.
         """
         assert not handle.is_combined, "a handle is combined once"
         handle.is_combined = True
         combined = handle.wait()
         self._metrics.observe_latency(self._context.clock() - handle.started_s)
         return combined.to(handle.device)
+
+    def limit_step(self, limit: StepLimit) -> None:
+        """How long the layers dispatched from now on are waited for, besides forward_timeout_s."""
+        self._step_limit = limit
 
     def abandon(self, handle: DispatchHandle) -> None:
         """Gives up a handle that will not be combined."""

@@ -33,6 +33,8 @@ from experts.quantized_matrix import MatrixFormat, QuantizedMatrix
 __all__ = ["Checkpoint", "InvalidCheckpoint"]
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SUFFIX, PICKLE_SUFFIXES = ".safetensors", (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HUB_BLOBS = "blobs"  # REPOSITORY/snapshots/COMMIT/FILE links to REPOSITORY/blobs/HASH in the hub's cache
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -57,12 +59,27 @@ class LocalFiles:
         """Raises InvalidCheckpoint if the folder lacks the file."""
         path = self.fetch_optional(file_name)
         if path is None:
-            raise InvalidCheckpoint(f"{self._folder}: has no file {file_name}")
+            raise InvalidCheckpoint(f"{self._folder}: has no file {file_name}{self._other_weights(file_name)}")
         return path
 
     def fetch_optional(self, file_name: str) -> Path | None:
+        """Raises InvalidCheckpoint for a link out of the folder, but for those of the hub's cache."""
         path = self._folder / file_name
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        folder, found = self._folder.resolve(), path.resolve()
+        if not any(found.is_relative_to(home) for home in (folder, folder.parent.parent / HUB_BLOBS)):
+            raise InvalidCheckpoint(
+                f"{path}: is a link to {found}, outside the checkpoint; link the whole folder, or copy the file"
+            )
+        return path
+
+    def _other_weights(self, file_name: str) -> str:
+        """What to say of weights in a format that can run code when it is read."""
+        if not file_name.endswith(SUFFIX):
+            return ""
+        pickles = sorted(path.name for path in self._folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
+        return f", only {pickles[0]}: a pickle, which is a program; convert it to safetensors" if pickles else ""
 
 
 class Checkpoint:
@@ -259,6 +276,8 @@ def _file_names(index_path: Path) -> dict[str, str]:
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str) or PurePosixPath(file_name).name != file_name or file_name in ("", ".."):
             raise InvalidCheckpoint(f"{index_path}: tensor {name} lies in {file_name!r}, expected a plain file name")
+        if not file_name.endswith(SUFFIX):
+            raise InvalidCheckpoint(f"{index_path}: tensor {name} lies in {file_name!r}, only {SUFFIX} files are read")
     return weight_map
 
 

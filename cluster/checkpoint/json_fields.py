@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint.safetensors_file import InvalidCheckpoint
+from protos.bounded_file import read_bounded
 
 MAX_SIZE = 2**31 - 1
+MAX_FILE_BYTES = 64 * 1024 * 1024  # the index of a model of 671B parameters has 9 MB
 
 
 class UnsupportedModel(ValueError):
@@ -25,7 +27,7 @@ class InvalidModelConfig(InvalidCheckpoint):
 def read_json_object(path: Path) -> dict[str, Any]:
     """Raises InvalidModelConfig if the file is missing or does not hold one JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(path, MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidModelConfig(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_DIMENSIONS = 8
 MAPPED_BYTES = 1 << 20  # tensors from this size on get pages of their own
 DTYPES = {
     "BOOL": torch.bool,
@@ -96,7 +97,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
                 f"{path}: header of {header_bytes} bytes in a file of {file_bytes}; not safetensors, or truncated"
             )
         try:
-            header = json.loads(file.read(header_bytes))
+            header = json.loads(file.read(header_bytes), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise InvalidCheckpoint(f"{path}: header is not JSON: {error}") from error
     if not isinstance(header, dict):
@@ -104,6 +105,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     data_start = 8 + header_bytes
     entries = {name: _entry(path, name, fields, data_start) for name, fields in header.items()}
+    _refuse_overlaps(path, entries)
     needed = max((entry.start + entry.num_bytes for entry in entries.values()), default=data_start)
     if file_bytes < needed:
         last = max(entries, key=lambda name: entries[name].start + entries[name].num_bytes)
@@ -118,7 +120,7 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     dtype_name, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise InvalidCheckpoint(
-            f"{path}: tensor {name} has shape {shape!r} and data_offsets {offsets!r}; header broken"
+            f"{path}: tensor {name} has shape {str(shape)[:80]} and data_offsets {str(offsets)[:80]}; header broken"
         )
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise InvalidCheckpoint(f"{path}: tensor {name} has dtype {dtype_name!r}, known are {sorted(DTYPES)}")
@@ -131,5 +133,23 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     return TensorEntry(dtype=dtype, shape=tuple(shape), start=data_start + offsets[0], num_bytes=num_bytes)
 
 
+def _refuse_overlaps(path: Path, entries: dict[str, TensorEntry]) -> None:
+    end, before = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if entry.start < end:
+            raise InvalidCheckpoint(f"{path}: tensor {name} begins within {before}; header broken")
+        end, before = entry.start + entry.num_bytes, name
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header. A name that stands twice would leave one of two tensors unseen."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    if not isinstance(values, list) or len(values) > MAX_DIMENSIONS:  # a product of a million sizes never ends
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)

@@ -20,6 +20,7 @@ from typing import Annotated
 from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 
 from cluster.security.private_file import replace_file
+from protos.bounded_file import FileTooLarge, read_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,11 @@ def new_key(key_id: str, rights: frozenset[Right], **limits: object) -> tuple[Ke
 def read_keys(path: Path) -> KeyFile:
     """Raises KeyFileError."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        data = read_bounded(path, MAX_FILE_BYTES)
     except OSError as error:
         raise KeyFileError(f"cannot read the keys in {path}: {error.strerror}") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise KeyFileError(f"{path} has more than {MAX_FILE_BYTES} bytes")
+    except FileTooLarge as error:
+        raise KeyFileError(str(error)) from error
     try:
         keys = KeyFile.model_validate_json(data)
     except ValidationError as error:

@@ -120,6 +120,28 @@ def test_request_can_be_aborted_before_it_runs():
     assert_all_blocks_are_free(engine)
 
 
+def test_a_request_whose_deadline_passed_ends_before_another_step_is_spent_on_it():
+    now_s = 0.0
+    limits = []
+    engine = make_engine(clock=lambda: now_s, limit_step=limits.append)
+    listeners = [Listener(), Listener()]
+    for listener, deadline_s in zip(listeners, (5.0, 9.0), strict=True):
+        sequence = make_sequence([1], max_tokens=50)
+        sequence.deadline_s = deadline_s
+        engine.submit(sequence, listener)
+    engine.step()
+    now_s = 5.0
+    engine.step()
+    assert [len(batch.sequences) for batch in engine.recorder.batches] == [2, 1]
+    assert isinstance(listeners[0].error, errors.DeadlineExceeded)
+    assert "after 1 tokens" in str(listeners[0].error)
+    assert [limit.deadline_s for limit in limits] == [9.0, 9.0]
+    engine.abort(sequence)
+    assert not limits[-1].is_wanted()
+    engine.step()
+    assert_all_blocks_are_free(engine)
+
+
 def test_waiting_requests_are_bounded_and_a_started_one_makes_place():
     engine = make_engine(max_num_waiting=2)
     submit(engine, [1], [2], max_tokens=4)

@@ -1,10 +1,11 @@
 """The configuration: defaults, and what is refused with which words."""
 
+import time
 from pathlib import Path
 
 import pytest
 
-from cluster.config import ConfigError, DTypeName, parse_config, read_config
+from cluster.config import MAX_FILE_BYTES, ConfigError, DTypeName, parse_config, read_config
 from router.router_config import CapacityPolicy
 
 
@@ -79,3 +80,32 @@ def test_a_fixed_port_is_for_processes_that_have_nodes_of_their_own() -> None:
     shards = {"count": 2, "port": 50061, "metrics_port": 9400}
     assert parse_config({"expert_shards": shards | {"strategy": "STRICT_SPREAD"}}).expert_shards.port == 50061
     assert parse_config({"expert_shards": shards | {"count": 1}}).expert_shards.metrics_port == 9400
+
+
+HOSTILE_YAML = {
+    "a bomb of aliases": (
+        "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"b{n}: &b{n} [{', '.join(['*a'] * 9)}]\n" for n in range(9)),
+        "aliases are not supported",
+    ),
+    "nested for ever": ("[" * 20_000, "cannot read the configuration"),
+    "an object": ("model: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+    "no UTF-8": ("model: \udcff", "cannot read the configuration"),
+    "too long": ("# " + "x" * MAX_FILE_BYTES, f"more than {MAX_FILE_BYTES} bytes"),
+    "a list as a key": ("[a, b]: 1", "unhashable"),
+    "a key twice": ("model: a\nmodel: b", "keys stand twice: ['model']"),
+    "many keys": ("".join(f"k{n}: 1\n" for n in range(4_000)), "and 3950 more"),
+    "a long value": ("gateway: " + "x" * 500_000, "gateway"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_YAML)
+def test_a_hostile_file_is_refused_at_once(tmp_path: Path, case: str) -> None:
+    text, words = HOSTILE_YAML[case]
+    path = tmp_path / "hostile.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    started_s = time.monotonic()
+    with pytest.raises(ConfigError) as raised:
+        read_config(path)
+    assert words in str(raised.value)
+    assert len(str(raised.value)) < 5000
+    assert time.monotonic() - started_s < 10.0

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from protos.errors import ShardUnavailable
+from protos.errors import Cancelled, DeadlineExceeded, ShardUnavailable
 from router.router_config import RouterConfig
 from router.service_times import ServiceTimes
 from router.shard_health import MAX_PROBE_INTERVAL_S, MIN_PROBE_INTERVAL_S, NUM_PUNCTUAL
+from router.step_limit import StepLimit
 from tests.fake_experts import grouped_gate, multiplied, placed, random_rows
 from tests.router.timed_shards import TimedShards
 
@@ -119,6 +120,25 @@ def test_without_a_replica_a_late_answer_is_waited_for(shards):
     alone.transports[1].seconds = None
     with pytest.raises(ShardUnavailable, match=r"shard 1 at 1 did not answer for layer 1 within .* 60"):
         alone.combine(ROWS)
+
+
+def test_a_step_is_waited_for_until_the_latest_deadline_of_its_requests():
+    alone = TimedShards(GATE, placed(GATE, 2), CONFIG)
+    alone.transports[1].seconds = None
+    alone.router.limit_step(StepLimit(deadline_s=alone.clock() + 3.0))
+    with pytest.raises(DeadlineExceeded, match="every request of the step passed while layer 1 waited"):
+        alone.combine(ROWS)
+    assert alone.clock.now_s == pytest.approx(1003.0, abs=0.01)
+    assert alone.transports[1].cancelled == [call.sequence_number for call in alone.transports[1].calls]
+
+
+def test_a_step_that_nobody_wants_any_more_is_not_waited_for():
+    alone = TimedShards(GATE, placed(GATE, 2), CONFIG)
+    alone.transports[1].seconds = None
+    alone.router.limit_step(StepLimit(is_wanted=lambda: alone.clock() < 1000.5))
+    with pytest.raises(Cancelled):
+        alone.combine(ROWS)
+    assert alone.clock.now_s < 1000.7
 
 
 def test_two_silent_shards_of_three_leave_what_only_they_have_to_wait(shards):
