@@ -129,6 +129,11 @@ class ExpertShard:
         self._store.release(placement_version)
         self._show_weights()
 
+    def drop_staged(self) -> None:
+        """Drops units that no placement served has."""
+        self._store.drop_staged()
+        self._show_weights()
+
     def forward(self, frame: bytes) -> Future[bytes]:
         """The answer to a ForwardRequest frame, which may be an error's.
 

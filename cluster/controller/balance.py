@@ -186,7 +186,8 @@ class Balance:
 
     def _place(self, load: Float64Array, ep_ranks: Collection[int]) -> ExpertMap:
         try:
-            return self._proposer.place(load, self._expert_map, self._newest_version + 1, self._traits(ep_ranks))
+            newest = max(self._newest_version, self._expert_map.placement_version)
+            return self._proposer.place(load, self._expert_map, newest + 1, self._traits(ep_ranks))
         except PlacementError as error:
             raise RebalanceRefused(f"no placement can be computed: {error}") from error
 

@@ -1,9 +1,11 @@
 """Starts the processes and keeps the system together: observe, decide, act.
 
 One round of the loop, the same at start, after a process died and when nothing happens:
-  1. observe: ask every process for its health; one that does not answer is DOWN;
+  1. observe: ask every process for its health; one that does not answer is DOWN; a worker that knows a newer placement
+     than the controller was told of it by a controller before this one, which died: that placement goes on;
   2. load: tell every NEW process to load; a FAILED one is restarted after a while, and is NEW again like one that died;
-  3. connect: tell every ready worker where the shards are, if that changed since it was told;
+  3. connect: tell every ready worker where the shards are, if that changed since it was told; then the shards to serve
+     that placement alone, so that nothing stays of a rebalance whose controller died;
   4. publish: tell the gateway which workers serve, which endpoints hold metrics and who answers admin calls;
   5. balance: watch the experts' load and move them while requests run (balance.py), also when shards come or leave;
   6. answer what operators asked (inbox.py).
@@ -131,6 +133,7 @@ class Controller:
     def reconcile(self) -> None:
         """One round."""
         self._observe()
+        self._follow_newest_placement()
         self._load()
         self._balance.round(self._expert_map, is_serving=self._status.is_serving)
         self._inbox.answer()
@@ -140,6 +143,8 @@ class Controller:
         if has_all_shards:
             placement = (self._expert_map.placement_version, shards)
             self._tell(RoleName.WORKER, placement, "update_placement", self._expert_map, shards)
+        if self._balance.is_idle and self._is_placement_used_alone():
+            self._tell(RoleName.SHARD, self._expert_map.placement_version, "serve_only", self._expert_map)
         workers = {p.rank: p.health.address for p in self._members(RoleName.WORKER) if p.is_connected}
         members = (workers, self._metrics_addresses(), self.admin_address)
         self._tell(RoleName.GATEWAY, members, "update_members", *members)
@@ -169,6 +174,21 @@ class Controller:
             process.health = _answer(process)
             if before.state is not process.health.state:
                 logger.info("%s: %s -> %s %s", process.name, before.state, process.health.state, process.health.detail)
+
+    def _follow_newest_placement(self) -> None:
+        for worker in self._members(RoleName.WORKER):
+            if worker.is_ready and worker.health.placement_version > self._expert_map.placement_version:
+                expert_map: ExpertMap = worker.handle.call("expert_map").result(HEALTH_TIMEOUT_S)
+                logger.info("%s knows placement version %d", worker.name, expert_map.placement_version)
+                self._use(expert_map)
+                self._balance.membership.are_placed_on(expert_map.ep_ranks)
+
+    def _is_placement_used_alone(self) -> bool:
+        """Whether every worker knows the placement and has no forward under an older one under way."""
+        return all(
+            worker.is_connected and worker.health.oldest_placement_version == self._expert_map.placement_version
+            for worker in self._members(RoleName.WORKER)
+        )
 
     def _load(self) -> None:
         for process in self._processes:

@@ -41,6 +41,8 @@ class ProcessHealth:
         weight_bytes: weights kept in memory.
         peak_rss_bytes: largest resident set since the process started.
         load_rss_bytes: how much the resident set grew at most while the weights were read.
+        placement_version, oldest_placement_version: that a worker knows, and under which a forward is under way; 0 for
+            other processes.
     """
 
     generation: str
@@ -53,6 +55,8 @@ class ProcessHealth:
     weight_bytes: int = 0
     peak_rss_bytes: int = 0
     load_rss_bytes: int = 0
+    placement_version: int = 0
+    oldest_placement_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,14 @@ passes through it.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util import get_placement_group, list_named_actors, remove_placement_group
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -16,6 +18,7 @@ from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller.admin_server import AdminServer
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller, StartError
+from cluster.controller.lease import Lease
 from cluster.controller.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
 from cluster.controller.rebalance import Float64Array
 from cluster.roles.role import node_address
@@ -28,6 +31,7 @@ from router.placement import PlacementRequest
 from router.placement.members import ShardTraits, place_on
 
 PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find room on a cluster of ours
+NAME_PREFIX = "mobula-"  # of every actor
 CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
 ACTOR_THREADS = 4  # so that health is answered while weights are read
 ACTOR_CLASSES: Mapping[RoleName, type[RoleActor]] = {
@@ -61,20 +65,38 @@ class RayProcess:
 
 
 class ControllerActor:
-    """The controller with the actors it owns: when it ends, they end."""
+    """The controller. The other actors live without it: Ray starts it again when it dies, and it finds them by name."""
 
     def __init__(
-        self, config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None
+        self, owner: str, config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None
     ) -> None:
+        """owner: who may stop the system."""
         self._config = config
         self._expert_map = expert_map
         self._request = request
         self._host = host
         self._controller: Controller | None = None
         self._admin: AdminServer | None = None
+        self._lease = Lease(owner)
+        # Not in a call: nobody would make it when Ray starts this actor again.
+        self._starting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="start").submit(self._start)
 
-    def start(self) -> None:
-        """Places and creates every actor. Raises StartError when the Ray cluster has no room."""
+    def start(self, owner: str, config: MobulaConfig) -> None:
+        """Waits until every actor is created or found.
+
+        Raises StartError when the Ray cluster has no room, and when this controller serves another configuration or
+        obeys another owner.
+        """
+        if config != self._config:
+            raise StartError(
+                f"a Mobula with another configuration serves in namespace {config.ray.namespace}; set ray.namespace, "
+                "or stop that one first"
+            )
+        if not self._lease.take(owner):
+            raise StartError(f"another process serves Mobula in namespace {config.ray.namespace}; set ray.namespace")
+        self._starting.result()
+
+    def _start(self) -> None:
         self._controller = Controller(
             _create_processes(self._config, self._host),
             self._expert_map,
@@ -90,37 +112,57 @@ class ControllerActor:
 
     def _create_shard(self, ep_rank: int) -> ManagedProcess:
         """One more. Ray starts it when it has room; an autoscaler makes some. Raises Unavailable."""
-        actor = self._config.expert_shards.actor_config(ep_rank)
-        options = _options(actor) | ({"label_selector": actor.labels} if actor.labels else {})
+        options = _added_shard_options(self._config, ep_rank)
         try:
             return _create_process(RoleName.SHARD, ep_rank, options, self._config, self._host)
         except ValueError as error:  # Ray's word for a name that is taken
             raise Unavailable(f"shard {ep_rank} is still ending: {error}; ask again", retry_after_s=1.0) from error
 
-    def status(self) -> ClusterStatus | None:
-        """None until the actors are created."""
+    def status(self, owner: str) -> ClusterStatus | None:
+        """None until the actors are created. Tells the controller that its owner is there."""
+        self._lease.renew(owner)
         return self._controller.status() if self._controller else None
 
-    def stop(self, drain_timeout_s: float) -> None:
-        """Ends every process, gateways first."""
+    def stop(self, owner: str, drain_timeout_s: float) -> bool:
+        """Ends every process, gateways first. False, and nothing happens, for whom the controller does not obey."""
+        if not self._lease.is_held_by(owner):
+            return False
         if self._admin:
             self._admin.stop()
         if self._controller:
             self._controller.stop(drain_timeout_s)
+        return True
 
 
-def create_controller(config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None) -> Any:
-    """The controller actor. request: what later placements keep to; host: where servers listen, None for each node's
-    own address.
+def create_controller(
+    owner: str, config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None
+) -> Any:
+    """The controller actor, the one that is there already if one is.
+
+    request: what later placements keep to; host: where servers listen, None for each node's own address.
     """
     options = {
-        "name": "mobula-controller",
+        "name": f"{NAME_PREFIX}controller",
         "namespace": config.ray.namespace,
+        "get_if_exists": True,
+        "lifetime": "detached",
+        "max_restarts": -1,
         "num_cpus": CONTROL_CPUS,
         "max_concurrency": ACTOR_THREADS,
         "label_selector": config.controller.labels or None,
     }
-    return ray.remote(ControllerActor).options(**options).remote(config, expert_map, request, host)
+    return ray.remote(ControllerActor).options(**options).remote(owner, config, expert_map, request, host)
+
+
+def end_everything(namespace: str) -> None:
+    """Ends at once whatever is left of the system: actors, controller first, and what they had booked."""
+    names = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == namespace]
+    for name in sorted(name for name in names if name.startswith(NAME_PREFIX)):  # "controller" sorts first
+        with suppress(ValueError):  # it has ended meanwhile
+            ray.kill(ray.get_actor(name, namespace), no_restart=True)
+    for role in (RoleName.SHARD, RoleName.WORKER):
+        with suppress(ValueError):  # it was not placed
+            remove_placement_group(get_placement_group(_group_name(role, namespace)))
 
 
 def _proposer(config: MobulaConfig, request: PlacementRequest) -> Proposer:
@@ -150,14 +192,21 @@ def _actors(config: MobulaConfig, role: RoleName) -> list[ActorConfig]:
 
 def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedProcess]:
     processes = []
+    found = _found_ranks(config.ray.namespace)
     for role in (RoleName.SHARD, RoleName.WORKER):
         actors = _actors(config, role)
-        group = _place(role, actors, _placement_timeout_s(config))
-        for rank, actor in enumerate(actors):
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-            options = _options(actor) | {"scheduling_strategy": strategy}
+        group = _place(role, actors, config)
+        # Shards come and go; they are created before workers, so that those found beside a worker are all there are.
+        are_all_found = role is RoleName.SHARD and found[RoleName.WORKER]
+        for rank in found[role] if are_all_found else range(len(actors)):
+            if rank < len(actors):
+                strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+                options = _options(actors[rank]) | {"scheduling_strategy": strategy, "get_if_exists": True}
+            else:
+                options = _added_shard_options(config, rank) | {"get_if_exists": True}
             processes.append(_create_process(role, rank, options, config, host))
-    options = _options(ActorConfig(num_cpus=CONTROL_CPUS)) | {"label_selector": config.gateway.labels or None}
+    labels = {"label_selector": config.gateway.labels or None}
+    options = _options(ActorConfig(num_cpus=CONTROL_CPUS)) | labels | {"get_if_exists": True}
     processes.append(_create_process(RoleName.GATEWAY, 0, options, config, host))
     return processes
 
@@ -166,7 +215,7 @@ def _create_process(
     role: RoleName, rank: int, options: dict[str, Any], config: MobulaConfig, host: str | None
 ) -> ManagedProcess:
     actor_class = ray.remote(ACTOR_CLASSES[role]).options(
-        name=f"mobula-{role}-{rank}", namespace=config.ray.namespace, **options
+        name=f"{NAME_PREFIX}{role}-{rank}", namespace=config.ray.namespace, **options
     )
     actor = actor_class.remote(config, rank, host)
     return ManagedProcess(role=role, rank=rank, handle=RayProcess(actor))
@@ -177,12 +226,35 @@ def _placement_timeout_s(config: MobulaConfig) -> float:
     return config.ray.start_timeout_s if config.ray.address else PLACEMENT_TIMEOUT_S
 
 
-def _place(role: RoleName, actors: list[ActorConfig], timeout_s: float) -> PlacementGroup:
-    """One bundle per actor. Raises StartError when Ray finds no room in time."""
+def _group_name(role: RoleName, namespace: str) -> str:
+    return f"{namespace}/{NAME_PREFIX}{role}s"
+
+
+def _found_ranks(namespace: str) -> dict[RoleName, list[int]]:
+    """Of the actors that a controller before this one has left, ascending."""
+    found: dict[RoleName, list[int]] = {role: [] for role in RoleName}
+    for actor in list_named_actors(all_namespaces=True):
+        role, _, rank = actor["name"].removeprefix(NAME_PREFIX).rpartition("-")
+        if actor["namespace"] == namespace and role in found:
+            found[RoleName(role)].append(int(rank))
+    return {role: sorted(ranks) for role, ranks in found.items()}
+
+
+def _place(role: RoleName, actors: list[ActorConfig], config: MobulaConfig) -> PlacementGroup:
+    """One bundle per actor; those of a controller before this one if there are any.
+
+    Raises StartError when Ray finds no room in time.
+    """
+    name, timeout_s = _group_name(role, config.ray.namespace), _placement_timeout_s(config)
+    with suppress(ValueError):  # there is none
+        found: PlacementGroup = get_placement_group(name)
+        return found
     bundles = [_bundle(actor) for actor in actors]
     selector = [actor.labels for actor in actors] if any(actor.labels for actor in actors) else None
     strategy = actors[0].strategy
-    group: PlacementGroup = placement_group(bundles, strategy=strategy.value, bundle_label_selector=selector)
+    group: PlacementGroup = placement_group(
+        bundles, strategy.value, name=name, lifetime="detached", bundle_label_selector=selector
+    )
     if not group.wait(timeout_s):
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         raise StartError(
@@ -197,11 +269,18 @@ def _bundle(config: ActorConfig) -> dict[str, float]:
     return {name: amount for name, amount in amounts.items() if amount} or {"CPU": 0.001}
 
 
+def _added_shard_options(config: MobulaConfig, ep_rank: int) -> dict[str, Any]:
+    """Of a shard for which nothing was booked at the start."""
+    actor = config.expert_shards.actor_config(ep_rank)
+    return _options(actor) | ({"label_selector": actor.labels} if actor.labels else {})
+
+
 def _options(config: ActorConfig) -> dict[str, Any]:
     # No runtime_env: with one, Ray starts a process for this actor alone instead of taking one that is already there.
     return {
         "num_cpus": config.num_cpus,
         "num_gpus": config.num_gpus,
+        "lifetime": "detached",  # from the controller
         "max_restarts": -1,
         "max_task_retries": 0,  # the controller repeats what must be repeated
         "max_concurrency": ACTOR_THREADS,

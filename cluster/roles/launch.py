@@ -7,6 +7,7 @@ with Deployment(config) as deployment:
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import ray
 from cluster.config import ConfigError, MobulaConfig
 from cluster.controller.controller import StartError
 from cluster.controller.process import ClusterStatus, ProcessHealth, RoleName
-from cluster.roles.actors import booked_cpus, create_controller
+from cluster.roles.actors import booked_cpus, create_controller, end_everything
 from cluster.roles.preflight import ServingPlan, check
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class Deployment:
             _check_port(config.gateway.host, config.gateway.port, "gateway.port")
             _check_port(config.gateway.host, config.gateway.metrics_port, "gateway.metrics_port")
         self._controller: Any = None
+        self._owner = secrets.token_hex(8)
+        self._is_owner = False  # known once the controller has started for us
         self._has_joined_ray = False
         self._is_local = config.ray.address is None
 
@@ -50,16 +53,9 @@ class Deployment:
         """Starts Ray, or joins the cluster, and creates the controller. Raises StartError."""
         try:
             self._start_ray()
-            host = LOOPBACK if self._is_local else None
-            self._controller = create_controller(self.config, self.plan.expert_map, self.plan.placement_request, host)
+            self._controller = self._create_controller()
         except ConnectionError as error:
             raise StartError(f"cannot join Ray at ray.address {self.config.ray.address}: {error}") from error
-        except ValueError as error:  # Ray's word for a name that is taken
-            self.stop()
-            raise StartError(
-                f"Ray refused the controller in namespace {self.config.ray.namespace}: {error}; is another Mobula "
-                "serving there? set ray.namespace"
-            ) from error
         return self
 
     def __exit__(
@@ -72,16 +68,17 @@ class Deployment:
 
         Raises StartError naming each process that failed, or those that are late after ray.start_timeout_s.
         """
-        started = self._controller.start.remote()
+        started = self._controller.start.remote(self._owner, self.config)
         deadline = time.monotonic() + self.config.ray.start_timeout_s
         while True:
-            if ray.wait([started], timeout=0)[0]:
+            if not self._is_owner and ray.wait([started], timeout=0)[0]:
                 _raise_if_failed(started)
+                self._is_owner = True
             status = self.status()
             show(status)
             if status and status.failures:
                 raise StartError("; ".join(status.failures))
-            if status and status.is_serving:
+            if self._is_owner and status and status.is_serving:
                 return status
             if time.monotonic() > deadline:
                 late = (
@@ -104,28 +101,44 @@ class Deployment:
         return self._gateway().metrics_address
 
     def status(self) -> ClusterStatus | None:
-        """The controller's latest view. Raises StartError when the controller is gone."""
+        """The controller's latest view; None while Ray starts the controller again.
+
+        Raises StartError when the controller is gone for good.
+        """
         try:
-            status: ClusterStatus | None = ray.get(self._controller.status.remote(), timeout=STATUS_TIMEOUT_S)
+            status: ClusterStatus | None = ray.get(
+                self._controller.status.remote(self._owner), timeout=STATUS_TIMEOUT_S
+            )
+        except ray.exceptions.ActorUnavailableError:
+            return None
         except ray.exceptions.RayError as error:
             raise StartError(f"the controller does not answer: {error}") from error
         return status
 
     def stop(self) -> None:
         """Drains and ends every process. Safe to call twice."""
-        if self._controller is not None:
-            timeout_s = self.config.drain_timeout_s
-            try:
-                ray.get(self._controller.stop.remote(timeout_s), timeout=3 * timeout_s + 30)
-            except ray.exceptions.RayError as error:
-                logger.warning("the controller did not stop in order: %s", error)
-            except KeyboardInterrupt:
-                logger.warning("interrupted: requests in flight are cut off")
-            ray.kill(self._controller)
-            self._controller = None
+        if self._controller is not None and self._stop_system():
+            end_everything(self.config.ray.namespace)
+        self._controller = None
         if self._has_joined_ray:
             ray.shutdown()
             self._has_joined_ray = False
+
+    def _create_controller(self) -> Any:
+        host = LOOPBACK if self._is_local else None
+        plan = self.plan
+        return create_controller(self._owner, self.config, plan.expert_map, plan.placement_request, host)
+
+    def _stop_system(self) -> bool:
+        """In order, as far as that goes. False when the system is somebody else's."""
+        timeout_s = self.config.drain_timeout_s
+        try:
+            return bool(ray.get(self._controller.stop.remote(self._owner, timeout_s), timeout=3 * timeout_s + 30))
+        except ray.exceptions.RayError as error:
+            logger.warning("the controller did not stop in order: %s", error)
+        except KeyboardInterrupt:
+            logger.warning("interrupted: requests in flight are cut off")
+        return self._is_owner
 
     def _gateway(self) -> ProcessHealth:
         status = self.status()

@@ -80,6 +80,17 @@ class ShardRole(Role):
         with self._placement_lock:
             self._loaded_shard().release(placement_version)
 
+    def serve_only(self, expert_map: ExpertMap) -> None:
+        """Serves one placement and drops whatever no longer belongs to it; reads what it lacks."""
+        version = expert_map.placement_version
+        with self._placement_lock:
+            shard = self._loaded_shard()
+            if version not in shard.placement_versions:
+                shard.activate(version, [Unit(*unit) for unit in expert_map.units_of(self._ep_rank)])
+            for other in set(shard.placement_versions) - {version}:
+                shard.release(other)
+            shard.drop_staged()
+
     def load_counts(self) -> npt.NDArray[np.uint64]:
         """[num_moe_layers, n_routed_experts] assignments computed since the process started."""
         return self._loaded_shard().load().num_tokens

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -133,7 +134,19 @@ class WorkerRole(Role):
         if self._engine and not self._engine.is_alive and not self._is_stopping:
             logger.critical("the engine thread has ended; the process ends too")
             os._exit(EXIT_ENGINE_DIED)
-        return super().health()
+        router = self._router
+        if router is None:
+            return super().health()
+        return replace(
+            super().health(),
+            placement_version=router.expert_map.placement_version,
+            oldest_placement_version=router.oldest_placement_version,
+        )
+
+    def expert_map(self) -> ExpertMap:
+        """The newest that was told."""
+        assert self._router
+        return self._router.expert_map
 
     def engine_stats(self) -> EngineStats:
         """What the engine was doing after its latest step."""

@@ -39,6 +39,7 @@ class FakeProcess:
         self.state = ProcessState.NEW
         self.is_alive = True
         self.is_starting = False
+        self.placement_version = 0
         self.error: Exception | None = None
 
     def die(self) -> None:
@@ -55,6 +56,8 @@ class FakeProcess:
         self.on_call(method)
         if method == "load":
             self.state = ProcessState.FAILED if self.error else ProcessState.READY
+        if method == "update_placement":
+            self.placement_version = args[0].placement_version
         answer = self._health() if method == "health" else self.answers.get(method)
         if isinstance(answer, Future):
             return answer
@@ -74,7 +77,14 @@ class FakeProcess:
         address = f"{self.generation}:1" if self.state is ProcessState.READY else ""
         detail = str(self.error) if self.state is ProcessState.FAILED else ""
         return ProcessHealth(
-            generation=self.generation, state=self.state, address=address, metrics_address=address, detail=detail, pid=1
+            generation=self.generation,
+            state=self.state,
+            address=address,
+            metrics_address=address,
+            detail=detail,
+            pid=1,
+            placement_version=self.placement_version,
+            oldest_placement_version=self.placement_version,
         )
 
 
@@ -88,21 +98,35 @@ def system(
     names = [(RoleName.SHARD, rank) for rank in range(num_shards)]
     names += [(RoleName.WORKER, rank) for rank in range(num_workers)] + [(RoleName.GATEWAY, 0)]
     fakes = {f"{role}-{rank}": FakeProcess(f"{role}-{rank}") for role, rank in names}
-    processes = [ManagedProcess(role=role, rank=rank, handle=fakes[f"{role}-{rank}"]) for role, rank in names]
+    controller = controller_of(fakes, num_shards, clock, proposer, rebalancing)
+    return controller, fakes
+
+
+def controller_of(
+    fakes: dict[str, FakeProcess],
+    num_shards: int,
+    clock: Callable[[], float] = lambda: 0.0,
+    proposer: Proposer = PROPOSER,
+    rebalancing: RebalancingConfig | None = None,
+) -> Controller:
+    """One that has just started, over processes that may have run before."""
+
+    def process(name: str) -> ManagedProcess:
+        role, _, rank = name.partition("-")
+        return ManagedProcess(role=RoleName(role), rank=int(rank), handle=fakes[name])
 
     def create_shard(rank: int) -> ManagedProcess:
         fakes[f"shard-{rank}"] = FakeProcess(f"shard-{rank}")
-        return ManagedProcess(role=RoleName.SHARD, rank=rank, handle=fakes[f"shard-{rank}"])
+        return process(f"shard-{rank}")
 
-    controller = Controller(
-        processes,
+    return Controller(
+        [process(name) for name in fakes],
         placed(grouped_gate(), num_shards),
         proposer,
         rebalancing or RebalancingConfig(),
         create_shard,
         clock=clock,
     )
-    return controller, fakes
 
 
 def run(controller: Controller, rounds: int) -> None:

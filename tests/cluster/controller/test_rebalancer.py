@@ -71,7 +71,7 @@ def test_shards_stage_and_activate_before_workers_are_told_and_release_after_the
     assert steps == [
         "shard-0 stage", "shard-1 stage", "shard-0 activate", "shard-1 activate", "worker-0 update_placement",
         "worker-1 update_placement", "worker-0 oldest_placement_version", "worker-1 oldest_placement_version",
-        "shard-0 release", "shard-1 release",
+        "shard-0 release", "shard-1 release", "shard-0 serve_only", "shard-1 serve_only",
     ]  # fmt: skip
     assert fakes["shard-0"].told("release") == [(1,)]
     ((version, units),) = fakes["shard-1"].told("activate")

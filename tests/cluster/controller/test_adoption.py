@@ -1,0 +1,49 @@
+"""A controller that starts among processes that another one left."""
+
+from dataclasses import replace
+
+from tests.cluster.fake_processes import controller_of, run, system
+from tests.fake_experts import grouped_gate, random_placement
+
+MOVED = replace(random_placement(grouped_gate(), 2, seed=1), placement_version=9)
+
+
+def test_what_runs_is_taken_over_as_it_is() -> None:
+    first, fakes = system()
+    run(first, 4)
+    generations = {name: fake.generation for name, fake in fakes.items()}
+    second = controller_of(fakes, num_shards=2)
+    second.admin_address = "127.0.0.1:8"
+    run(second, 3)
+    assert second.status().is_serving
+    assert {name: fake.generation for name, fake in fakes.items()} == generations
+    assert all(len(fake.told("load")) == 1 for fake in fakes.values())
+    assert fakes["gateway-0"].told("update_members")[-1][2] == "127.0.0.1:8"
+
+
+def test_the_placement_that_a_worker_knows_goes_on() -> None:
+    first, fakes = system()
+    run(first, 4)
+    for name in ("worker-0", "worker-1"):
+        fakes[name].answers["expert_map"] = MOVED
+    fakes["worker-1"].placement_version = 9  # worker 0 was not told before the first controller died
+    second = controller_of(fakes, num_shards=2)
+    run(second, 3)
+    assert second.status().placement_version == 9
+    assert fakes["worker-0"].placement_version == 9
+    ((told,),) = fakes["shard-0"].told("serve_only")[-1:]
+    assert told.placement_version == 9
+
+
+def test_shards_are_told_to_drop_what_a_dead_controller_staged_once_no_worker_needs_anything_else() -> None:
+    first, fakes = system()
+    run(first, 4)
+    fakes["worker-0"].is_starting = True  # and does not answer: it may know another placement
+    second = controller_of(fakes, num_shards=2)
+    num_told = len(fakes["shard-0"].told("serve_only"))
+    run(second, 3)
+    assert len(fakes["shard-0"].told("serve_only")) == num_told
+    fakes["worker-0"].is_starting = False
+    second = controller_of(fakes, num_shards=2)
+    run(second, 4)
+    assert len(fakes["shard-0"].told("serve_only")) == num_told + 1
