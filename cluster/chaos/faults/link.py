@@ -1,0 +1,60 @@
+"""The network between processes: cut, silent, slow, or changing what it carries.
+
+Needs a deployment of its own, whose gRPC connections go through cluster/chaos/proxy.py. Shards are then reached through
+gRPC alone: shared memory has no network in it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cluster.chaos.deployment import Surroundings
+from cluster.chaos.fault import Fault
+from cluster.chaos.faults.kill import last_of
+from cluster.chaos.proxy import CALM, LinkProxy, Weather
+from cluster.chaos.system import ChaosRefused, System
+from cluster.controller.process import RoleName
+
+MIN_SPOILED_BYTES = 512  # a shorter chunk holds no rows
+NOT_A_NUMBER = b"\xff" * 64  # in every type of weights and sums; misaligned too
+
+
+class Link(Fault):
+    """The links to the last process of each of some roles have another weather for a while."""
+
+    needs_own_deployment = True
+
+    def __init__(self, weather: Weather, roles: tuple[RoleName, ...], hold_s: float = 8.0, seed: int = 0) -> None:
+        self.hold_s = hold_s
+        self._weather = weather
+        self._roles = roles
+        self._proxy = LinkProxy(seed)
+        self._ports: list[int] = []
+
+    def prepare(self, folder: Path) -> Surroundings:
+        return Surroundings(
+            settings={"attention_workers": {"router": {"shared_memory_mib": 0}}},
+            environment={"grpc_proxy": self._proxy.url},
+        )
+
+    def inject(self, system: System) -> Mapping[str, int]:
+        status = system.status()
+        if status is None:
+            raise ChaosRefused("the controller does not say where processes listen")
+        names = [last_of(system, role) for role in self._roles]
+        self._ports = [int(health.address.rpartition(":")[2]) for name, health in status.processes if name in names]
+        self._proxy.set_weather(self._ports, self._weather)
+        return {}
+
+    def heal(self, system: System) -> None:
+        self._proxy.set_weather(self._ports, CALM)
+
+    def close(self) -> None:
+        self._proxy.close()
+
+
+def spoil(chunk: bytes) -> bytes:
+    """The chunk, with numbers in its middle that are none."""
+    if len(chunk) < MIN_SPOILED_BYTES:
+        return chunk
+    middle = len(chunk) // 2
+    return chunk[:middle] + NOT_A_NUMBER + chunk[middle + len(NOT_A_NUMBER) :]
