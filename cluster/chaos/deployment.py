@@ -84,7 +84,7 @@ class LocalDeployment:
         self.config = merged(merged(SETTINGS, surroundings.settings), settings)
         gateway = self.config["gateway"]
         for key in ("port", "metrics_port"):  # fixed, so that a gateway that comes back is found again
-            gateway.setdefault(key, _free_port(gateway["host"]))
+            gateway.setdefault(key, free_port(gateway["host"]))
         path = self.folder / "mobula.yaml"
         path.write_text(yaml.safe_dump(self.config), encoding="utf-8")
         command = [*surroundings.command, sys.executable, "-m", "cluster.commands.cli", "serve", "--config", str(path)]
@@ -147,7 +147,8 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """One that nobody listens on now."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

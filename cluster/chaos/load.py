@@ -9,7 +9,6 @@ import itertools
 import random
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import grpc
@@ -88,21 +87,15 @@ class Load:
         self._choices = _each_once_then_random(cases, random.Random(seed))
         self._is_draining = False
         self._loop = LoopThread("chaos-load")
-        self._clients: list[Future[None]] = []
+        self._clients: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Returns at once."""
-        self._clients = [self._loop.submit(self._client()) for _ in range(self._num_clients)]
+        self._loop.run(self._start())
 
     def drain(self, timeout_s: float) -> None:
         """Sends nothing new, waits for what is under way, and gives up what takes longer."""
-        self._is_draining = True
-        give_up_s = time.monotonic() + timeout_s
-        for client in self._clients:
-            try:
-                client.result(max(0.0, give_up_s - time.monotonic()))
-            except TimeoutError:
-                client.cancel()
+        self._loop.run(self._drain(timeout_s))
 
     def close(self) -> None:
         """Cuts off what is under way."""
@@ -117,6 +110,21 @@ class Load:
     def has_answered_every_case(self) -> bool:
         """Whether the tokens of each are known."""
         return {answer.case for answer in self.answers if answer.ended_s and not answer.error} == set(self._cases)
+
+    async def _start(self) -> None:
+        self._clients = [asyncio.create_task(self._client()) for _ in range(self._num_clients)]
+
+    async def _drain(self, timeout_s: float) -> None:
+        self._is_draining = True
+        clients, self._clients = self._clients, []
+        if not clients:
+            return
+        _, late = await asyncio.wait(clients, timeout=timeout_s)
+        for client in late:
+            client.cancel()
+        for outcome in await asyncio.gather(*clients, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
 
     async def _client(self) -> None:
         # Of its own, as a client of its own has: with several gateways not all go to one.

@@ -35,7 +35,10 @@ def run(
     name: Annotated[str, typer.Argument(help="Of the fault; `mobula chaos list` shows them.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
     seconds: Annotated[float, typer.Option(min=1.0, help="Of load after the fault, at least.")] = 10.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of requests, and of `random`.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="Chooses the process that is met, the order of requests, and the fault of `random`."),
+    ] = 0,
     clients: Annotated[int, typer.Option(min=1, max=256, help="That stream at the same time.")] = 8,
     tokens: Annotated[int, typer.Option(min=8, help="Of each answer.")] = 96,
     config: Annotated[

@@ -8,22 +8,23 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from cluster.chaos.fault import Fault
-from cluster.chaos.faults.kill import last_of
+from cluster.chaos.faults.kill import victim
 from cluster.chaos.system import ChaosRefused, System
 
 PERIOD_S = 0.1  # of stopping and going on; longer than a forward, shorter than anybody's patience
 
 
 class Stop(Fault):
-    """The last process of a role stands still, then goes on."""
+    """A process of a role stands still, then goes on."""
 
-    def __init__(self, role: str, hold_s: float = 8.0) -> None:
+    def __init__(self, role: str, seed: int, hold_s: float = 8.0) -> None:
         self.hold_s = hold_s
+        self._seed = seed
         self._role = role
         self._name = ""
 
     def inject(self, system: System) -> Mapping[str, int]:
-        self._name = last_of(system, self._role)
+        self._name = victim(system, self._role, self._seed)
         system.send(self._name, signal.SIGSTOP)
         return {}
 
@@ -33,17 +34,18 @@ class Stop(Fault):
 
 
 class Slow(Fault):
-    """The last process of a role gets one part in `factor` of the time: stopped and let go again and again."""
+    """A process of a role gets one part in `factor` of the time: stopped and let go again and again."""
 
-    def __init__(self, role: str, factor: float = 20.0, hold_s: float = 8.0) -> None:
+    def __init__(self, role: str, seed: int, factor: float = 20.0, hold_s: float = 8.0) -> None:
         self.hold_s = hold_s
+        self._seed = seed
         self._role = role
         self._factor = factor
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def inject(self, system: System) -> Mapping[str, int]:
-        name = last_of(system, self._role)
+        name = victim(system, self._role, self._seed)
         pid = system.send(name, signal.SIGSTOP)
         self._thread = threading.Thread(target=self._hamper, args=(pid,), name="chaos-slow", daemon=True)
         self._thread.start()

@@ -8,19 +8,20 @@ from cluster.chaos.system import ChaosRefused, System
 
 
 class Kill(Fault):
-    """Of the processes of a role, the last one."""
+    """Of the processes of a role, one by seed."""
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, seed: int) -> None:
         self._role = role
+        self._seed = seed
 
     def inject(self, system: System) -> Mapping[str, int]:
-        name = last_of(system, self._role)
+        name = victim(system, self._role, self._seed)
         return {name: system.send(name, signal.SIGKILL)}
 
 
-def last_of(system: System, role: str) -> str:
-    """The process of a role that faults meet. Raises ChaosRefused when there is none."""
+def victim(system: System, role: str, seed: int) -> str:
+    """The process of a role that a fault meets. Raises ChaosRefused when there is none."""
     members = system.members(role)
     if not members:
         raise ChaosRefused(f"no {role} of this system is found on this machine")
-    return members[-1]
+    return members[seed % len(members)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.chaos.deployment import Surroundings
 from cluster.chaos.fault import Fault
-from cluster.chaos.faults.kill import last_of
+from cluster.chaos.faults.kill import victim
 from cluster.chaos.proxy import CALM, LinkProxy, Weather
 from cluster.chaos.system import ChaosRefused, System
 from cluster.controller.process import RoleName
@@ -19,12 +19,13 @@ NOT_A_NUMBER = b"\xff" * 64  # in every type of weights and sums; misaligned too
 
 
 class Link(Fault):
-    """The links to the last process of each of some roles have another weather for a while."""
+    """The links to a process of each of some roles have another weather for a while."""
 
     needs_own_deployment = True
 
-    def __init__(self, weather: Weather, roles: tuple[RoleName, ...], hold_s: float = 8.0, seed: int = 0) -> None:
+    def __init__(self, weather: Weather, roles: tuple[RoleName, ...], seed: int, hold_s: float = 8.0) -> None:
         self.hold_s = hold_s
+        self._seed = seed
         self._weather = weather
         self._roles = roles
         self._proxy = LinkProxy(seed)
@@ -40,7 +41,7 @@ class Link(Fault):
         status = system.status()
         if status is None:
             raise ChaosRefused("the controller does not say where processes listen")
-        names = [last_of(system, role) for role in self._roles]
+        names = [victim(system, role, self._seed) for role in self._roles]
         self._ports = [int(health.address.rpartition(":")[2]) for name, health in status.processes if name in names]
         self._proxy.set_weather(self._ports, self._weather)
         return {}
