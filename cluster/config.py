@@ -106,6 +106,29 @@ class AttentionWorkersConfig(ActorConfig):
     router: RouterConfig = Field(default_factory=RouterConfig)
 
 
+class ScalingConfig(StrictModel):
+    """How the number of processes of a role follows their load. On a cluster of others Ray's autoscaler gets nodes."""
+
+    enabled: bool = False
+    min_count: Count = 1
+    max_count: Count = 16
+    target_usage_ratio: Annotated[float, Field(gt=0, le=1)] = 0.7  # of what a process has; beyond, there are too few
+    up_window_s: Annotated[float, Field(ge=0)] = 30.0  # more must be wanted for so long; a burst passes by itself
+    down_window_s: Annotated[float, Field(ge=0)] = 600.0  # fewer; longer than pauses: coming back costs time
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.min_count > self.max_count:
+            raise ValueError(f"min_count is {self.min_count}, more than max_count, {self.max_count}")
+        return self
+
+
+class ShardScalingConfig(ScalingConfig):
+    """Usage: the share of time that the busiest shard computes, f' times the mean of all."""
+
+    target_queue_s: Annotated[float, Field(gt=0)] = 0.02  # that a forward waits for the compute thread, on the average
+
+
 class RebalancingConfig(StrictModel):
     """How experts move while requests run. `mobula rebalance` does so on demand, whatever `enabled` says."""
 
@@ -145,6 +168,7 @@ class ExpertShardsConfig(ActorConfig):
     max_waiting_forwards: Annotated[int, Field(ge=1)] = 1024  # per shard; more are refused, not queued
     max_waiting_mib: Annotated[int, Field(ge=1)] = 1024  # of frames that wait, per shard; the same
     rebalancing: RebalancingConfig = Field(default_factory=RebalancingConfig)
+    autoscaling: ShardScalingConfig = Field(default_factory=ShardScalingConfig)
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:

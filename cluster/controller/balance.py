@@ -141,6 +141,7 @@ class Balance:
                 )
         if plan.changes_anything:
             self._newest_version = plan.new.placement_version
+            logger.info("version %d moves %d units, %d bytes", self._newest_version, len(plan.moves), plan.moved_bytes)
             self._members = self.membership.members()
             self._rebalancer.begin(plan)
 

@@ -8,7 +8,8 @@ One round of the loop, the same at start, after a process died and when nothing 
      that placement alone, so that nothing stays of a rebalance whose controller died;
   4. publish: tell the gateway which workers serve, which endpoints hold metrics and who answers admin calls;
   5. balance: watch the experts' load and move them while requests run (balance.py), also when shards come or leave;
-  6. answer what operators asked (inbox.py).
+  6. scale: have more or fewer shards where the configuration lets their load decide (shard_scaling.py);
+  7. answer what operators asked (inbox.py).
 Tokens never pass here: while the controller is gone, everything that runs goes on. Knows nothing of Ray.
 """
 
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
 
-from cluster.config import RebalancingConfig
+from cluster.config import RebalancingConfig, ShardScalingConfig
 from cluster.controller.balance import Balance, Proposer
 from cluster.controller.inbox import Inbox
 from cluster.controller.membership import ShardChange
@@ -34,6 +35,7 @@ from cluster.controller.process import (
     RoleName,
 )
 from cluster.controller.rebalance import RebalancePlan
+from cluster.controller.shard_scaling import ShardScaling
 from router.expert_map import ExpertMap
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Controller:
         rebalancing: RebalancingConfig,
         create_shard: Callable[[int], ManagedProcess],
         drain_timeout_s: float = 30.0,
+        scaling: ShardScalingConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """create_shard: starts the shard of a rank, without waiting. drain_timeout_s: for a drained one to end."""
@@ -79,6 +82,7 @@ class Controller:
             publish=self._use,
             clock=clock,
         )
+        self._scaling = ShardScaling(self._balance.membership, scaling or ShardScalingConfig(), clock)
         self._inbox = Inbox()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
@@ -136,6 +140,8 @@ class Controller:
         self._follow_newest_placement()
         self._load()
         self._balance.round(self._expert_map, is_serving=self._status.is_serving)
+        is_settled = self._balance.is_idle and not self._balance.membership.is_changing
+        self._scaling.round(is_settled=self._status.is_serving and is_settled)
         self._inbox.answer()
         in_use = self._expert_map.ep_ranks
         shards = {p.rank: p.health.address for p in self._members(RoleName.SHARD) if p.is_ready and p.rank in in_use}

@@ -98,6 +98,11 @@ class ShardMembership:
         """The placement in use was computed for these shards."""
         self._placed_on = frozenset(members)
 
+    @property
+    def is_changing(self) -> bool:
+        """Whether a shard comes or leaves."""
+        return self.is_due() or any(shard.is_leaving or not shard.is_ready for shard in self.shards)
+
     def is_due(self) -> bool:
         """Whether units must move because shards came or are to leave, and no further one is about to be ready."""
         is_coming = any(s.health.state in COMING for s in self.staying if s.rank not in self._placed_on)

@@ -104,6 +104,7 @@ class ControllerActor:
             self._config.expert_shards.rebalancing,
             self._create_shard,
             self._config.drain_timeout_s,
+            self._config.expert_shards.autoscaling,
         )
         certificates = process_folder(self._config.tls, PeerRole.CONTROLLER)
         self._admin = AdminServer(self._controller, process_credentials(certificates))

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth
+from cluster.controller.shard_scaling import ShardWork
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import open_model
 from cluster.roles.role import Role
@@ -30,6 +31,7 @@ class ShardRole(Role):
         self._ep_rank = ep_rank
         self._shard: ExpertShard | None = None
         self._server: ExpertServer | None = None
+        self._metrics = ShardMetrics(self._registry, ep_rank)
         self._placement_lock = threading.Lock()  # the weights change in one call at a time
 
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
@@ -45,9 +47,7 @@ class ShardRole(Role):
             max_waiting_forwards=shards.max_waiting_forwards,
             max_waiting_bytes=shards.max_waiting_mib * 2**20,
         )
-        shard = ExpertShard(
-            shard_config, model.expert_model, model.checkpoint, ShardMetrics(self._registry, self._ep_rank)
-        )
+        shard = ExpertShard(shard_config, model.expert_model, model.checkpoint, self._metrics)
         shard.activate(expert_map.placement_version, units)
         shard.start()
         self._shard = shard
@@ -94,6 +94,16 @@ class ShardRole(Role):
     def load_counts(self) -> npt.NDArray[np.uint64]:
         """[num_moe_layers, n_routed_experts] assignments computed since the process started."""
         return self._loaded_shard().load().num_tokens
+
+    def work(self) -> ShardWork:
+        """What it has done since it started."""
+        counted = self._metrics
+        return ShardWork(
+            compute_s=counted.compute_seconds.total,
+            queue_s=counted.queue_seconds.total,
+            num_forwards=counted.num_forwards,
+            num_assignments=counted.num_assignments,
+        )
 
     def health(self) -> ProcessHealth:
         """As every process; weights come and go."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cluster.config import RebalancingConfig
+from cluster.config import RebalancingConfig, ShardScalingConfig
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
 from cluster.controller.process import ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
@@ -94,11 +94,12 @@ def system(
     clock: Callable[[], float] = lambda: 0.0,
     proposer: Proposer = PROPOSER,
     rebalancing: RebalancingConfig | None = None,
+    scaling: ShardScalingConfig | None = None,
 ) -> tuple[Controller, dict[str, FakeProcess]]:
     names = [(RoleName.SHARD, rank) for rank in range(num_shards)]
     names += [(RoleName.WORKER, rank) for rank in range(num_workers)] + [(RoleName.GATEWAY, 0)]
     fakes = {f"{role}-{rank}": FakeProcess(f"{role}-{rank}") for role, rank in names}
-    controller = controller_of(fakes, num_shards, clock, proposer, rebalancing)
+    controller = controller_of(fakes, num_shards, clock, proposer, rebalancing, scaling)
     return controller, fakes
 
 
@@ -108,6 +109,7 @@ def controller_of(
     clock: Callable[[], float] = lambda: 0.0,
     proposer: Proposer = PROPOSER,
     rebalancing: RebalancingConfig | None = None,
+    scaling: ShardScalingConfig | None = None,
 ) -> Controller:
     """One that has just started, over processes that may have run before."""
 
@@ -125,6 +127,7 @@ def controller_of(
         proposer,
         rebalancing or RebalancingConfig(),
         create_shard,
+        scaling=scaling,
         clock=clock,
     )
 
