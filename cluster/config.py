@@ -206,8 +206,11 @@ class GatewayConfig(StrictModel):
 
     host: str = "127.0.0.1"  # "0.0.0.0" to be reachable from other machines
     port: Port = 50051  # 0 takes a free one
-    metrics_port: Port = 9400  # Prometheus endpoint with the metrics of every process; 0 takes a free one
     health_port: FixedPort | None = None  # health alone, in plaintext: for probes that speak no TLS; unset: none
+    metrics_port: Port = 9400  # HTTP: /metrics of every process, and the dashboard; 0 takes a free one
+    dashboard: bool = (
+        True  # a page at http://host:metrics_port/ that shows load, placement and health; needs no Grafana
+    )
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 1024  # over all workers; more get RESOURCE_EXHAUSTED
     resume_timeout_s: Annotated[float, Field(ge=0)] = 60.0  # an answer that has begun waits so long for another worker
     keys: str | None = None  # file of bearer keys, see `mobula keys`; unset: whoever reaches the port may do everything

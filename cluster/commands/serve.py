@@ -58,6 +58,8 @@ def _print_banner(deployment: Deployment, console: Console) -> None:
     console.print(f"  try:      {mobula} generate 'def main():'{option}", highlight=False)
     console.print(f"  experts:  {mobula} experts{option}", highlight=False)
     console.print(f"  status:   {mobula} status{option}", highlight=False)
+    if deployment.config.gateway.dashboard:
+        console.print(f"  watch:    http://{deployment.metrics_address}/", highlight=False)
     console.print(f"  metrics:  http://{deployment.metrics_address}/metrics", highlight=False)
     console.print("  stop:     Ctrl-C\n")
 

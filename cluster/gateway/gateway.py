@@ -19,6 +19,7 @@ from cluster.config import GatewayConfig
 from cluster.gateway import admin_relay
 from cluster.gateway.admin_relay import AdminRelay
 from cluster.gateway.generation import Generation
+from cluster.gateway.local_calls import LocalCalls
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.gateway.relay import abort_as, is_client_gone, was_answered
 from cluster.gateway.worker_pool import INFERENCE as SERVICE
@@ -121,8 +122,7 @@ class Gateway:
 
     async def start(self, host: str, port: int) -> int:
         """Listens; serves once `update_workers` names a worker. Returns the port. Raises Unavailable if it is taken."""
-        inference = GatewayServicer(self._pool, self._metrics, self._settings.resume_timeout_s)
-        self._server.add_generic_rpc_handlers((inference.handlers(), self._admin.handlers()))
+        self._server.add_generic_rpc_handlers(self._handlers())
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         names = (SERVICE, admin_relay.SERVICE, health, reflection.SERVICE_NAME)
@@ -137,6 +137,10 @@ class Gateway:
             ) from error
         await self._server.start()
         return int(bound)
+
+    def local_calls(self) -> LocalCalls:
+        """The services as this process itself may call them."""
+        return LocalCalls(self._handlers())
 
     async def update_workers(self, addresses: dict[int, str]) -> None:
         """The attention workers that are ready, by dp_rank."""
@@ -153,6 +157,10 @@ class Gateway:
         await self._server.stop(grace=drain_timeout_s)
         await self._pool.close()
         await self._admin.update("")
+
+    def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+        inference = GatewayServicer(self._pool, self._metrics, self._settings.resume_timeout_s)
+        return inference.handlers(), self._admin.handlers()
 
     async def _set_serving(self, is_serving: bool) -> None:
         status = health_pb2.HealthCheckResponse

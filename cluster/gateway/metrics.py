@@ -6,16 +6,19 @@ A process that does not answer in time is missing from the page and has mobula_p
 
 import asyncio
 import logging
+import threading
 import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum, unique
+from socketserver import ThreadingMixIn
 from urllib.error import URLError
-from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import WSGIApplication
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -42,6 +45,10 @@ class ProcessCollector(Collector):
 
     def describe(self) -> Iterable[Metric]:
         return []
+
+    def pages(self) -> list[str]:
+        """The pages of the processes that answer, as they are."""
+        return [page for page in self._pool.map(_scrape, dict(self.targets).values()) if page]
 
     def collect(self) -> Iterable[Metric]:
         targets = dict(self.targets)
@@ -129,14 +136,31 @@ class RequestOutcome:
     code: str = "OK"
 
 
-def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> tuple[WSGIServer, int]:
-    """Starts the endpoint in a thread of its own. Returns server and port. Raises Unavailable if the port is taken."""
+class _HttpServer(ThreadingMixIn, WSGIServer):
+    """A thread a request."""
+
+    daemon_threads = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """Writes no line for each scrape."""
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Nothing."""
+
+
+def serve_http(host: str, port: int, app: WSGIApplication) -> tuple[WSGIServer, int]:
+    """Starts a process's HTTP port, in a thread of its own. Returns server and port.
+
+    Raises Unavailable if the port is taken.
+    """
     try:
-        server, _ = start_http_server(port, addr=host, registry=registry)
+        server = make_server(host, port, app, _HttpServer, _QuietHandler)
     except OSError as error:
         raise Unavailable(
             f"cannot serve metrics on {host}:{port}: {error.strerror}; set another metrics_port"
         ) from error
+    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     return server, int(server.server_port)
 
 

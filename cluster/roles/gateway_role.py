@@ -1,9 +1,12 @@
-"""A gateway's process: the front door and the Prometheus endpoint of the whole system."""
+"""A gateway's process: the front door, the Prometheus endpoint of the whole system, and the dashboard."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from wsgiref.types import WSGIApplication
 
 from cluster.config import GatewayConfig, MobulaConfig
+from cluster.dashboard.dashboard import Dashboard
+from cluster.dashboard.web import DashboardApp
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
@@ -26,6 +29,7 @@ class GatewayRole(Role):
         self._metrics = GatewayMetrics()
         self._registry = self._metrics.registry
         self._gateway: Gateway | None = None
+        self._dashboard: Dashboard | None = None
 
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
         settings, tls = self._config.gateway, self._config.tls
@@ -55,7 +59,18 @@ class GatewayRole(Role):
         self._loop.run(self._gateway.update_admin(admin_address), CONTROL_TIMEOUT_S)
         self._loop.run(self._gateway.update_workers(dict(workers)), CONTROL_TIMEOUT_S)
 
+    def _http_app(self) -> WSGIApplication:
+        assert self._gateway
+        metrics = super()._http_app()
+        if not self._config.gateway.dashboard:
+            return metrics
+        self._dashboard = Dashboard(self._gateway.local_calls(), self._loop, self._metrics.processes.pages)
+        self._dashboard.start()
+        return DashboardApp(self._dashboard, metrics)
+
     def stop(self, drain_timeout_s: float) -> None:
+        if self._dashboard:
+            self._dashboard.stop()
         if self._gateway:
             self._loop.run(self._gateway.stop(drain_timeout_s))
 

@@ -9,15 +9,16 @@ import resource
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from wsgiref.types import WSGIApplication
 
 import grpc.aio
 import psutil
 from grpc_health.v1.health import aio as health_aio
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from cluster.config import ActorConfig, GatewayConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
-from cluster.gateway.metrics import serve_metrics
+from cluster.gateway.metrics import serve_http
 from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
 from protos.credentials import PLAINTEXT, PeerRole
@@ -64,7 +65,7 @@ class Role(ABC):
         try:
             self._use_certificates()
             address, weight_bytes = self._load(expert_map)
-            _, metrics_port = serve_metrics(self._bind_host, self._ports().metrics_port, self._registry)
+            _, metrics_port = serve_http(self._bind_host, self._ports().metrics_port, self._http_app())
         except Exception as error:  # the top of the process's start: the controller shows it
             logger.exception("could not load")
             self._health = replace(self._health, state=ProcessState.FAILED, detail=f"{type(error).__name__}: {error}")
@@ -94,6 +95,11 @@ class Role(ABC):
     @abstractmethod
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
         """Returns the server's address and the bytes of weights kept."""
+
+    def _http_app(self) -> WSGIApplication:
+        """What the process's HTTP port serves, once loaded."""
+        app: WSGIApplication = make_wsgi_app(self._registry)
+        return app
 
     @abstractmethod
     def _ports(self) -> ActorConfig | GatewayConfig:

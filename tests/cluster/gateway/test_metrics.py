@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest, make_wsgi_app
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.gateway.metrics import GatewayMetrics, serve_metrics
+from cluster.gateway.metrics import GatewayMetrics, serve_http
 from protos.errors import QueueFull, Unavailable
 
 
@@ -18,7 +18,7 @@ def endpoints() -> Iterator[dict[str, str]]:
         registry = CollectorRegistry()
         Counter("mobula_prompt_tokens", "Tokens.", ["dp_rank"], registry=registry).labels(str(rank)).inc(10 + rank)
         Gauge("mobula_placement_version", "Version.", ["dp_rank"], registry=registry).labels(str(rank)).set(1)
-        server, port = serve_metrics("127.0.0.1", 0, registry)
+        server, port = serve_http("127.0.0.1", 0, make_wsgi_app(registry))
         servers.append(server)
         targets[f"worker-{rank}"] = f"127.0.0.1:{port}"
     yield targets
@@ -70,7 +70,7 @@ def test_requests_are_counted_by_the_status_that_ended_them() -> None:
 
 
 def test_a_taken_metrics_port_is_named() -> None:
-    server, port = serve_metrics("127.0.0.1", 0, CollectorRegistry())
+    server, port = serve_http("127.0.0.1", 0, make_wsgi_app(CollectorRegistry()))
     with pytest.raises(Unavailable, match=rf"127\.0\.0\.1:{port}: .* set another metrics_port"):
-        serve_metrics("127.0.0.1", port, CollectorRegistry())
+        serve_http("127.0.0.1", port, make_wsgi_app(CollectorRegistry()))
     server.shutdown()
