@@ -8,7 +8,7 @@ from torch import Tensor
 
 from protos import expert_pb2
 from protos.codec import PayloadReader, dtype_from_wire, dtype_to_wire
-from protos.errors import InternalError, from_code
+from protos.errors import InternalError, UnitQuarantined, from_code
 from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall, Outcome
 from router.plan import PartialSums, ShardMessage
 from router.transport import ShardTransport
@@ -31,7 +31,8 @@ class Attempt:
     """A message on its way as `call`, or waiting to be sent again at `resend_at_s`. Times are the worker's clock.
 
     late_at_s: when to look whether the answer is late; never again once it `is_late`.
-    is_probe: a copy of rows for a shard that is not trusted; nobody waits for it.
+    is_probe: a copy of rows for a shard that is not trusted; nobody waits for it. is_check: a copy of rows whose sums
+        another shard answered already.
     """
 
     message: ShardMessage
@@ -41,6 +42,7 @@ class Attempt:
     late_at_s: float
     give_up_at_s: float
     is_probe: bool = False
+    is_check: bool = False
     is_late: bool = False
     call: ForwardCall | None = None
     resend_at_s: float = 0.0
@@ -101,6 +103,8 @@ def read_partial_sums(message: ShardMessage, answer: ForwardAnswer, hidden_state
     """What an answer has, in place. Raises the error that it carries, InternalError when it is not the message's."""
     header, dtype = answer.header, hidden_states.dtype
     if header.HasField("error"):
+        if header.error.quarantined_unit_ids:
+            raise UnitQuarantined(header.error.message, unit_ids=tuple(header.error.quarantined_unit_ids))
         raise from_code(header.error.code, header.error.message)
     if header.num_partial_sums != message.num_partial_sums or dtype_from_wire(header.dtype) != dtype:
         raise InternalError(

@@ -16,9 +16,8 @@ A handle's life:
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,18 +32,16 @@ from protos.errors import (
     ShardUnavailable,
     StalePlacement,
     Unavailable,
+    UnitQuarantined,
 )
 from router.attempt import Attempt, LayerInput, forward_call, read_partial_sums
-from router.completions import Completions, ForwardAnswer, Outcome
+from router.completions import ForwardAnswer, Outcome
 from router.expert_map import Int64Array
-from router.metrics import RouterMetrics
+from router.finite_check import confirmed_wrong, doubtful, is_finite, units_of
+from router.handle_context import HandleContext
 from router.plan import DispatchPlan, PartialSums, ShardMessage, plan_again
 from router.plan_kernels import plan_layer, sum_partials
-from router.router_config import RouterConfig
-from router.routing import Candidates, Routing
-from router.service_times import ServiceTimes
-from router.shard_health import ShardHealth
-from router.shard_queues import ShardQueues
+from router.routing import Routing
 from router.step_limit import StepLimit
 
 MIN_RETRY_WAIT_S = 0.005  # the first retry goes out at once, the second after about this time
@@ -53,25 +50,12 @@ WANTED_POLL_S = 0.1  # how often a layer that waits asks whether anybody waits f
 DOWN_POLL_S = 0.01  # how often a message looks whether its shard is back
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HandleContext:
-    """What handles share with their router.
+class _Answer(NamedTuple):
+    """What an attempt brought; the values lie in the answer's payload."""
 
-    routing: the newest placement. handles_by_version: how many handles were planned under each placement version; the
-        engine thread writes, any thread reads.
-    """
-
-    config: RouterConfig
-    metrics: RouterMetrics
-    completions: Completions
-    routing: Callable[[], Routing]
-    sequence_numbers: Iterator[int]
-    candidates: Candidates
-    handles_by_version: dict[int, int]
-    queues: ShardQueues
-    times: ServiceTimes
-    health: ShardHealth
-    clock: Callable[[], float] = time.monotonic
+    attempt: Attempt
+    sums: PartialSums
+    answer: ForwardAnswer
 
 
 class DispatchHandle:
@@ -91,7 +75,7 @@ class DispatchHandle:
         self._version: int | None = None
         self._expert_to_unit: Int64Array
         self._plan: DispatchPlan
-        self._answers: list[tuple[PartialSums, ForwardAnswer]] = []
+        self._answers: list[_Answer] = []
         self._is_missing: np.typing.NDArray[np.bool_]  # by partial sum of the plan
         self._num_missing = 0
 
@@ -124,15 +108,43 @@ class DispatchHandle:
         more, InternalError when a shard finds fault with the message itself.
         """
         try:
-            while self._error is None and self._num_missing:
-                self._resend_due()
-                if not self._context.completions.wait(self._next_due_s()):
-                    self._look_at_due()
-            if self._error is not None:
-                raise self._error
-            return sum_partials(self._plan, [sums for sums, _ in self._answers], self._layer.hidden_states.shape[1])
+            self._wait_while(lambda: self._num_missing > 0)
+            sums = self._sum()
+            if self._context.routing().expert_map.max_replicas == 1 or is_finite(sums):
+                return sums
+            self._ask_others_whether_finite()
+            return self._sum()
         finally:
             self.abandon()
+
+    def _wait_while(self, is_incomplete: Callable[[], bool]) -> None:
+        while self._error is None and is_incomplete():
+            self._resend_due()
+            if not self._context.completions.wait(self._next_due_s()):
+                self._look_at_due()
+        if self._error is not None:
+            raise self._error
+
+    def _sum(self) -> Tensor:
+        """Of answers that came twice the newest counts."""
+        return sum_partials(self._plan, [sums for _, sums, _ in self._answers], self._layer.hidden_states.shape[1])
+
+    def _ask_others_whether_finite(self) -> None:
+        """Has replicas compute what is not finite for rows that are; a shard that they prove wrong is not trusted."""
+        doubts = [
+            (attempt, partial_sums)
+            for attempt, sums, _ in self._answers
+            if len(partial_sums := doubtful(self._plan, sums, self._layer.hidden_states))
+        ]
+        for attempt, _ in doubts:
+            self._send_to_others(attempt, "not_finite", is_check=True)
+        self._wait_while(lambda: any(attempt.is_check for attempt in self._in_flight))
+        checks = [sums for attempt, sums, _ in self._answers if attempt.is_check]
+        for attempt, partial_sums in doubts:
+            wrong = confirmed_wrong(partial_sums, checks)
+            for unit_id in units_of(attempt.message, wrong, self._expert_to_unit):
+                reason = "its sums are not finite where a replica's are"
+                self._context.trust.distrust(attempt.ep_rank, self._layer.layer_id, unit_id, reason)
 
     def abandon(self) -> None:
         """Gives up whatever is outstanding, and what was answered."""
@@ -140,7 +152,7 @@ class DispatchHandle:
             self._give_up(attempt)
         self._in_flight.clear()
         self._failed.clear()
-        for _, answer in self._answers:
+        for _, _, answer in self._answers:
             answer.release()
         self._answers.clear()
         self._hold_version(None)
@@ -168,7 +180,9 @@ class DispatchHandle:
                     self._send(part, routing, number=1, is_probe=True)
                     return
 
-    def _send(self, message: ShardMessage, routing: Routing, number: int, *, is_probe: bool = False) -> None:
+    def _send(
+        self, message: ShardMessage, routing: Routing, number: int, *, is_probe: bool = False, is_check: bool = False
+    ) -> None:
         transport, config, now_s = routing.transports[message.ep_rank], self._context.config, self._context.clock()
         attempt = Attempt(
             message=message,
@@ -178,6 +192,7 @@ class DispatchHandle:
             late_at_s=now_s + config.late_after_s,
             give_up_at_s=min(now_s + config.attempt_timeout_s, self._deadline_s),
             is_probe=is_probe,
+            is_check=is_check,
         )
         if transport is None:
             self._retry(attempt, ShardUnavailable.reason.lower(), f"shard {message.ep_rank} is down")
@@ -224,9 +239,12 @@ class DispatchHandle:
             if isinstance(outcome, MobulaError):
                 raise outcome
             self._take(attempt, outcome)
+        except UnitQuarantined as error:
+            for unit_id in error.unit_ids:
+                self._context.trust.distrust(attempt.ep_rank, self._layer.layer_id, unit_id, str(error))
+            self._retry(attempt, error.reason.lower(), str(error))
         except (Unavailable, StalePlacement, QueueFull, DeadlineExceeded) as error:
-            if not attempt.is_probe:
-                self._retry(attempt, error.reason.lower(), str(error))
+            self._retry(attempt, error.reason.lower(), str(error))
         except MobulaError as error:
             self._error = InternalError(
                 f"expert shard {attempt.ep_rank} at {attempt.address} and this worker disagree about a forward of "
@@ -242,13 +260,16 @@ class DispatchHandle:
             answer.release()
             raise
         self._learn(attempt, answer)
+        if attempt.is_check:
+            self._answers.append(_Answer(attempt, sums, answer))
+            return
         new = self._is_missing[sums.partial_sums]
         if attempt.is_probe or not new.any():
             answer.release()
             return
         self._num_missing -= int(new.sum())
         self._is_missing[sums.partial_sums] = False
-        self._answers.append((sums, answer))
+        self._answers.append(_Answer(attempt, sums, answer))
 
     def _learn(self, attempt: Attempt, answer: ForwardAnswer) -> None:
         """What an answer says of its shard."""
@@ -264,7 +285,9 @@ class DispatchHandle:
             context.health.punctual(message.ep_rank)
 
     def _retry(self, attempt: Attempt, reason: str, failure: str) -> None:
-        """Sends the attempt's message again soon."""
+        """Sends the attempt's message again soon, if anybody waits for it."""
+        if attempt.is_probe or attempt.is_check:
+            return
         wait_s = 0.0 if attempt.number == 1 else min(MIN_RETRY_WAIT_S * 2 ** min(attempt.number, 10), MAX_RETRY_WAIT_S)
         attempt.reason = reason
         attempt.failure = failure
@@ -315,8 +338,7 @@ class DispatchHandle:
             self._give_up(attempt)
             if now_s >= self._deadline_s:
                 raise self._out_of_time(attempt)
-            if not attempt.is_probe:
-                self._retry(attempt, "timeout", f"no answer within {self._context.config.attempt_timeout_s} s")
+            self._retry(attempt, "timeout", f"no answer within {self._context.config.attempt_timeout_s} s")
 
     def _look_whether_late(self, attempt: Attempt, now_s: float) -> None:
         context, message = self._context, attempt.message
@@ -329,10 +351,10 @@ class DispatchHandle:
         assert attempt.call
         context.health.late(message.ep_rank, attempt.call.sequence_number)
         if not attempt.is_probe:
-            self._hedge(attempt)
+            self._send_to_others(attempt, "late", is_check=attempt.is_check)
 
-    def _hedge(self, attempt: Attempt) -> None:
-        """Asks other replicas for the partial sums of a late attempt, as far as there are any to be trusted."""
+    def _send_to_others(self, attempt: Attempt, reason: str, *, is_check: bool) -> None:
+        """Asks other replicas for an attempt's partial sums, as far as there are any to be trusted."""
         routing = self._context.routing()
         row = routing.expert_map.row(self._layer.layer_id)
         if not np.array_equal(routing.expert_map.expert_to_unit[row], self._expert_to_unit):
@@ -340,8 +362,8 @@ class DispatchHandle:
         ep_ranks = self._context.candidates.to_hedge(routing, row, attempt.ep_rank)
         for message in plan_again(attempt.message, self._expert_to_unit, ep_ranks):
             if message.ep_rank >= 0:
-                self._context.metrics.count_retry("late")
-                self._send(message, routing, attempt.number + 1)
+                self._context.metrics.count_retry(reason)
+                self._send(message, routing, attempt.number + 1, is_check=is_check)
 
     def _out_of_time(self, attempt: Attempt) -> MobulaError:
         if self._context.clock() >= self._limit.deadline_s:

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from protos.histogram import TallyHistogram
 from router.completions import Carrier
+from router.unit_trust import WrongUnit
 
 _LATENCY_BUCKETS_S = (
     0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
@@ -50,6 +51,7 @@ class RouterMetrics(Collector):
         self._late: Tally[int] = Tally()
         self._seconds: defaultdict[tuple[int, str], float] = defaultdict(float)
         self._quarantined: Callable[[], list[int]] = list
+        self._wrong_units: Callable[[], list[WrongUnit]] = list
         self._num_violations = 0
         self._num_dropped = 0
         self._placement_version = 0
@@ -62,9 +64,10 @@ class RouterMetrics(Collector):
         )
         registry.register(self)
 
-    def watch(self, quarantined: Callable[[], list[int]]) -> None:
-        """quarantined: the shards that are not trusted now; asked when somebody scrapes."""
+    def watch(self, quarantined: Callable[[], list[int]], wrong_units: Callable[[], list[WrongUnit]]) -> None:
+        """What scrapes ask. quarantined: shards that are late too often; wrong_units: replicas with wrong numbers."""
         self._quarantined = quarantined
+        self._wrong_units = wrong_units
 
     def set_placement(self, placement_version: int, max_ranks_per_token: int) -> None:
         """The placement that the next dispatch uses, and its device limit."""
@@ -193,13 +196,22 @@ class RouterMetrics(Collector):
         yield late
         quarantined = GaugeMetricFamily(
             "mobula_shard_is_quarantined",
-            "1: answers are late, or wrong, so often that the worker asks others where it can.",
+            "1: answers are late so often that the worker asks others where it can.",
             labels=("dp_rank", "ep_rank"),
         )
         suspects = self._quarantined()
         for ep_rank in sorted({rank for rank, _ in self._seconds.copy()} | set(suspects)):
             quarantined.add_metric((dp_rank, str(ep_rank)), float(ep_rank in suspects))
         yield quarantined
+        wrong = GaugeMetricFamily(
+            "mobula_quarantined_units",
+            "Units whose sums by this shard were wrong; the worker asks others where it can.",
+            labels=("dp_rank", "ep_rank"),
+        )
+        num_wrong = Tally(unit.ep_rank for unit in self._wrong_units())
+        for ep_rank in sorted({rank for rank, _ in self._seconds.copy()} | set(num_wrong)):
+            wrong.add_metric((dp_rank, str(ep_rank)), num_wrong[ep_rank])
+        yield wrong
 
     def _ranks_per_token(self) -> Metric:
         """A histogram with a bucket for each number of shards."""

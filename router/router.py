@@ -22,9 +22,10 @@ from protos.errors import Unavailable
 from protos.poller import Poller
 from router.attempt import LayerInput
 from router.completions import Completions
-from router.dispatch_handle import DispatchHandle, HandleContext, sequence_numbers
+from router.dispatch_handle import DispatchHandle, sequence_numbers
 from router.expert_map import ExpertMap
 from router.gate_config import GateConfig
+from router.handle_context import HandleContext
 from router.metrics import DispatchStats, RouterMetrics
 from router.router_config import RouterConfig
 from router.routing import Candidates, Routing
@@ -33,6 +34,7 @@ from router.shard_health import ShardHealth
 from router.shard_queues import ShardQueues
 from router.step_limit import StepLimit
 from router.transport import ShardTransport, TransportFactory
+from router.unit_trust import UnitTrust, WrongUnit
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,8 @@ class Router:
         self._is_closed = False
         self._step_limit = StepLimit()
         self._health = ShardHealth(clock)
-        metrics.watch(self._health.quarantined)
+        self._trust = UnitTrust(clock)
+        metrics.watch(self._health.quarantined, self._trust.report)
         queues = ShardQueues()
         self._context = HandleContext(
             config=config,
@@ -75,12 +78,17 @@ class Router:
             routing=self._newest_routing,
             sequence_numbers=sequence_numbers(),
             candidates=Candidates(
-                turns=itertools.count(), queues=queues, health=self._health, late_after_s=config.late_after_s
+                turns=itertools.count(),
+                queues=queues,
+                health=self._health,
+                trust=self._trust,
+                late_after_s=config.late_after_s,
             ),
             handles_by_version={},
             queues=queues,
             times=ServiceTimes(config.late_after_s, config.attempt_timeout_s),
             health=self._health,
+            trust=self._trust,
             clock=clock,
         )
         self.update_placement(expert_map, addresses)
@@ -178,8 +186,12 @@ class Router:
         return down
 
     def quarantined_shards(self) -> list[int]:
-        """Those that this worker does not trust with rows while others have the units. From any thread."""
+        """Those that are late too often to be asked while others have the units. From any thread."""
         return self._health.quarantined()
+
+    def quarantined_units(self) -> list[WrongUnit]:
+        """Replicas whose numbers were wrong. From any thread."""
+        return self._trust.report()
 
     def stats(self) -> DispatchStats:
         """How far tokens travelled so far."""

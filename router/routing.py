@@ -6,12 +6,15 @@ Any choice gives the same bits (see plan.py), so this may follow load, connectio
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from router.compiled import native
 from router.expert_map import ExpertMap, Int64Array
 from router.replicas import choose_replicas, others_only, usable_replicas
 from router.shard_health import ShardHealth
 from router.shard_queues import ExpectedQueues, ShardQueues
 from router.transport import ShardTransport
+from router.unit_trust import UnitTrust
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +43,14 @@ class Candidates:
     A `row` is that of a layer in the expert map; unit_to_ep_ranks: [num_units, replicas] int64, -1 for none.
     """
 
-    def __init__(self, *, turns: Iterator[int], queues: ShardQueues, health: ShardHealth, late_after_s: float) -> None:
+    def __init__(
+        self, *, turns: Iterator[int], queues: ShardQueues, health: ShardHealth, trust: UnitTrust, late_after_s: float
+    ) -> None:
         """turns: numbers that go round, to use replicas in turn; late_after_s: what a late answer costs at least."""
         self._turns = turns
         self._queues = queues
         self._health = health
+        self._trust = trust
         self._late_after_s = late_after_s
 
     def to_plan(self, routing: Routing, row: int) -> tuple[Int64Array, ExpectedQueues | None]:
@@ -55,7 +61,7 @@ class Candidates:
         unit_to_ep_ranks = routing.expert_map.unit_to_ep_ranks[row]
         if routing.expert_map.max_replicas == 1:
             return unit_to_ep_ranks, None
-        usable = self._usable(unit_to_ep_ranks, routing)
+        usable = self._usable(routing, row)
         if native() is None:
             return choose_replicas(usable, next(self._turns))[:, None], None
         queues = self._queues.expected(routing.expert_map.ep_size)
@@ -64,15 +70,32 @@ class Candidates:
 
     def to_retry(self, routing: Routing, row: int, failed: int) -> Int64Array:
         """A shard for each unit, where another than `failed` has it: [num_units]."""
-        usable = self._usable(routing.expert_map.unit_to_ep_ranks[row], routing)
+        usable = self._usable(routing, row)
         return choose_replicas(usable, next(self._turns), avoid=[failed])
 
     def to_hedge(self, routing: Routing, row: int, late: int) -> Int64Array:
         """A shard for each unit that another than `late` has who can be reached and trusted, else -1: [num_units]."""
         avoid = {*routing.down(), *self._health.avoided(), late}
-        return choose_replicas(others_only(routing.expert_map.unit_to_ep_ranks[row], avoid), next(self._turns))
+        others = others_only(self._right(routing, row), avoid)
+        return choose_replicas(others, next(self._turns))
 
-    def _usable(self, unit_to_ep_ranks: Int64Array, routing: Routing) -> Int64Array:
-        if unit_to_ep_ranks.shape[1] == 1:
+    def _usable(self, routing: Routing, row: int) -> Int64Array:
+        """Wrong numbers are worse than none, and a shard that is down worse than one that is late."""
+        unit_to_ep_ranks: Int64Array = routing.expert_map.unit_to_ep_ranks[row]
+        if routing.expert_map.max_replicas == 1:
             return unit_to_ep_ranks
-        return usable_replicas(usable_replicas(unit_to_ep_ranks, routing.down()), self._health.avoided())
+        right = self._right(routing, row)
+        return usable_replicas(usable_replicas(right, routing.down()), self._health.avoided())
+
+    def _right(self, routing: Routing, row: int) -> Int64Array:
+        """Without replicas whose numbers are wrong, but for units that nobody else has."""
+        unit_to_ep_ranks: Int64Array = routing.expert_map.unit_to_ep_ranks[row]
+        wrong = self._trust.wrong(routing.expert_map.moe_layer_ids[row])
+        if not wrong:
+            return unit_to_ep_ranks
+        right: Int64Array = unit_to_ep_ranks.copy()
+        for unit_id, ep_rank in wrong:
+            if unit_id < len(right):  # of this placement
+                right[unit_id, right[unit_id] == ep_rank] = -1
+        has_right = (right >= 0).any(axis=1, keepdims=True)
+        return np.where(has_right, right, unit_to_ep_ranks)

@@ -97,12 +97,16 @@ def multiplied(rows: Rows) -> Tensor:
 
 
 class MultiplyingShard:
-    """Answers frames; checks nothing. `fail_next` raises the given errors before it answers again."""
+    """Answers frames; checks nothing. `fail_next` raises the given errors before it answers again.
+
+    factor: that its sums are multiplied by as well.
+    """
 
     def __init__(self, placement_versions: tuple[int, ...] = (1,)) -> None:
         self.placement_versions = placement_versions
         self.frames: list[bytes] = []
         self.fail_next: list[MobulaError] = []
+        self.factor = 1.0
 
     def __call__(self, frame: bytes) -> Future[bytes]:
         self.frames.append(frame)
@@ -124,7 +128,7 @@ class MultiplyingShard:
         reader.finish()
         sums = torch.zeros(header.num_partial_sums, hidden_states.shape[1])
         sums.index_add_(0, partial_sums, hidden_states.float()[rows] * (weights * (expert_ids + 1)).unsqueeze(-1))
-        output = ForwardOutput(partial_sums=sums.to(hidden_states.dtype), queue_ns=0, compute_ns=0)
+        output = ForwardOutput(partial_sums=(self.factor * sums).to(hidden_states.dtype), queue_ns=0, compute_ns=0)
         answer.set_result(answer_frame(header.sequence_number, output))
         return answer
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from protos.errors import Cancelled, DeadlineExceeded, ShardUnavailable
+from protos.errors import Cancelled, DeadlineExceeded, ShardUnavailable, UnitQuarantined
 from router.router_config import RouterConfig
 from router.service_times import ServiceTimes
 from router.shard_health import MAX_PROBE_INTERVAL_S, MIN_PROBE_INTERVAL_S, NUM_PUNCTUAL
 from router.step_limit import StepLimit
-from tests.fake_experts import grouped_gate, multiplied, placed, random_rows
+from router.unit_trust import MIN_QUARANTINE_S
+from tests.fake_experts import Rows, grouped_gate, multiplied, placed, random_rows
 from tests.router.timed_shards import TimedShards
 
 GATE = grouped_gate()
@@ -155,6 +156,56 @@ def test_a_replica_that_breaks_while_it_is_asked_instead_of_a_late_one_is_asked_
     for transport in shards.transports:
         transport.shard.fail_next = [ShardUnavailable("gone")]
     assert combine(shards) < 0.2
+
+
+def test_a_shard_whose_sums_are_not_finite_is_found_out_by_a_replica_and_its_units_are_quarantined(shards):
+    wrong = slow_of(shards)
+    transport = shards.transports[wrong]
+    transport.shard.factor = float("nan")
+    combine(shards)
+    units = shards.router.quarantined_units()
+    assert {unit.ep_rank for unit in units} == {wrong}
+    assert {(unit.layer_id, unit.reason) for unit in units} == {(1, "its sums are not finite where a replica's are")}
+    for _ in range(3):  # until every unit of it was found out
+        combine(shards)
+    before = shards.num_calls()
+    combine(shards)
+    assert shards.num_calls()[wrong] == before[wrong]
+    transport.shard.factor = 1.0
+    shards.clock.now_s += MIN_QUARANTINE_S
+    for _ in range(10):
+        combine(shards)
+    assert shards.num_calls()[wrong] > before[wrong]
+    assert shards.router.quarantined_units() == []
+
+
+def test_a_model_that_is_not_finite_quarantines_nobody(shards):
+    for transport in shards.transports:
+        transport.shard.factor = float("inf")
+    sums, _ = shards.combine(ROWS)
+    assert not sums.isfinite().any()
+    assert shards.router.quarantined_units() == []
+
+
+def test_a_row_that_was_not_finite_before_is_asked_of_nobody_else(shards):
+    hidden_states = ROWS.hidden_states.clone()
+    hidden_states[2] = float("nan")
+    before = shards.num_calls().sum()
+    sums, _ = shards.combine(Rows(hidden_states, ROWS.topk_weights, ROWS.topk_ids))
+    assert sums.isnan().any(dim=1).nonzero().flatten().tolist() == [2]
+    assert shards.num_calls().sum() - before <= 3
+
+
+def test_units_that_a_shard_has_quarantined_itself_are_asked_of_others(shards):
+    refusing = slow_of(shards)
+    error = UnitQuarantined("do not give their known answers", unit_ids=tuple(range(8)))
+    shards.transports[refusing].shard.fail_next = [error]
+    combine(shards)
+    before = shards.num_calls()
+    for _ in range(5):
+        combine(shards)
+    assert shards.num_calls()[refusing] == before[refusing]
+    assert {unit.ep_rank for unit in shards.router.quarantined_units()} == {refusing}
 
 
 def test_an_answer_is_late_by_measured_times():
