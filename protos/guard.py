@@ -1,13 +1,14 @@
 """Stands before every method of a server and refuses calls before their handlers run: a check that raises MobulaError
-ends the call with its status. Refusals are logged, a few in a second at most: who knocks without rest cannot fill the
-disk. Knows nothing of what is checked.
+ends the call with its status. Streams are checked again while they last, so that what is revoked ends. Refusals are
+logged, a few in a second at most: who knocks without rest cannot fill the disk. Knows nothing of what is checked.
 """
 
+import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 MAX_LOGGED_PER_S = 10
+RECHECK_S = 30.0  # between two checks of a stream
 
 Check = Callable[[str, grpc.aio.ServicerContext], None]
 Behaviour = Callable[..., Any]
@@ -28,8 +30,11 @@ _KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Runs `check(method, context)` before each call; a method is "/package.Service/Method"."""
 
-    def __init__(self, check: Check, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, check: Check, *, recheck_s: float = RECHECK_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._check = check
+        self._recheck_s = recheck_s
         self._log = RefusalLog(clock)
 
     async def intercept_service(
@@ -46,23 +51,69 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _guarded(self, method: str, behaviour: Behaviour) -> Behaviour:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            await self._admit(method, context)
-            return await behaviour(request, context)
+            try:
+                with self._admitted(method, context):
+                    return await behaviour(request, context)
+            except Refused as refused:
+                await self._refuse(method, context, refused)
 
         async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            await self._admit(method, context)
-            async with aclosing(behaviour(request, context)) as answers:
-                async for answer in answers:
-                    yield answer
+            try:
+                with self._admitted(method, context):
+                    async with aclosing(behaviour(request, context)) as answers:
+                        async for answer in answers:
+                            yield answer
+            except Refused as refused:
+                await self._refuse(method, context, refused)
 
         return stream if inspect.isasyncgenfunction(behaviour) else call
 
-    async def _admit(self, method: str, context: grpc.aio.ServicerContext) -> None:
+    @contextmanager
+    def _admitted(self, method: str, context: grpc.aio.ServicerContext) -> Iterator[None]:
+        """Around a call's handler, which is cancelled when a later check fails. Raises Refused."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task
+        failure = self._failure(method, context)
+        if failure:
+            raise Refused(failure)
+        timer: asyncio.TimerHandle
+
+        def check_again() -> None:
+            nonlocal failure, timer
+            failure = self._failure(method, context)
+            if failure:
+                task.cancel()
+            else:
+                timer = loop.call_later(self._recheck_s, check_again)
+
+        timer = loop.call_later(self._recheck_s, check_again)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if failure is None or task.uncancel() > 0:  # the client's cancellation
+                raise
+            raise Refused(failure) from None
+        finally:
+            timer.cancel()
+
+    def _failure(self, method: str, context: grpc.aio.ServicerContext) -> MobulaError | None:
         try:
             self._check(method, context)
         except MobulaError as error:
-            self._log.refused(method, context.peer(), error)
-            await context.abort_with_status(to_status(error))
+            return error
+        return None
+
+    async def _refuse(self, method: str, context: grpc.aio.ServicerContext, refused: "Refused") -> None:
+        self._log.refused(method, context.peer(), refused.error)
+        await context.abort_with_status(to_status(refused.error))
+
+
+class Refused(Exception):
+    """A check failed, at first or later."""
+
+    def __init__(self, error: MobulaError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class RefusalLog:

@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
-from cluster.security.caller import Caller, set_caller
+from cluster.security.caller import Caller, current_caller, set_caller
 from cluster.security.keys import Clock, Key, KeyRing, Right, utc_now
 from cluster.security.metrics import KeyMetrics, Refusal
 from protos import admin_pb2, generation_pb2
@@ -42,6 +42,8 @@ class KeyCheck:
             raise self._refused(
                 Refusal.RIGHT, PermissionDenied(f"key {key.id} has not the right that {service} needs: {right}")
             )
+        if current_caller().key_id == key.id:
+            return  # a stream is checked again
         self._metrics.count(key.id)
         set_caller(Caller(key_id=key.id, max_concurrent_requests=key.max_concurrent_requests))
 
