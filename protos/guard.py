@@ -7,9 +7,10 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Self
 
 import grpc
 import grpc.aio
@@ -52,56 +53,27 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _guarded(self, method: str, behaviour: Behaviour) -> Behaviour:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
-                with self._admitted(method, context):
+                with self._watch(method, context):
                     return await behaviour(request, context)
             except Refused as refused:
                 await self._refuse(method, context, refused)
 
         async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
-                with self._admitted(method, context):
+                with self._watch(method, context) as watch:
                     async with aclosing(behaviour(request, context)) as answers:
                         async for answer in answers:
+                            watch.is_in_handler = False
                             yield answer
+                            watch.is_in_handler = True
+                            watch.raise_if_failed()
             except Refused as refused:
                 await self._refuse(method, context, refused)
 
         return stream if inspect.isasyncgenfunction(behaviour) else call
 
-    @contextmanager
-    def _admitted(self, method: str, context: grpc.aio.ServicerContext) -> Iterator[None]:
-        """Around a call's handler, which is cancelled when a later check fails. Raises Refused."""
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task
-        failure = self._failure(method, context)
-        if failure:
-            raise Refused(failure)
-        timer: asyncio.TimerHandle
-
-        def check_again() -> None:
-            nonlocal failure, timer
-            failure = self._failure(method, context)
-            if failure:
-                task.cancel()
-            else:
-                timer = loop.call_later(self._recheck_s, check_again)
-
-        timer = loop.call_later(self._recheck_s, check_again)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if failure is None or task.uncancel() > 0:  # the client's cancellation
-                raise
-            raise Refused(failure) from None
-        finally:
-            timer.cancel()
-
-    def _failure(self, method: str, context: grpc.aio.ServicerContext) -> MobulaError | None:
-        try:
-            self._check(method, context)
-        except MobulaError as error:
-            return error
-        return None
+    def _watch(self, method: str, context: grpc.aio.ServicerContext) -> "_Watch":
+        return _Watch(lambda: self._check(method, context), self._recheck_s)
 
     async def _refuse(self, method: str, context: grpc.aio.ServicerContext, refused: "Refused") -> None:
         self._log.refused(method, context.peer(), refused.error)
@@ -114,6 +86,55 @@ class Refused(Exception):
     def __init__(self, error: MobulaError) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+class _Watch:
+    """Around one call's handler: checks before it and while it runs, and cancels it when a check fails.
+
+    is_in_handler: else gRPC is writing an answer of it, and a cancellation would leave the client without a status.
+    """
+
+    def __init__(self, check: Callable[[], None], recheck_s: float) -> None:
+        self._check = check
+        self._recheck_s = recheck_s
+        self._failure: MobulaError | None = None
+        self.is_in_handler = True
+
+    def __enter__(self) -> Self:
+        """Raises Refused."""
+        self._task = asyncio.current_task()
+        self._look()
+        self.raise_if_failed()
+        self._timer = asyncio.get_running_loop().call_later(self._recheck_s, self._look_again)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises Refused in the place of the cancellation that was ours."""
+        self._timer.cancel()
+        assert self._task
+        if kind is asyncio.CancelledError and self._failure and self._task.uncancel() == 0:
+            raise Refused(self._failure) from None
+
+    def raise_if_failed(self) -> None:
+        """Raises Refused."""
+        if self._failure:
+            raise Refused(self._failure)
+
+    def _look(self) -> None:
+        try:
+            self._check()
+        except MobulaError as error:
+            self._failure = error
+
+    def _look_again(self) -> None:
+        self._look()
+        assert self._task
+        if self._failure and self.is_in_handler:
+            self._task.cancel()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(self._recheck_s, self._look_again)
 
 
 class RefusalLog:

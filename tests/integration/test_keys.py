@@ -1,7 +1,8 @@
 """Clients with and without keys at a gateway, over real gRPC: what each may do, what is logged and counted of it."""
 
+import asyncio
 import datetime
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
@@ -122,6 +123,29 @@ def test_a_revoked_key_is_refused_without_a_restart(gateway: KeyedGateway) -> No
     gateway.ask("status", "operator")
     write_keys(gateway.path, KeyFile(keys=tuple(key.model_copy(update={"is_revoked": True}) for key in gateway.keys)))
     assert "operator is revoked" in gateway.refused("status", "operator").details()
+
+
+def test_a_stream_ends_when_its_key_is_revoked_and_was_one_call(
+    gateway: KeyedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def endless(servicer: object, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        while True:
+            yield b""
+            await asyncio.sleep(0.005)
+
+    monkeypatch.setattr("cluster.gateway.gateway.GatewayServicer.generate", endless)
+    guard = Guard(KeyCheck(KeyRing(gateway.path), KeyMetrics(registry := CollectorRegistry())), recheck_s=0.02)
+    with gateway_host(guards=[guard]) as host, grpc.insecure_channel(host.address) as channel:
+        shown = (("authorization", f"bearer {gateway.texts['user']}"),)
+        answers = channel.unary_stream("/mobula.v1.Inference/Generate")(b"", timeout=TIMEOUT_S, metadata=shown)
+        for _ in range(20):
+            next(answers)
+        revoked = tuple(key.model_copy(update={"is_revoked": True}) for key in gateway.keys)
+        write_keys(gateway.path, KeyFile(keys=revoked))
+        with pytest.raises(grpc.RpcError) as raised:
+            list(answers)
+    assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert registry.get_sample_value("mobula_key_calls_total", {"key_id": "user"}) == 1
 
 
 def test_handlers_know_who_calls_and_the_key_stays_at_the_gateway(

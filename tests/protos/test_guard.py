@@ -51,7 +51,7 @@ class Handlers:
 
 
 async def run(door: Door, handlers: Handlers, method: str, then: MobulaError | None) -> grpc.aio.AioRpcError | None:
-    """Calls the method, reads five answers, has the check fail with `then` (or leaves the call), and waits for its end."""
+    """Calls the method, reads five answers, has the check fail with `then` or leaves, and waits for the end."""
     server = PLAINTEXT.server((), (), [Guard(door, recheck_s=0.02)])
     methods = {
         "Generate": grpc.unary_stream_rpc_method_handler(handlers.generate),
