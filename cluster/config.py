@@ -199,6 +199,8 @@ class ControllerConfig(StrictModel):
 
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that its node must carry
     port: Port = 0  # of the admin calls, which the gateway relays; 0 takes a free one
+    metrics_port: Port = 0  # Prometheus endpoint with the balance of load; 0 takes a free one
+    expert_series: bool = False  # one more series for each (layer, expert): 9,440 for DeepSeek-V2
 
 
 class GatewayConfig(StrictModel):

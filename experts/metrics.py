@@ -22,6 +22,9 @@ class ShardMetrics(Collector):
         self._labels = {"ep_rank": str(ep_rank)}
         self.num_rows = 0
         self.num_assignments = 0
+        self.num_partial_sums = 0
+        self.received_bytes = 0
+        self.sent_bytes = 0
         self.num_forwards = 0
         self.weight_bytes = 0
         self.num_units = 0
@@ -54,6 +57,9 @@ class ShardMetrics(Collector):
         counters = (
             ("mobula_ep_rank_tokens", "Rows of hidden states received and computed.", self.num_rows),
             ("mobula_ep_rank_assignments", "(row, expert) pairs computed.", self.num_assignments),
+            ("mobula_ep_rank_partial_sums", "Rows of partial sums sent back.", self.num_partial_sums),
+            ("mobula_ep_rank_received_bytes", "Hidden states and assignments received.", self.received_bytes),
+            ("mobula_ep_rank_sent_bytes", "Partial sums sent back.", self.sent_bytes),
             ("mobula_expert_forwards", "Forwards answered with partial sums.", self.num_forwards),
         )
         gauges = (

@@ -201,15 +201,19 @@ class ExpertShard:
         layer = batch[0].weights
         merged = merge([waiting.forward for waiting in batch])
         sums = self._ffn(merged, layer.experts, batch[0].out if len(batch) == 1 else None)
-        self._load.count(layer.layer_id, len(batch), merged)
+        compute_ns = time.monotonic_ns() - started_ns
+        self._load.count(layer.layer_id, len(batch), merged, compute_ns)
         metrics = self._metrics
         for waiting in batch:
             metrics.queue_seconds.observe((started_ns - waiting.arrived_ns) / 1e9)
-        metrics.compute_seconds.observe((time.monotonic_ns() - started_ns) / 1e9)
+        metrics.compute_seconds.observe(compute_ns / 1e9)
         metrics.batched_calls.observe(len(batch))
         metrics.num_forwards += len(batch)
         metrics.num_rows += merged.num_rows
         metrics.num_assignments += merged.num_assignments
+        metrics.num_partial_sums += merged.num_partial_sums
+        metrics.received_bytes += merged.hidden_states.nbytes + merged.assignments.nbytes
+        metrics.sent_bytes += sums.nbytes
         return sums
 
     def _show_weights(self) -> None:

@@ -22,7 +22,9 @@ from cluster.controller.rebalance import (
     weight_bytes_while_moving,
 )
 from cluster.controller.rebalancer import Rebalancer
+from cluster.controller.shard_traffic import ShardTraffic
 from protos.errors import RebalanceRefused
+from router.balance_terms import Traffic
 from router.expert_map import ExpertMap
 from router.load import LoadConfig, LoadTracker
 from router.placement import PlacementError
@@ -83,7 +85,9 @@ class Balance:
         self._tracker = LoadTracker(
             num_layers, num_experts, LoadConfig(half_life_s=config.half_life_s, window_s=config.half_life_s)
         )
-        self._counts: dict[str, Future[Any]] = {}  # asked for, by process and generation
+        self._shard_traffic = ShardTraffic(config.half_life_s)
+        self.traffic: Traffic | None = None  # of late, replaced as a whole; None before the first look
+        self._counts: dict[str, tuple[int, Future[Any]]] = {}  # asked for, of which ep_rank; by process and generation
         self._looked_s = float("-inf")
         self._ended_s = clock()  # the last rebalance
         self._newest_version = expert_map.placement_version
@@ -146,11 +150,12 @@ class Balance:
             self._rebalancer.begin(plan)
 
     def _observe_load(self) -> None:
-        for source, counts in list(self._counts.items()):
+        for source, (ep_rank, counts) in list(self._counts.items()):
             if counts.done():
                 del self._counts[source]
                 if counts.exception() is None:  # else the process is gone, and its health says so
-                    self._tracker.observe(source, counts.result(), self._clock())
+                    self._tracker.observe(source, counts.result().num_tokens, self._clock())
+                    self._shard_traffic.observe(ep_rank, source, counts.result(), self._clock())
         if self._clock() - self._looked_s < LOAD_INTERVAL_S:
             return
         self._looked_s = self._clock()
@@ -158,9 +163,11 @@ class Balance:
             f"{shard.name} {shard.health.generation}": shard for shard in self.membership.shards if shard.is_ready
         }
         self._tracker.keep_sources(sources)
+        self._shard_traffic.keep({shard.rank for shard in self.membership.shards})
+        self.traffic = self._shard_traffic.traffic(self._expert_map)
         for source, shard in sources.items():
             if source not in self._counts:
-                self._counts[source] = shard.handle.call("load_counts")
+                self._counts[source] = shard.rank, shard.handle.call("load_counts")
 
     def _rebalance_for_members(self) -> None:
         if not self.is_idle:
@@ -193,9 +200,15 @@ class Balance:
             raise RebalanceRefused(f"no placement can be computed: {error}") from error
 
     def _traits(self, ep_ranks: Collection[int]) -> dict[int, ShardTraits]:
-        """As configured and as the shards say."""
+        """As configured, else as measured; the domain as the shards say."""
         domains = {shard.rank: shard.health.domain for shard in self.membership.shards}
-        return {rank: replace(self._proposer.traits(rank), domain=domains.get(rank, "")) for rank in ep_ranks}
+        measured = self._shard_traffic.speeds()
+        traits = {}
+        for rank in ep_ranks:
+            known = self._proposer.traits(rank)
+            speed = measured.get(rank) if known.speed is None else known.speed
+            traits[rank] = replace(known, speed=speed, domain=domains.get(rank, ""))
+        return traits
 
     def _rebalance_by_itself(self, is_serving: bool) -> None:
         is_due = self._clock() - self._ended_s >= self._config.min_interval_s

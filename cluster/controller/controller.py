@@ -36,6 +36,7 @@ from cluster.controller.process import (
 )
 from cluster.controller.rebalance import RebalancePlan
 from cluster.controller.shard_scaling import ShardScaling
+from router.balance_terms import Traffic
 from router.expert_map import ExpertMap
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class StartError(Exception):
 class Controller:
     """Owns the processes and the expert map. All its state is touched by one thread only: its own.
 
-    admin_address: host:port of this controller's admin calls, which gateways are told; set before `start`.
+    admin_address, metrics_address: host:port of this controller's admin calls and of its Prometheus endpoint, which
+    gateways are told; set before `start`.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Controller:
         self._expert_map = expert_map
         self._clock = clock
         self.admin_address = ""
+        self.metrics_address = ""
         self._balance = Balance(
             processes=processes,
             create_shard=create_shard,
@@ -95,6 +98,10 @@ class Controller:
     def status(self) -> ClusterStatus:
         """The system after the latest round."""
         return self._status
+
+    def traffic(self) -> Traffic | None:
+        """What the shards computed of late; None before it was looked at. From any thread."""
+        return self._balance.traffic
 
     def plan_rebalance(self) -> RebalancePlan:
         """What a rebalance would do now. From any other thread. Raises RebalanceRefused."""
@@ -222,9 +229,10 @@ class Controller:
                 process.told = news
 
     def _metrics_addresses(self) -> dict[str, str]:
-        return {
+        addresses = {
             p.name: p.health.metrics_address for p in self._processes if p.is_ready and p.role is not RoleName.GATEWAY
         }
+        return addresses | ({"controller": self.metrics_address} if self.metrics_address else {})
 
     def _publish_status(self, has_all_shards: bool) -> None:
         is_serving = has_all_shards and all(

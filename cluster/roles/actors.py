@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util import get_placement_group, list_named_actors, remove_placement_group
 from ray.util.placement_group import PlacementGroup, placement_group
@@ -19,8 +20,10 @@ from cluster.controller.admin_server import AdminServer
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller, StartError
 from cluster.controller.lease import Lease
+from cluster.controller.metrics import ControllerMetrics
 from cluster.controller.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
 from cluster.controller.rebalance import Float64Array
+from cluster.gateway.metrics import serve_http
 from cluster.roles.role import node_address
 from cluster.roles.role_actor import GatewayActor, RoleActor, ShardActor, WorkerActor
 from cluster.security.process_tls import process_credentials, process_folder
@@ -108,8 +111,22 @@ class ControllerActor:
         )
         certificates = process_folder(self._config.tls, PeerRole.CONTROLLER)
         self._admin = AdminServer(self._controller, process_credentials(certificates))
-        self._controller.admin_address = self._admin.start(self._host or node_address(), self._config.controller.port)
+        host, own = self._host or node_address(), self._config.controller
+        self._controller.admin_address = self._admin.start(host, own.port)
+        self._controller.metrics_address = f"{host}:{self._serve_metrics(host, self._controller)}"
         self._controller.start()
+
+    def _serve_metrics(self, host: str, controller: Controller) -> int:
+        """The port."""
+        registry = CollectorRegistry()
+        ControllerMetrics(
+            registry,
+            gate=self._request.gate,
+            status=controller.status,
+            traffic=controller.traffic,
+            has_expert_series=self._config.controller.expert_series,
+        )
+        return serve_http(host, self._config.controller.metrics_port, make_wsgi_app(registry))[1]
 
     def _create_shard(self, ep_rank: int) -> ManagedProcess:
         """One more. Ray starts it when it has room; an autoscaler makes some. Raises Unavailable."""

@@ -4,15 +4,13 @@ import threading
 from collections.abc import Iterable
 from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
-
 from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth
 from cluster.controller.shard_scaling import ShardWork
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import open_model
 from cluster.roles.role import Role
+from experts.expert_load import LoadSnapshot
 from experts.metrics import ShardMetrics
 from experts.peer_weights import PeerWeights
 from experts.servicer import ExpertServer
@@ -91,9 +89,9 @@ class ShardRole(Role):
                 shard.release(other)
             shard.drop_staged()
 
-    def load_counts(self) -> npt.NDArray[np.uint64]:
-        """[num_moe_layers, n_routed_experts] assignments computed since the process started."""
-        return self._loaded_shard().load().num_tokens
+    def load_counts(self) -> LoadSnapshot:
+        """What was computed since the process started."""
+        return self._loaded_shard().load()
 
     def work(self) -> ShardWork:
         """What it has done since it started."""

@@ -12,6 +12,7 @@ from cluster.config import RebalancingConfig, ShardScalingConfig
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
 from cluster.controller.process import ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
+from experts.expert_load import LoadSnapshot
 from tests.fake_experts import grouped_gate, placed
 
 PROPOSER = Proposer(
@@ -19,6 +20,20 @@ PROPOSER = Proposer(
 )
 
 T = TypeVar("T")
+
+
+def counted(num_tokens: np.ndarray, compute_ns: int = 0) -> LoadSnapshot:
+    """What a shard says that computed so many assignments, each row alone."""
+    total = int(num_tokens.sum())
+    return LoadSnapshot(
+        num_tokens=num_tokens,
+        rows_by_layer=num_tokens.sum(axis=1).astype(np.uint64),
+        num_forwards=total,
+        num_rows=total,
+        num_assignments=total,
+        num_experts_read=total,
+        compute_ns=compute_ns,
+    )
 
 
 class FakeProcess:
@@ -31,7 +46,7 @@ class FakeProcess:
         self.name = name
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.on_call: Callable[[str], None] = lambda method: None
-        self.answers: dict[str, Any] = {"load_counts": np.zeros((3, 16), dtype=np.uint64)}
+        self.answers: dict[str, Any] = {"load_counts": counted(np.zeros((3, 16), dtype=np.uint64))}
         self.restart()
 
     def restart(self) -> None:

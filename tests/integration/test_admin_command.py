@@ -16,7 +16,7 @@ from cluster.controller.balance import Proposer
 from cluster.controller.process import ProcessHealth, ProcessState
 from cluster.controller.rebalance import RebalancePlan, RebalanceState, UnitMove
 from protos import errors
-from tests.cluster.fake_processes import system
+from tests.cluster.fake_processes import counted, system
 from tests.fake_controller import (
     HOST,
     FakeController,
@@ -216,7 +216,7 @@ def test_an_operator_moves_experts_of_a_controller_that_supervises_processes() -
         place=lambda load, current, version, shards: replace(target, placement_version=version), expert_bytes=2**20
     )
     controller, fakes = system(proposer=proposer)
-    fakes["shard-0"].answers["load_counts"] = np.full((3, 16), 1000, dtype=np.uint64)
+    fakes["shard-0"].answers["load_counts"] = counted(np.full((3, 16), 1000, dtype=np.uint64))
     for worker in ("worker-0", "worker-1"):
         fakes[worker].answers["oldest_placement_version"] = 2
     admin = AdminServer(controller)

@@ -89,7 +89,7 @@ def test_one_scrape_gives_the_series_of_every_process(deployment: Deployment) ->
     generate(deployment)
     with urllib.request.urlopen(f"http://{deployment.metrics_address}/metrics") as response:
         page = response.read().decode()
-    assert page.count("mobula_process_up{") == 4
+    assert page.count("mobula_process_up{") == 5
     assert 'mobula_generation_tokens_total{dp_rank="' in page
     assert 'mobula_ep_rank_tokens_total{ep_rank="1"}' in page
     for line in page.splitlines():

@@ -16,7 +16,7 @@ from protos.errors import InternalError, RebalanceRefused
 from router.expert_map import ExpertMap
 from router.placement import PlacementError
 from router.placement.members import ShardTraits
-from tests.cluster.fake_processes import FakeProcess, answered, run, system
+from tests.cluster.fake_processes import FakeProcess, answered, counted, run, system
 from tests.fake_experts import grouped_gate, placed
 
 
@@ -253,7 +253,7 @@ def test_by_itself_only_when_enabled_due_and_worth_it() -> None:
     now[0] = 25.0
     run(controller, 2)
     for shard in ("shard-0", "shard-1"):
-        fakes[shard].answers["load_counts"] = counts
+        fakes[shard].answers["load_counts"] = counted(counts)
     now[0] = 30.0
     run(controller, 5)
     assert controller.status().placement_version == 1  # not due yet
