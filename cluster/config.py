@@ -233,6 +233,12 @@ class TlsConfig(StrictModel):
         return self
 
 
+class MetricsConfig(StrictModel):
+    """Further Prometheus series."""
+
+    vllm_names: bool = False  # workers' request series also as vllm:..., for boards and pickers that know those
+
+
 class RayConfig(StrictModel):
     """Which Ray cluster to run on."""
 
@@ -255,6 +261,7 @@ class MobulaConfig(StrictModel):
     controller: ControllerConfig = Field(default_factory=ControllerConfig)
     tls: TlsConfig = Field(default_factory=TlsConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0  # at shutdown, for requests in flight
 
     @model_validator(mode="after")

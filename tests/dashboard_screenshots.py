@@ -3,10 +3,8 @@
 import sys
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
-
-from cluster.dashboard.web import DashboardApp
-from cluster.gateway.metrics import serve_http
+from cluster.dashboard.web import GatewayApp
+from cluster.gateway.metrics import GatewayMetrics, serve_http
 from tests.browser import browsers, visits
 from tests.dashboard_states import MadeUpSystem
 
@@ -20,7 +18,7 @@ NUM_UPDATES = 45  # so that the charts have lines
 
 def main(folder: Path) -> None:
     for name, settings in PICTURES.items():
-        app = DashboardApp(MadeUpSystem(), make_wsgi_app(CollectorRegistry()))  # type: ignore[arg-type]
+        app = GatewayApp(GatewayMetrics(), MadeUpSystem())
         server, port = serve_http("127.0.0.1", 0, app)
         with browsers() as browser, visits(browser, f"127.0.0.1:{port}", **settings) as visit:
             visit.wait_for(f"window.mobula && mobula.updates.count >= {NUM_UPDATES}", timeout_s=90.0)

@@ -1,4 +1,4 @@
-"""The gateway's HTTP port: the page, its state as JSON, and the Prometheus endpoint. No logic.
+"""The gateway's HTTP port: the page, its state as JSON, and what Prometheus asks for. No logic.
 
 Everything that the page needs comes from here; its content security policy forbids any other source.
 """
@@ -7,11 +7,14 @@ import gzip
 import json
 from collections.abc import Callable, Iterable
 from importlib.resources import files
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs
-from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+from wsgiref.types import StartResponse, WSGIEnvironment
 
-from cluster.dashboard.dashboard import Dashboard
+from prometheus_client import make_wsgi_app
+
+from cluster.dashboard.discovery import OWN_PATH, scrape_targets
+from cluster.gateway.metrics import GatewayMetrics
 
 PAGE = files("cluster.dashboard") / "page"
 CONTENT_TYPES = {
@@ -26,36 +29,50 @@ POLICY = (
 GZIP_LEVEL = 1  # the state shrinks to a third in a millisecond; more costs more than it saves
 
 
-class DashboardApp:
-    """A WSGI application over files that were read once."""
+class DashboardState(Protocol):
+    """What the page shows: cluster.dashboard.dashboard.Dashboard."""
 
-    def __init__(self, dashboard: Dashboard, metrics: WSGIApplication) -> None:
+    def state(self, known_placement_version: int, last_event: int) -> dict[str, Any]:
+        """As JSON has it."""
+
+
+class GatewayApp:
+    """A WSGI application. The page's files are read once."""
+
+    def __init__(self, metrics: GatewayMetrics, dashboard: DashboardState | None) -> None:
+        """dashboard: None for no page."""
+        self._pages = {"/metrics": make_wsgi_app(metrics.of_all), OWN_PATH: make_wsgi_app(metrics.registry)}
+        self._processes = metrics.processes
         self._dashboard = dashboard
-        self._metrics = metrics
-        self._files = {f"/{file.name}": file.read_bytes() for file in PAGE.iterdir() if _content_type(file.name)}
+        files = PAGE.iterdir() if dashboard else ()
+        self._files = {f"/{file.name}": file.read_bytes() for file in files if _content_type(file.name)}
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        if path == "/metrics":
-            return self._metrics(environ, start_response)
+        if (page := self._pages.get(path)) is not None:
+            answer: Iterable[bytes] = page(environ, start_response)
+            return answer
         respond = _responder(environ, start_response)
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             return respond("405 Method Not Allowed", "text/plain", b"only GET\n")
-        if path == "/api/state":
-            return self._state(environ, respond)
+        if path == "/sd":
+            own = environ.get("HTTP_HOST") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
+            targets = scrape_targets(own, self._processes.targets)
+            return respond("200 OK", "application/json", json.dumps(targets).encode())
+        if path == "/api/state" and self._dashboard:
+            return self._state(self._dashboard, environ, respond)
         name = "/index.html" if path == "/" else path
         if name not in self._files:
-            return respond("404 Not Found", "text/plain", b"here are / and /metrics\n")
+            return respond("404 Not Found", "text/plain", b"here are /, /metrics and /sd\n")
         return respond("200 OK", _content_type(name), self._files[name])
 
-    def _state(self, environ: WSGIEnvironment, respond: "Respond") -> Iterable[bytes]:
+    def _state(self, dashboard: DashboardState, environ: WSGIEnvironment, respond: "Respond") -> Iterable[bytes]:
         query = parse_qs(environ.get("QUERY_STRING", ""))
         try:
             known, last_event = (int(query.get(name, ["0"])[-1]) for name in ("placement", "event"))
         except ValueError:
             return respond("400 Bad Request", "text/plain", b"placement and event are whole numbers\n")
-        state: dict[str, Any] = self._dashboard.state(known, last_event)
-        body = json.dumps(state, separators=(",", ":"), allow_nan=False).encode()
+        body = json.dumps(dashboard.state(known, last_event), separators=(",", ":"), allow_nan=False).encode()
         return respond("200 OK", "application/json", body)
 
 

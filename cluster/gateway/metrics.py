@@ -39,8 +39,10 @@ class ProcessCollector(Collector):
         targets: process name ("worker-0") -> "host:port" of its endpoint; replaced as a whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own: CollectorRegistry) -> None:
+        """own: of this process, whose series are on the page too."""
         self.targets: dict[str, str] = {}
+        self._own = own
         self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="scrape")
 
     def describe(self) -> Iterable[Metric]:
@@ -57,6 +59,9 @@ class ProcessCollector(Collector):
             "mobula_process_up", "Whether the process answered the last scrape.", labels=["process"]
         )
         families: dict[str, Metric] = {}
+        for family in self._own.collect():
+            families[family.name] = Metric(family.name, family.documentation, family.type)
+            families[family.name].samples.extend(family.samples)
         for process, page in zip(targets, pages, strict=True):
             is_up.add_metric([process], 0.0 if page is None else 1.0)
             for family in text_string_to_metric_families(page or ""):
@@ -76,12 +81,18 @@ class ResumeReason(StrEnum):
 
 
 class GatewayMetrics:
-    """The gateway's own series and the collector of everybody else's."""
+    """The gateway's own series, and the collector of everybody else's.
+
+    Attributes:
+        registry: of the gateway's own series.
+        of_all: of these and every other process's.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.processes = ProcessCollector()
-        self.registry.register(self.processes)
+        self.processes = ProcessCollector(self.registry)
+        self.of_all = CollectorRegistry()
+        self.of_all.register(self.processes)
         self._requests = Counter(
             "mobula_gateway_requests", "Generate calls by final gRPC status.", ["code"], registry=self.registry
         )

@@ -6,7 +6,7 @@ from wsgiref.types import WSGIApplication
 
 from cluster.config import GatewayConfig, MobulaConfig
 from cluster.dashboard.dashboard import Dashboard
-from cluster.dashboard.web import DashboardApp
+from cluster.dashboard.web import GatewayApp
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
@@ -61,12 +61,10 @@ class GatewayRole(Role):
 
     def _http_app(self) -> WSGIApplication:
         assert self._gateway
-        metrics = super()._http_app()
-        if not self._config.gateway.dashboard:
-            return metrics
-        self._dashboard = Dashboard(self._gateway.local_calls(), self._loop, self._metrics.processes.pages)
-        self._dashboard.start()
-        return DashboardApp(self._dashboard, metrics)
+        if self._config.gateway.dashboard:
+            self._dashboard = Dashboard(self._gateway.local_calls(), self._loop, self._metrics.processes.pages)
+            self._dashboard.start()
+        return GatewayApp(self._metrics, self._dashboard)
 
     def stop(self, drain_timeout_s: float) -> None:
         if self._dashboard:

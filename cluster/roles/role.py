@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from cluster.config import ActorConfig, GatewayConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
 from cluster.gateway.metrics import serve_http
+from cluster.roles.metrics import add_build_info
 from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
 from protos.credentials import PLAINTEXT, PeerRole
@@ -64,6 +65,7 @@ class Role(ABC):
         before = psutil.Process().memory_info().rss
         try:
             self._use_certificates()
+            add_build_info(self._registry, self._name)
             address, weight_bytes = self._load(expert_map)
             _, metrics_port = serve_http(self._bind_host, self._ports().metrics_port, self._http_app())
         except Exception as error:  # the top of the process's start: the controller shows it

@@ -25,6 +25,7 @@ from cluster.controller.process import ProcessHealth
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import ServedModel, cache_config, open_model
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
+from cluster.roles.vllm_names import VllmNames
 from cluster.version import VERSION
 from protos import generation_pb2, rpc
 from protos.codec import dtype_to_wire
@@ -64,6 +65,8 @@ class WorkerRole(Role):
         weights = DecoderWeights.read(model.checkpoint, decoder_config, model.dtype, workers.device)
         poller = Poller()
         router_metrics = RouterMetrics(self._registry, self._dp_rank)
+        if self._config.metrics.vllm_names:
+            VllmNames(self._registry, model.model_id)
         valve = OverloadValve.wanted(workers.router, decoder_config.gate, router_metrics.count_dropped)
         if valve is not None:
             logger.warning(

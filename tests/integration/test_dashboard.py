@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from cluster.dashboard.web import DashboardApp
-from cluster.gateway.metrics import serve_http
+from cluster.dashboard.web import GatewayApp
+from cluster.gateway.metrics import GatewayMetrics, serve_http
 from protos import generation_pb2 as pb
 from tests.browser import Visit, browsers, visits
 from tests.checkpoints import write_checkpoint
@@ -43,7 +42,7 @@ def browser() -> Iterator[Any]:
 def made_up() -> Iterator[tuple[MadeUpSystem, str]]:
     """It and its host:port."""
     source = MadeUpSystem()
-    server, port = serve_http("127.0.0.1", 0, DashboardApp(source, make_wsgi_app(CollectorRegistry())))  # type: ignore[arg-type]
+    server, port = serve_http("127.0.0.1", 0, GatewayApp(GatewayMetrics(), source))
     yield source, f"127.0.0.1:{port}"
     server.shutdown()
 
@@ -165,6 +164,26 @@ def test_pages_that_ask_at_once_share_an_answer(system: System) -> None:
     for thread in threads:
         thread.join()
     assert len(set(times)) == 1
+
+
+def test_a_prometheus_is_told_of_every_process_and_no_series_twice(system: System) -> None:
+    address = system.gateway.health().metrics_address
+
+    def page(target: str) -> str:
+        with urllib.request.urlopen(f"http://{target}") as response:
+            return str(response.read().decode())
+
+    groups = json.loads(page(f"{address}/sd"))
+    named = {group["labels"]["process"]: group for group in groups}
+    assert set(named) == {"gateway-0", "worker-0", "shard-0", "shard-1"}
+    pages = {name: page(group["targets"][0] + group["labels"]["__metrics_path__"]) for name, group in named.items()}
+    for name, text in pages.items():
+        assert text.count("mobula_build_info{") == 1
+        assert f'mobula_build_info{{process="{name}"' in text
+    whole = page(f"{address}/metrics")
+    assert whole.count("mobula_build_info{") == 4
+    assert whole.count("# TYPE mobula_build_info gauge") == 1
+    assert "mobula_gateway_requests_in_flight" in whole
 
 
 def test_what_is_not_there_is_not_found(made_up: tuple[MadeUpSystem, str]) -> None:

@@ -27,7 +27,7 @@ def endpoints() -> Iterator[dict[str, str]]:
 
 
 def samples(metrics: GatewayMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
+    families = text_string_to_metric_families(generate_latest(metrics.of_all).decode())
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in families
@@ -46,7 +46,7 @@ def test_every_process_is_on_the_page_under_its_own_labels(endpoints: dict[str, 
 def test_each_family_is_described_once(endpoints: dict[str, str]) -> None:
     metrics = GatewayMetrics()
     metrics.processes.targets = endpoints
-    page = generate_latest(metrics.registry).decode()
+    page = generate_latest(metrics.of_all).decode()
     assert page.count("# TYPE mobula_prompt_tokens_total counter") == 1
 
 
