@@ -3,10 +3,11 @@
     import_path: cluster.serve_app:app
     args: {config: /etc/mobula/cluster.yaml}
 
-One Serve replica starts the whole system and ends it in order. It is up when the system serves, healthy while the
-controller answers, and shows the status over HTTP. Tokens do not pass Serve: clients call the gateways, which listen
-themselves (ARCHITECTURE.md, Decisions). Restarting this replica would restart everything, so a lost shard or worker,
-which the controller replaces, is no reason to.
+One Serve replica starts the whole system, or takes over one that runs, and ends it in order when Serve deletes the
+application. It is up when the system serves, healthy while there is a controller, and shows the status over HTTP.
+Tokens do not pass Serve: clients call the gateways, which listen themselves (ARCHITECTURE.md, Decisions). Serve ends a
+replica that it finds unhealthy, and with it everything; so a lost shard, worker or controller, which come back, is no
+reason.
 """
 
 import asyncio
@@ -22,11 +23,13 @@ from ray.serve import Application
 from cluster.commands.message_fields import plain_fields
 from cluster.config import read_config
 from cluster.controller.admin_messages import status_message
-from cluster.controller.controller import StartError
 from cluster.controller.process import ClusterStatus
 from cluster.roles.launch import Deployment
 
 logger = logging.getLogger(__name__)
+
+HEALTH_PERIOD_S = 4.0  # each check also tells the controller that its owner is there; see cluster/controller/lease.py
+NO_CONTROLLER = ClusterStatus(processes=(), is_serving=False, placement_version=0)  # Ray starts it again
 
 
 class AppArgs(BaseModel, extra="forbid"):
@@ -35,7 +38,7 @@ class AppArgs(BaseModel, extra="forbid"):
     config: str  # path of the configuration file, on the node of the replica
 
 
-@serve.deployment(name="system", num_replicas=1, max_ongoing_requests=16)
+@serve.deployment(name="system", num_replicas=1, max_ongoing_requests=16, health_check_period_s=HEALTH_PERIOD_S)
 class System:
     """A running Mobula."""
 
@@ -48,10 +51,10 @@ class System:
 
     async def __call__(self, request: Any) -> dict[str, Any]:
         """GET: the status, fields as in protos/admin.proto."""
-        return plain_fields(status_message(await self._status()))
+        return plain_fields(status_message(await self._status() or NO_CONTROLLER))
 
     async def check_health(self) -> None:
-        """Raises StartError when the controller is gone."""
+        """Raises StartError when the controller is gone for good."""
         await self._status()
 
     def __del__(self) -> None:
@@ -59,11 +62,8 @@ class System:
         if hasattr(self, "_running"):  # else it did not come up
             self._running.close()
 
-    async def _status(self) -> ClusterStatus:
-        status = await asyncio.to_thread(self._deployment.status)
-        if status is None:
-            raise StartError("the controller has not created its processes yet")
-        return status
+    async def _status(self) -> ClusterStatus | None:
+        return await asyncio.to_thread(self._deployment.status)
 
 
 def app(args: AppArgs) -> Application:

@@ -11,6 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster import serve_app
 from cluster.config import ActorConfig, MobulaConfig, PlacementStrategy
+from cluster.controller.lease import LEASE_S
 from tests.k8s.manifests import K8S, TARGETS, Group, Manifest, config, groups, of_kind, pods, ray_cluster_spec, render
 
 PLAIN = "overlays/raycluster"  # without Serve
@@ -89,6 +90,7 @@ def test_serve_is_asked_for_the_application_and_waits_for_the_drain(target: str)
     (mount,) = [mount for mount in gateway.container["volumeMounts"] if path.startswith(mount["mountPath"] + "/")]
     volumes = {volume["name"]: volume for volume in gateway.template["spec"]["volumes"]}
     assert volumes[mount["name"]]["configMap"]["name"] == "mobula-config"
+    assert deployment.health_check_period_s <= serve_app.HEALTH_PERIOD_S < LEASE_S / 2
     assert deployment.graceful_shutdown_timeout_s >= 3 * settings.drain_timeout_s + STOP_MARGIN_S
 
 
