@@ -66,6 +66,20 @@ def test_each_role_finds_its_nodes_by_label_and_has_one_for_each_process(target:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_rays_autoscaler_may_get_what_mobula_may_ask_for(target: str) -> None:
+    manifests = render(target)
+    spec, scaling = ray_cluster_spec(manifests), config(manifests).expert_shards.autoscaling
+    assert spec.get("enableInTreeAutoscaling", False) == scaling.enabled
+    for group in spec["workerGroupSpecs"]:
+        fewest, most = group["minReplicas"], group["maxReplicas"]
+        if scaling.enabled and group["groupName"] == "expert":
+            assert (fewest, most) == (scaling.min_count, scaling.max_count)
+            assert fewest <= group["replicas"] <= most
+        else:
+            assert fewest == most == group["replicas"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_ray_listens_on_fixed_ports_that_name_no_other(target: str) -> None:
     for group in groups(render(target)).values():
         started = {int(group.ray_start[key]) for key in STARTED_PORT_KEYS}
@@ -152,11 +166,13 @@ def test_processes_of_a_role_are_spread_over_machines(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_pod_runs_with_as_few_rights_as_it_can(target: str) -> None:
-    for pod in pods(render(target)):
+    manifests = render(target)
+    for pod in pods(manifests):
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert spec["automountServiceAccountToken"] is False
+        scales = pod["metadata"]["name"] == "head" and ray_cluster_spec(manifests).get("enableInTreeAutoscaling", False)
+        assert spec["automountServiceAccountToken"] is scales
         for container in spec["containers"]:
             security = container["securityContext"]
             assert security["readOnlyRootFilesystem"] is True

@@ -10,6 +10,7 @@ Flow = tuple[str, str, int]  # from, to, port; Pods of Mobula by role, others by
 RAY_PORTS = (8265, 52365)  # dashboard and its agent, besides those that rayStartParams give
 PROMETHEUS, KUBERAY, CLIENTS = "prometheus", "kuberay-operator", "clients"
 DNS, REDIS, REDIS_CLEANUP, HUB = "kube-dns", "mobula-redis", "redis-cleanup", "addresses outside the cluster"
+ANY = "any address"  # the API server's is not known
 
 
 def wanted(manifests: list[Manifest]) -> set[Flow]:
@@ -35,6 +36,8 @@ def wanted(manifests: list[Manifest]) -> set[Flow]:
     flows |= {(role, DNS, 53) for role in found}
     if "gcsFaultToleranceOptions" in ray_cluster_spec(manifests):
         flows |= {("head", REDIS, 6379), (REDIS_CLEANUP, REDIS, 6379)}
+    if ray_cluster_spec(manifests).get("enableInTreeAutoscaling"):
+        flows |= {("head", ANY, 443), ("head", ANY, 6443)}
     if not settings.model.startswith(("/", "bundled")):
         flows |= {(role, HUB, 443) for role in found if role != "head"}
     return flows
@@ -62,8 +65,9 @@ def peers(rule: Manifest, key: str, found: dict[str, Group]) -> set[str]:
         labels = peer.get("podSelector", {}).get("matchLabels", {})
         if "ipBlock" in peer:
             assert peer["ipBlock"]["cidr"] == "0.0.0.0/0"
-            assert {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"} < set(peer["ipBlock"]["except"])
-            names.add(HUB)
+            spared = set(peer["ipBlock"].get("except", ()))
+            assert not spared or {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"} < spared
+            names.add(HUB if spared else ANY)
         elif "namespaceSelector" not in peer:
             names |= selected(peer["podSelector"], found)
         elif labels:
