@@ -130,3 +130,7 @@ class AdminClient(Connection):
     def drain(self, role: "admin_pb2.ProcessRole", rank: int) -> None:
         """That process is to end without a request noticing. Returns when it is decided."""
         self._stub.Drain(admin_pb2.DrainRequest(role=role, rank=rank), timeout=REBALANCE_TIMEOUT_S)
+
+    def restart(self, role: "admin_pb2.ProcessRole", rank: int) -> None:
+        """Another process is to take that one's place. Returns when it is decided."""
+        self._stub.Restart(admin_pb2.RestartRequest(role=role, rank=rank), timeout=REBALANCE_TIMEOUT_S)

@@ -22,6 +22,7 @@ class ProcessRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PROCESS_ROLE_UNSPECIFIED: _ClassVar[ProcessRole]
     PROCESS_ROLE_SHARD: _ClassVar[ProcessRole]
     PROCESS_ROLE_WORKER: _ClassVar[ProcessRole]
+    PROCESS_ROLE_GATEWAY: _ClassVar[ProcessRole]
 
 class RebalanceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -42,6 +43,7 @@ PROCESS_STATE_DOWN: ProcessState
 PROCESS_ROLE_UNSPECIFIED: ProcessRole
 PROCESS_ROLE_SHARD: ProcessRole
 PROCESS_ROLE_WORKER: ProcessRole
+PROCESS_ROLE_GATEWAY: ProcessRole
 REBALANCE_STATE_UNSPECIFIED: RebalanceState
 REBALANCE_STATE_IDLE: RebalanceState
 REBALANCE_STATE_STAGING: RebalanceState
@@ -171,5 +173,17 @@ class DrainRequest(_message.Message):
     def __init__(self, role: _Optional[_Union[ProcessRole, str]] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RestartRequest(_message.Message):
+    __slots__ = ("role", "rank")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    role: ProcessRole
+    rank: int
+    def __init__(self, role: _Optional[_Union[ProcessRole, str]] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class RestartResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

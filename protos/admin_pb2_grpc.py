@@ -54,6 +54,11 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Restart = channel.unary_unary(
+                '/mobula.v1.Admin/Restart',
+                request_serializer=protos_dot_admin__pb2.RestartRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.RestartResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -88,8 +93,20 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Lets one process end without a request noticing. A shard gives its units to the others first; other shards keep
-        their ep_rank. Returns when it is decided; GetStatus shows how far it is, and the process no longer when it is done.
+        """Lets one process end without a request noticing. A shard gives its units to the others first; a worker takes nothing
+        new, and other workers go on with what it has not ended in time. Others keep their ranks. Returns when it is decided;
+        GetStatus shows how far it is, and the process no longer when it is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restart(self, request, context):
+        """Ends one process in order and starts another in its place. Requests of a worker end or go on with other workers;
+        those that need a shard wait until it is back or ask a replica. Returns when it is decided; GetStatus shows another
+        generation of the process when it is done.
+
+        FAILED_PRECONDITION while any process is not ready: one at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +134,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=protos_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'Restart': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restart,
+                    request_deserializer=protos_dot_admin__pb2.RestartRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.RestartResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -227,6 +249,33 @@ class Admin:
             '/mobula.v1.Admin/Drain',
             protos_dot_admin__pb2.DrainRequest.SerializeToString,
             protos_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.v1.Admin/Restart',
+            protos_dot_admin__pb2.RestartRequest.SerializeToString,
+            protos_dot_admin__pb2.RestartResponse.FromString,
             options,
             channel_credentials,
             insecure,

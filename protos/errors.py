@@ -115,6 +115,13 @@ class RebalanceRefused(MobulaError):
     reason = "REBALANCE_REFUSED"
 
 
+class NotServing(MobulaError):
+    """What was asked for needs every process to be ready, and one is not."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "NOT_SERVING"
+
+
 class DeadlineExceeded(MobulaError):
     """A process did not answer in time; what was asked of it may still happen."""
 

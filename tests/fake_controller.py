@@ -7,7 +7,7 @@ from dataclasses import replace
 from cluster.config import GatewayConfig
 from cluster.controller.admin_server import AdminServer
 from cluster.controller.membership import ShardChange
-from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState
+from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState, RoleName
 from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, UnitMove
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.metrics import GatewayMetrics
@@ -70,6 +70,7 @@ class FakeController:
         self.error: Exception | None = None
         self.num_begun = 0
         self.drained: list[int] = []
+        self.ended: list[str] = []
 
     def status(self) -> ClusterStatus:
         if self.num_begun and self.ahead:
@@ -97,6 +98,12 @@ class FakeController:
             raise self.error
         self.drained.append(ep_rank)
         return ShardChange(drained=(ep_rank,))
+
+    def drain_worker(self, dp_rank: int) -> None:
+        self.ended.append(f"drain worker-{dp_rank}")
+
+    def restart(self, role: RoleName, rank: int) -> None:
+        self.ended.append(f"restart {role}-{rank}")
 
 
 def life(plan: RebalancePlan, *, aborted_while: RebalanceState | None = None) -> list[ClusterStatus]:

@@ -18,6 +18,7 @@ from cluster.commands import (
     chaos_command,
     checkpoint_command,
     keys_command,
+    restart_command,
     scale_command,
     trace_command,
 )
@@ -170,6 +171,7 @@ def experts(address: Address = DEFAULT_ADDRESS) -> None:
 
 app.command()(admin_command.status)
 app.command()(admin_command.rebalance)
+app.command()(restart_command.restart)
 
 
 def _settings(path: Path | None, model: str | None) -> "MobulaConfig":

@@ -1,4 +1,4 @@
-"""`mobula scale shards` and `mobula drain shard`: an operator or an autoscaler changes how many processes there are."""
+"""`mobula scale shards`, `mobula drain shard|worker`: how many processes there are is changed while requests run."""
 
 from typing import Annotated
 
@@ -53,6 +53,19 @@ def drain_shard(
     except grpc.RpcError as error:
         fail_call(error)
     console.print(f"shard {ep_rank} gives up its units and then ends; {SEE}", highlight=False)
+
+
+@drain_app.command("worker")
+def drain_worker(
+    dp_rank: Annotated[int, typer.Argument(min=0, help="The worker's number.")], address: Address = DEFAULT_ADDRESS
+) -> None:
+    """Give a worker no new requests, let others go on with those it does not end in time, then end it."""
+    try:
+        with AdminClient(address) as client:
+            client.drain(admin_pb2.PROCESS_ROLE_WORKER, dp_rank)
+    except grpc.RpcError as error:
+        fail_call(error)
+    console.print(f"worker {dp_rank} hands its requests over and then ends; {SEE}", highlight=False)
 
 
 def _listed(ranks: list[int]) -> str:

@@ -5,7 +5,7 @@ answered meanwhile. Knows nothing of Ray; the calls have no right of their own y
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -14,7 +14,7 @@ import grpc.aio
 
 from cluster.controller.admin_messages import rebalance_message, status_message
 from cluster.controller.membership import ShardChange
-from cluster.controller.process import ClusterStatus
+from cluster.controller.process import ClusterStatus, RoleName
 from cluster.controller.rebalance import RebalancePlan
 from protos import admin_pb2, errors, rpc
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
@@ -22,6 +22,11 @@ from protos.loop_thread import LoopThread
 
 SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 STOP_TIMEOUT_S = 5.0
+ROLES: Mapping[int, RoleName] = {
+    admin_pb2.PROCESS_ROLE_SHARD: RoleName.SHARD,
+    admin_pb2.PROCESS_ROLE_WORKER: RoleName.WORKER,
+    admin_pb2.PROCESS_ROLE_GATEWAY: RoleName.GATEWAY,
+}
 T = TypeVar("T")
 
 
@@ -43,6 +48,12 @@ class AdminController(Protocol):
     def drain_shard(self, ep_rank: int) -> ShardChange:
         """The shard gives up its units and ends. Raises MobulaError when that cannot be."""
 
+    def drain_worker(self, dp_rank: int) -> None:
+        """The worker hands its requests over and ends. Raises MobulaError when that cannot be."""
+
+    def restart(self, role: RoleName, rank: int) -> None:
+        """Another generation takes the process's place. Raises MobulaError when that cannot be."""
+
 
 class AdminServicer:
     """The Admin service over raw bytes."""
@@ -57,6 +68,7 @@ class AdminServicer:
             "Rebalance": self.rebalance,
             "ScaleShards": self.scale_shards,
             "Drain": self.drain,
+            "Restart": self.restart,
         }
         handlers = {name: rpc.unary_handler(method) for name, method in methods.items()}
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
@@ -83,10 +95,23 @@ class AdminServicer:
     async def drain(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Admin.Drain."""
         asked = rpc.parse(admin_pb2.DrainRequest, request)
-        if asked.role != admin_pb2.PROCESS_ROLE_SHARD:
-            raise errors.InvalidRequest(f"role is {asked.role}, only shards (1) can be drained", field="role")
-        await self._planned(self._controller.drain_shard, asked.rank)
+        if asked.role == admin_pb2.PROCESS_ROLE_SHARD:
+            await self._planned(self._controller.drain_shard, asked.rank)
+        elif asked.role == admin_pb2.PROCESS_ROLE_WORKER:
+            await self._planned(self._controller.drain_worker, asked.rank)
+        else:
+            raise errors.InvalidRequest(
+                f"role is {asked.role}, only shards (1) and workers (2) can be drained", field="role"
+            )
         return bytes(admin_pb2.DrainResponse().SerializeToString())
+
+    async def restart(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Admin.Restart."""
+        asked = rpc.parse(admin_pb2.RestartRequest, request)
+        if asked.role not in ROLES:
+            raise errors.InvalidRequest(f"role is {asked.role}, must be one of {sorted(ROLES)}", field="role")
+        await self._planned(self._controller.restart, ROLES[asked.role], asked.rank)
+        return bytes(admin_pb2.RestartResponse().SerializeToString())
 
     async def _planned(self, method: Callable[..., T], *args: object) -> T:
         """What a call to the controller that may compute a placement returns."""

@@ -9,7 +9,7 @@ One round of the loop, the same at start, after a process died and when nothing 
   4. publish: tell the gateway which workers serve, which endpoints hold metrics and who answers admin calls;
   5. balance: watch the experts' load and move them while requests run (balance.py), also when shards come or leave;
   6. scale: have more or fewer shards where the configuration lets their load decide (shard_scaling.py);
-  7. answer what operators asked (inbox.py).
+  7. answer what operators asked (inbox.py), and let those processes end that are drained or replaced (departures.py).
 Tokens never pass here: while the controller is gone, everything that runs goes on. Knows nothing of Ray.
 """
 
@@ -22,6 +22,7 @@ from dataclasses import replace
 
 from cluster.config import RebalancingConfig, ShardScalingConfig
 from cluster.controller.balance import Balance, Proposer
+from cluster.controller.departures import Departures
 from cluster.controller.inbox import Inbox
 from cluster.controller.membership import ShardChange
 from cluster.controller.process import (
@@ -86,6 +87,7 @@ class Controller:
             clock=clock,
         )
         self._scaling = ShardScaling(self._balance.membership, scaling or ShardScalingConfig(), clock)
+        self._departures = Departures(processes, drain_timeout_s)
         self._inbox = Inbox()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
@@ -121,6 +123,14 @@ class Controller:
     def drain_shard(self, ep_rank: int) -> ShardChange:
         """The shard gives its units to the others and ends. As scale_shards."""
         return self._inbox.ask(lambda: self._balance.membership.drain(ep_rank))
+
+    def drain_worker(self, dp_rank: int) -> None:
+        """The worker hands its requests over and ends. From any other thread. Raises InvalidRequest."""
+        self._inbox.ask(lambda: self._departures.drain_worker(dp_rank))
+
+    def restart(self, role: RoleName, rank: int) -> None:
+        """Another generation takes the process's place. From any other thread. Raises InvalidRequest, NotServing."""
+        self._inbox.ask(lambda: self._departures.restart(role, rank, is_serving=self._status.is_serving))
 
     def stop(self, drain_timeout_s: float) -> None:
         """Ends the system in the order of the tokens' way: gateways drain, then workers, then shards."""
@@ -158,9 +168,12 @@ class Controller:
             self._tell(RoleName.WORKER, placement, "update_placement", self._expert_map, shards)
         if self._balance.is_idle and self._is_placement_used_alone():
             self._tell(RoleName.SHARD, self._expert_map.placement_version, "serve_only", self._expert_map)
-        workers = {p.rank: p.health.address for p in self._members(RoleName.WORKER) if p.is_connected}
+        workers = {
+            p.rank: p.health.address for p in self._members(RoleName.WORKER) if p.is_connected and not p.is_ending
+        }
         members = (workers, self._metrics_addresses(), self.admin_address)
         self._tell(RoleName.GATEWAY, members, "update_members", *members)
+        self._departures.round()
         self._publish_status(has_all_shards)
 
     def _begin_rebalance(self) -> RebalancePlan:
@@ -248,9 +261,12 @@ class Controller:
 
 def _shown(process: ManagedProcess) -> ProcessHealth:
     """Its health, and what it cannot know itself."""
-    if not process.is_leaving or process.health.detail:
+    if process.health.detail or not process.is_ending:
         return process.health
-    return replace(process.health, detail="is drained: its units move to the other shards")
+    if process.is_replaced:
+        return replace(process.health, detail="ends, and is started again")
+    what = "its units move to the other shards" if process.role is RoleName.SHARD else "others go on with its requests"
+    return replace(process.health, detail=f"is drained: {what}")
 
 
 def _answer(process: ManagedProcess) -> ProcessHealth:

@@ -116,7 +116,8 @@ class ManagedProcess:
     restart_at_s: float = 0.0  # if it has failed; a moment of the controller's clock
     pending_health: Future[ProcessHealth] | None = None
     told: tuple[str, object] | None = None  # its generation when it was last told something, and what
-    is_leaving: bool = False  # a shard that gives up its units and then ends
+    is_leaving: bool = False  # a shard that gives up its units, or a worker its requests, and then ends
+    is_replaced: bool = False  # it is to end, and another generation to take its place
     stopping: Future[Any] | None = None  # once it was told to end
 
     @property
@@ -126,6 +127,11 @@ class ManagedProcess:
     @property
     def is_ready(self) -> bool:
         return self.health.state is ProcessState.READY
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether nothing new should be given to it."""
+        return self.is_leaving or self.is_replaced
 
     @property
     def is_connected(self) -> bool:

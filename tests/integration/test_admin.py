@@ -109,6 +109,17 @@ def test_shards_are_scaled_and_drained_through_the_gateway(gateway: GatewayHost,
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_workers_are_drained_and_processes_replaced_through_the_gateway(
+    gateway: GatewayHost, controller: FakeController
+) -> None:
+    with AdminClient(gateway.address) as client:
+        client.drain(admin_pb2.PROCESS_ROLE_WORKER, 1)
+        client.restart(admin_pb2.PROCESS_ROLE_GATEWAY, 0)
+        error = refused(lambda: client.restart(admin_pb2.PROCESS_ROLE_UNSPECIFIED, 0))
+    assert controller.ended == ["drain worker-1", "restart gateway-0"]
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_what_the_controller_refuses_reaches_the_client_with_its_details(
     gateway: GatewayHost, controller: FakeController
 ) -> None:

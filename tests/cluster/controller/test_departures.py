@@ -1,0 +1,68 @@
+"""Workers that are drained and processes that are replaced, without Ray and without waiting."""
+
+from concurrent.futures import Future
+
+import pytest
+
+from cluster.controller.controller import Controller
+from cluster.controller.process import RoleName
+from protos.errors import InvalidRequest, NotServing
+from tests.cluster.fake_processes import FakeProcess, run, system
+
+
+def serving() -> tuple[Controller, dict[str, FakeProcess]]:
+    controller, fakes = system()
+    run(controller, 4)
+    return controller, fakes
+
+
+def names(controller: Controller) -> list[str]:
+    return [name for name, _ in controller.status().processes]
+
+
+def test_a_drained_worker_gets_nothing_new_before_it_is_told_to_stop_and_is_gone_when_it_has() -> None:
+    controller, fakes = serving()
+    stopped: Future[None] = Future()
+    fakes["worker-0"].answers["stop"] = stopped
+    order: list[str] = []
+    for name in ("gateway-0", "worker-0"):
+        fakes[name].on_call = lambda method, name=name: order.append(f"{name} {method}")  # type: ignore[misc]
+    controller._departures.drain_worker(0)
+    run(controller, 3)
+    assert [step for step in order if "health" not in step] == ["gateway-0 update_members", "worker-0 stop"]
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {1}
+    assert fakes["worker-0"].is_alive
+    stopped.set_result(None)
+    run(controller, 1)
+    assert not fakes["worker-0"].is_alive
+    assert "worker-0" not in names(controller)
+    assert controller.status().is_serving
+
+
+def test_the_last_worker_stays() -> None:
+    controller, _ = serving()
+    controller._departures.drain_worker(1)
+    with pytest.raises(InvalidRequest, match="worker 0 is the last one"):
+        controller._departures.drain_worker(0)
+    with pytest.raises(InvalidRequest, match="there is no worker 7"):
+        controller._departures.drain_worker(7)
+
+
+@pytest.mark.parametrize("role", list(RoleName))
+def test_a_process_is_replaced_and_the_next_one_only_when_everything_serves_again(role: RoleName) -> None:
+    controller, fakes = serving()
+    name = f"{role}-0"
+    generation = fakes[name].generation
+    controller._departures.restart(role, 0, is_serving=controller.status().is_serving)
+    with pytest.raises(NotServing):
+        controller._departures.restart(RoleName.WORKER, 1, is_serving=controller.status().is_serving)
+    run(controller, 1)
+    with pytest.raises(NotServing):
+        controller._departures.restart(RoleName.WORKER, 1, is_serving=controller.status().is_serving)
+    run(controller, 6)
+    controller._departures.restart(RoleName.WORKER, 1, is_serving=controller.status().is_serving)
+    assert fakes[name].generation != generation
+    assert controller.status().is_serving
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {0, 1}
+    assert len(fakes[name].told("stop")) == 1
+    assert fakes["shard-1"].told("stage") == []  # a shard that comes back keeps its units
