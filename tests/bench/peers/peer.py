@@ -148,7 +148,8 @@ def _compiled(location: Path, folder: Path) -> Path:
         raise Unmeasurable(f"llama.cpp: no libllama under {location}")
     command = [
         *("g++", "-O2", "-std=c++17", f"-I{location / 'include'}", str(source), "-o", str(binary)),
-        *(f"-L{library}", f"-Wl,-rpath,{library}", "-lllama", "-lggml", "-lggml-base"),
+        # DT_RPATH, unlike DT_RUNPATH, is also where libllama's own libraries are looked for.
+        *(f"-L{library}", f"-Wl,--disable-new-dtags,-rpath,{library}", "-lllama", "-lggml", "-lggml-base"),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
