@@ -167,6 +167,7 @@ class ExpertShardsConfig(ActorConfig):
     units_per_layer: Count | None = None  # for models without expert groups; unset: up to 8 contiguous sets
     max_waiting_forwards: Annotated[int, Field(ge=1)] = 1024  # per shard; more are refused, not queued
     max_waiting_mib: Annotated[int, Field(ge=1)] = 1024  # of frames that wait, per shard; the same
+    self_check_interval_s: Annotated[float, Field(gt=0)] | None = 0.25  # between two experts' checks; null: none
     rebalancing: RebalancingConfig = Field(default_factory=RebalancingConfig)
     autoscaling: ShardScalingConfig = Field(default_factory=ShardScalingConfig)
 

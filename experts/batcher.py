@@ -62,7 +62,8 @@ Compute = Callable[[list[WaitingForward]], Tensor]  # the merged partial sums, f
 class Batcher:
     """`submit` from any thread; `compute` runs in the batcher's own thread, "experts".
 
-    A forward that is computed alone may be computed right into its `out`.
+    A forward that is computed alone may be computed right into its `out`. when_idle: called in that thread when nothing
+    waits, `idle_interval_s` after the time before.
     """
 
     def __init__(
@@ -70,12 +71,17 @@ class Batcher:
         compute: Compute,
         max_waiting: int,
         max_waiting_bytes: int,
+        when_idle: Callable[[], None] = lambda: None,
+        idle_interval_s: float | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.poller = Poller()  # what is registered runs in the compute thread, between computations
         self._compute = compute
         self._max_waiting = max_waiting
         self._max_waiting_bytes = max_waiting_bytes
+        self._when_idle = when_idle
+        self._idle_interval_s = idle_interval_s
+        self._idled_ns = 0
         self._clock_ns = clock_ns
         self._waiting: list[WaitingForward] = []
         self._lock = threading.Lock()
@@ -145,6 +151,22 @@ class Batcher:
             _tell(waiting, output)
         return len(batch)
 
+    def refuse(self, weights: LayerWeights, error: MobulaError) -> None:
+        """Answers what waits for a layer with an error. The compute thread's."""
+        with self._lock:
+            refused = [waiting for waiting in self._waiting if waiting.weights.layer_id == weights.layer_id]
+            self._waiting = [waiting for waiting in self._waiting if waiting.weights.layer_id != weights.layer_id]
+        for waiting in refused:
+            _tell(waiting, error)
+
+    def _use_idle_time(self) -> None:
+        if self._idle_interval_s is None or self._waiting or self._is_stopping:
+            return
+        now_ns = self._clock_ns()
+        if now_ns - self._idled_ns >= self._idle_interval_s * 1e9:
+            self._idled_ns = now_ns
+            self._when_idle()
+
     def _take_batch(self) -> list[WaitingForward]:
         """Everything for the oldest forward's layer and version, in order of arrival."""
         with self._lock:
@@ -158,11 +180,12 @@ class Batcher:
     def _run(self) -> None:
         while self._waiting or not self._is_stopping:
             try:
-                self.poller.poll(0.0 if self._waiting or self._is_stopping else None)
+                self.poller.poll(0.0 if self._waiting or self._is_stopping else self._idle_interval_s)
                 for _ in range(MAX_POLLS):
                     if not self.poller.poll(0.0):
                         break
                 self.compute_next()
+                self._use_idle_time()
             except Exception:  # the thread's top: one forward's fault is not the others'
                 logger.exception("a forward failed in an unexpected way")
         self.poller.end()

@@ -28,6 +28,9 @@ class ShardMetrics(Collector):
         self.num_forwards = 0
         self.weight_bytes = 0
         self.num_units = 0
+        self.num_self_checks = 0
+        self.num_wrong_units = 0
+        self.num_repaired_units = 0
         self.queue_seconds = TallyHistogram(
             "mobula_expert_queue_seconds",
             "From a forward's arrival until its computation began.",
@@ -61,10 +64,17 @@ class ShardMetrics(Collector):
             ("mobula_ep_rank_received_bytes", "Hidden states and assignments received.", self.received_bytes),
             ("mobula_ep_rank_sent_bytes", "Partial sums sent back.", self.sent_bytes),
             ("mobula_expert_forwards", "Forwards answered with partial sums.", self.num_forwards),
+            ("mobula_expert_self_checks", "Experts asked again for their known answers.", self.num_self_checks),
+            ("mobula_repaired_units", "Units that were wrong and right when read again.", self.num_repaired_units),
         )
         gauges = (
             ("mobula_expert_weight_bytes", "Bytes of expert weights held.", self.weight_bytes),
             ("mobula_expert_units", "Placement units held.", self.num_units),
+            (
+                "mobula_wrong_units",
+                "Units whose experts do not give their known answers; refused.",
+                self.num_wrong_units,
+            ),
         )
         names, values = tuple(self._labels), tuple(self._labels.values())
         for name, documentation, count in counters:

@@ -19,12 +19,14 @@ from experts.batcher import Batcher, ForwardOutput, WaitingForward
 from experts.expert_load import ExpertLoad, LoadSnapshot
 from experts.forward_frame import answer_frame, answer_tensor, read_forward
 from experts.grouped_ffn import grouped_ffn, merge
+from experts.known_answers import KnownAnswers
 from experts.metrics import ShardMetrics
 from experts.pacer import Pacer
+from experts.self_check import SelfCheck, WrongUnit
 from experts.weight_store import CopyExpert, Expert, ExpertModel, Unit, WeightReader, WeightStore
 from protos import expert_pb2
 from protos.codec import decode_frame
-from protos.errors import InvalidRequest, MobulaError
+from protos.errors import InvalidRequest, MobulaError, StalePlacement
 from protos.poller import Poller
 
 GroupedFfn = Callable[..., Tensor]  # grouped_ffn and what stands in for it
@@ -36,6 +38,7 @@ class ShardConfig:
 
     ep_rank: int
     max_waiting_forwards: int = 1024  # more are refused with RESOURCE_EXHAUSTED; workers retry
+    self_check_interval_s: float | None = None  # between two experts' known answers; None: never asked again
     max_waiting_bytes: int = 2**30  # of frames from streams, the same; rings are the workers' own memory
 
 
@@ -49,15 +52,27 @@ class ExpertShard:
         reader: WeightReader,
         metrics: ShardMetrics,
         ffn: GroupedFfn = grouped_ffn,
+        on_wrong: Callable[[], None] = lambda: None,
     ) -> None:
-        """ffn: what computes; anything but grouped_ffn is for measuring what is around it."""
+        """ffn: what computes; anything but grouped_ffn is for measuring what is around it.
+
+        on_wrong: told by the compute thread that a unit is quarantined; whoever controls the shard calls `repair` then.
+        """
         self._config = config
         self._model = model
         self._store = WeightStore(model, reader)
         self._load = ExpertLoad(model.moe_layer_ids, model.n_routed_experts)
         self._metrics = metrics
         self._ffn = ffn
-        self._batcher = Batcher(self._compute, config.max_waiting_forwards, config.max_waiting_bytes)
+        known = KnownAnswers(model, lambda *arguments: self._ffn(*arguments))
+        self._self_check = SelfCheck(config.ep_rank, self._store, known, metrics, on_wrong)
+        self._batcher = Batcher(
+            self._compute,
+            config.max_waiting_forwards,
+            config.max_waiting_bytes,
+            when_idle=self._check_next,
+            idle_interval_s=config.self_check_interval_s,
+        )
 
     @property
     def ep_rank(self) -> int:
@@ -113,15 +128,19 @@ class ExpertShard:
         """
         on_read = None if max_bytes_per_s is None else Pacer(max_bytes_per_s, lambda: self._batcher.num_waiting).pace
         self._store.stage(units, on_read, copy)
+        self._self_check.note()
         self._show_weights()
 
     def expert(self, layer_id: int, expert_id: int) -> Expert | None:
-        """The weights of one that is held, under whichever version. From any thread."""
+        """The weights of one that is held and right, under whichever version. From any thread."""
+        if any(wrong.layer_id == layer_id for wrong in self.wrong_units()):
+            return None
         return self._store.expert(layer_id, expert_id)
 
     def activate(self, placement_version: int, units: Iterable[Unit]) -> None:
         """Serves `units` under `placement_version`, beside the versions served before; reads what is not staged."""
         self._store.activate(placement_version, units)
+        self._self_check.note()
         self._show_weights()
 
     def release(self, placement_version: int) -> None:
@@ -133,6 +152,14 @@ class ExpertShard:
         """Drops units that no placement served has."""
         self._store.drop_staged()
         self._show_weights()
+
+    def wrong_units(self) -> list[WrongUnit]:
+        """Units that do not give their known answers, and whose forwards are refused. From any thread."""
+        return self._self_check.wrong_units()
+
+    def repair(self) -> None:
+        """Reads such units again."""
+        self._self_check.repair()
 
     def forward(self, frame: bytes) -> Future[bytes]:
         """The answer to a ForwardRequest frame, which may be an error's.
@@ -177,6 +204,7 @@ class ExpertShard:
                     field="header.layer_id",
                 )
             forward = read_forward(header, payload, self._model, layer)
+            self._self_check.refuse_wrong(layer, forward)
             out = None if answer is None else answer_tensor(answer, forward, self._model)
             waiting = WaitingForward(
                 weights=layer,
@@ -215,6 +243,11 @@ class ExpertShard:
         metrics.received_bytes += merged.hidden_states.nbytes + merged.assignments.nbytes
         metrics.sent_bytes += sums.nbytes
         return sums
+
+    def _check_next(self) -> None:
+        layer = self._self_check.check_next()
+        if layer is not None:
+            self._batcher.refuse(layer, StalePlacement("a unit of the layer was found wrong just now; ask again"))
 
     def _show_weights(self) -> None:
         self._metrics.weight_bytes = self._store.weight_bytes

@@ -137,6 +137,34 @@ class WeightStore:
         """One that is held, under whichever version."""
         return self._experts.get((layer_id, expert_id))
 
+    def held_experts(self) -> list[tuple[tuple[int, int], Expert]]:
+        """All that are held, by (layer_id, expert_id)."""
+        return list(self._experts.items())
+
+    def layers(self, placement_version: int) -> list[LayerWeights]:
+        """What is held under a version; nothing under one that is not served."""
+        return list(self._served.get(placement_version, {}).values())
+
+    def read_again(self, layer_id: int, unit_id: int) -> list[tuple[LayerWeights, tuple[int, ...]]]:
+        """Replaces a unit's weights, under every version, by what the checkpoint has.
+
+        The layers that have it, each with the unit's expert ids.
+        """
+        units = [unit for unit in self._units if (unit.layer_id, unit.unit_id) == (layer_id, unit_id)]
+        for unit in units:
+            for expert_id in unit.expert_ids:
+                self._experts[layer_id, expert_id] = self._read_expert(layer_id, expert_id, None)
+        for other in [unit for unit in self._units if unit.layer_id == layer_id]:  # may share experts
+            self._units[other] = self._read(other, None, lambda *_: None)
+        renewed = []
+        for version, held in self._units_of_version.items():
+            in_layer = [unit for unit in held if unit.layer_id == layer_id]
+            layer = self._layer(version, layer_id, in_layer)
+            layers = MappingProxyType({**self._served[version], layer_id: layer})
+            self._served = MappingProxyType({**self._served, version: layers})
+            renewed += [(layer, unit.expert_ids) for unit in in_layer if unit in units]
+        return renewed
+
     def drop_staged(self) -> None:
         """Drops the units that no version has, and what was read of one."""
         for unit in set(self._units).difference(*self._units_of_version.values()):

@@ -57,7 +57,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("name", "state", "address", "pid", "weight_bytes", "detail", "generation")
+    __slots__ = ("name", "state", "address", "pid", "weight_bytes", "detail", "generation", "num_units", "quarantines")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,8 @@ class ProcessStatus(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNITS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINES_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ProcessState
     address: str
@@ -72,7 +74,21 @@ class ProcessStatus(_message.Message):
     weight_bytes: int
     detail: str
     generation: str
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ProcessState, str]] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., detail: _Optional[str] = ..., generation: _Optional[str] = ...) -> None: ...
+    num_units: int
+    quarantines: _containers.RepeatedCompositeFieldContainer[Quarantine]
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ProcessState, str]] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., detail: _Optional[str] = ..., generation: _Optional[str] = ..., num_units: _Optional[int] = ..., quarantines: _Optional[_Iterable[_Union[Quarantine, _Mapping]]] = ...) -> None: ...
+
+class Quarantine(_message.Message):
+    __slots__ = ("ep_rank", "layer_id", "unit_id", "reason")
+    EP_RANK_FIELD_NUMBER: _ClassVar[int]
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    UNIT_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ep_rank: int
+    layer_id: int
+    unit_id: int
+    reason: str
+    def __init__(self, ep_rank: _Optional[int] = ..., layer_id: _Optional[int] = ..., unit_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RebalanceStatus(_message.Message):
     __slots__ = ("state", "target_version", "moved_bytes", "planned_bytes", "num_done", "num_aborted", "last_result", "seconds_since_success")

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.commands.views import format_bytes, processes_view
-from cluster.controller.process import ClusterStatus
+from cluster.controller.process import ClusterStatus, Quarantine
 from cluster.controller.rebalance import RebalanceState, RebalanceStatus
 from protos import admin_pb2
 
@@ -16,7 +16,22 @@ def status_view(status: ClusterStatus) -> RenderableType:
     """One line a process, then what is served and how far a rebalance is."""
     verdict = Text("serving" if status.is_serving else "not serving", style="green" if status.is_serving else "yellow")
     verdict.append(f", placement version {status.placement_version}", style="default")
-    return Group(processes_view(status), Text(), verdict, Text(f"rebalance: {rebalance_line(status.rebalance)}"))
+    quarantines = [
+        Text(f"{name}: {quarantine_line(quarantine)}", style="red")
+        for name, health in status.processes
+        for quarantine in health.quarantines
+    ]
+    return Group(
+        processes_view(status), Text(), *quarantines, verdict, Text(f"rebalance: {rebalance_line(status.rebalance)}")
+    )
+
+
+def quarantine_line(quarantine: Quarantine) -> str:
+    """What is not trusted, and why."""
+    what = f"shard {quarantine.ep_rank}"
+    if quarantine.layer_id is not None:
+        what = f"unit {quarantine.unit_id} of layer {quarantine.layer_id} on {what}"
+    return f"{what} is quarantined: {quarantine.reason}"
 
 
 def rebalance_line(status: RebalanceStatus) -> str:

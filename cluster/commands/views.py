@@ -41,7 +41,7 @@ def processes_view(status: ClusterStatus | None) -> RenderableType:
     if status is None or not status.processes:
         return Text("waiting for Ray to place the processes ...", style="dim")
     table = Table(box=None, padding=(0, 2))
-    for heading in ("process", "state", "pid", "weights", "address"):
+    for heading in ("process", "state", "pid", "units", "weights", "address"):
         table.add_column(heading, style="bold" if heading == "process" else None)
     for name, health in status.processes:
         is_up = health.pid != 0
@@ -49,6 +49,7 @@ def processes_view(status: ClusterStatus | None) -> RenderableType:
             name,
             Text(health.state.value, style=STATE_STYLES[health.state]),
             str(health.pid) if is_up else "",
+            str(health.num_units) if health.num_units else "",
             format_bytes(health.weight_bytes) if health.weight_bytes else "",
             Text(health.address or health.detail),  # not markup: an error may hold brackets
         )

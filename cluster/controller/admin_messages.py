@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState
+from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState, Quarantine
 from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus
 from protos import admin_pb2
 
@@ -26,6 +26,8 @@ def status_message(status: ClusterStatus) -> admin_pb2.GetStatusResponse:
                 weight_bytes=health.weight_bytes,
                 detail=health.detail,
                 generation=health.generation,
+                num_units=health.num_units,
+                quarantines=[admin_pb2.Quarantine(**quarantine._asdict()) for quarantine in health.quarantines],
             )
             for name, health in status.processes
         ],
@@ -47,6 +49,8 @@ def cluster_status(message: admin_pb2.GetStatusResponse) -> ClusterStatus:
                 detail=process.detail,
                 pid=process.pid,
                 weight_bytes=process.weight_bytes,
+                num_units=process.num_units,
+                quarantines=tuple(_quarantine(quarantine) for quarantine in process.quarantines),
             ),
         )
         for process in message.processes
@@ -100,6 +104,15 @@ def _rebalance_status(message: admin_pb2.RebalanceStatus) -> RebalanceStatus:
         num_aborted=message.num_aborted,
         last_result=message.last_result,
         seconds_since_success=message.seconds_since_success if has_succeeded else None,
+    )
+
+
+def _quarantine(message: admin_pb2.Quarantine) -> Quarantine:
+    return Quarantine(
+        ep_rank=message.ep_rank,
+        layer_id=message.layer_id if message.HasField("layer_id") else None,
+        unit_id=message.unit_id if message.HasField("unit_id") else None,
+        reason=message.reason,
     )
 
 

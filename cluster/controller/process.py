@@ -4,7 +4,7 @@ import secrets
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cluster.controller.rebalance import RebalanceStatus
 
@@ -28,6 +28,15 @@ class ProcessState(StrEnum):
     DOWN = "down"  # did not answer the controller
 
 
+class Quarantine(NamedTuple):
+    """What a process does not trust: a shard as a whole, or its replica of one unit. reason: for people."""
+
+    ep_rank: int
+    layer_id: int | None
+    unit_id: int | None
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessHealth:
     """A process about itself.
@@ -39,6 +48,8 @@ class ProcessHealth:
         detail: what it is doing, or why it failed.
         domain: failure domain that the process runs in, its node or zone; "" if not known.
         weight_bytes: weights kept in memory.
+        num_units: placement units that a shard holds.
+        quarantines: by a shard of its own units, by a worker of shards and their units.
         peak_rss_bytes: largest resident set since the process started.
         load_rss_bytes: how much the resident set grew at most while the weights were read.
         placement_version, oldest_placement_version: that a worker knows, and under which a forward is under way; 0 for
@@ -53,6 +64,8 @@ class ProcessHealth:
     pid: int = 0
     domain: str = ""
     weight_bytes: int = 0
+    num_units: int = 0
+    quarantines: tuple[Quarantine, ...] = ()
     peak_rss_bytes: int = 0
     load_rss_bytes: int = 0
     placement_version: int = 0

@@ -1,11 +1,12 @@
 """An expert shard's process: reads its placement units and answers forwards."""
 
+import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
 
 from cluster.config import ActorConfig, MobulaConfig
-from cluster.controller.process import ProcessHealth
+from cluster.controller.process import ProcessHealth, Quarantine
 from cluster.controller.shard_scaling import ShardWork
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import open_model
@@ -19,6 +20,8 @@ from experts.weight_store import Unit
 from protos.credentials import PeerRole
 from protos.errors import Unavailable
 from router.expert_map import ExpertMap, PlacementUnit
+
+logger = logging.getLogger(__name__)
 
 
 class ShardRole(Role):
@@ -44,8 +47,11 @@ class ShardRole(Role):
             ep_rank=self._ep_rank,
             max_waiting_forwards=shards.max_waiting_forwards,
             max_waiting_bytes=shards.max_waiting_mib * 2**20,
+            self_check_interval_s=shards.self_check_interval_s,
         )
-        shard = ExpertShard(shard_config, model.expert_model, model.checkpoint, self._metrics)
+        shard = ExpertShard(
+            shard_config, model.expert_model, model.checkpoint, self._metrics, on_wrong=self._begin_repair
+        )
         shard.activate(expert_map.placement_version, units)
         shard.start()
         self._shard = shard
@@ -89,6 +95,17 @@ class ShardRole(Role):
                 shard.release(other)
             shard.drop_staged()
 
+    def _begin_repair(self) -> None:
+        """In the compute thread, which must not wait."""
+        threading.Thread(target=self._repair, name="repair", daemon=True).start()
+
+    def _repair(self) -> None:
+        try:
+            with self._placement_lock:
+                self._loaded_shard().repair()
+        except Exception:  # the thread's top: the units stay quarantined, and the health says so
+            logger.exception("quarantined units could not be read again")
+
     def load_counts(self) -> LoadSnapshot:
         """What was computed since the process started."""
         return self._loaded_shard().load()
@@ -106,7 +123,10 @@ class ShardRole(Role):
     def health(self) -> ProcessHealth:
         """As every process; weights come and go."""
         shard = self._shard
-        return replace(super().health(), weight_bytes=shard.weight_bytes if shard else 0)
+        if shard is None:
+            return super().health()
+        wrong = tuple(Quarantine(self._ep_rank, *unit) for unit in shard.wrong_units())
+        return replace(super().health(), weight_bytes=shard.weight_bytes, num_units=shard.num_units, quarantines=wrong)
 
     def _loaded_shard(self) -> ExpertShard:
         if self._shard is None:

@@ -21,7 +21,7 @@ from attention.servicer import SERVICE, InferenceServicer
 from attention.tokenizer import Tokenizer
 from attention.worker_report import WorkerReport
 from cluster.config import ActorConfig, MobulaConfig
-from cluster.controller.process import ProcessHealth
+from cluster.controller.process import ProcessHealth, Quarantine
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import ServedModel, cache_config, open_model
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
@@ -144,6 +144,10 @@ class WorkerRole(Role):
             super().health(),
             placement_version=router.expert_map.placement_version,
             oldest_placement_version=router.oldest_placement_version,
+            quarantines=(
+                *(Quarantine(ep_rank, None, None, "answers are late") for ep_rank in router.quarantined_shards()),
+                *(Quarantine(*unit) for unit in router.quarantined_units()),
+            ),
         )
 
     def expert_map(self) -> ExpertMap:
