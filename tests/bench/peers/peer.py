@@ -49,6 +49,11 @@ class Peer:
         # vLLM's latent attention on CPU has one size.
         return self.name != VLLM or (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (512, 64)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """llama.cpp's libraries look for one another in its build folder, which may be gone."""
+        return {"LD_LIBRARY_PATH": str(_library_folder(self.location))} if self.name == LLAMA else {}
+
     def command(self, model: Path, kind: str, options: Options) -> list[str]:
         """To start it on a checkpoint that it can serve. Raises Unmeasurable."""
         threads = str(options.num_threads)
@@ -71,14 +76,13 @@ class RunningPeer:
     def __init__(self, peer: Peer, model: Path, kind: str, options: Options) -> None:
         self.name = peer.name
         self._command = peer.command(model, kind, options)
-        self._num_threads = options.num_threads
+        self._environment = {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1", **peer.environment}
         self.start_s = 0.0
         self.version = ""
 
     def __enter__(self) -> Self:
         """Raises Unmeasurable with its last words when it does not start."""
-        threads = str(self._num_threads)
-        self._process = BenchProcess(self._command, OMP_NUM_THREADS=threads, HF_HUB_OFFLINE="1")
+        self._process = BenchProcess(self._command, **self._environment)
         try:
             self.version = str(self._answer(START_TIMEOUT_S).get("version", ""))
         except BaseException:
@@ -134,6 +138,13 @@ def installed_peers(options: Options, model: Path, kind: str) -> list[Peer]:
     return [peer for peer in peers if peer.can_serve(model, kind)]
 
 
+def _library_folder(location: Path) -> Path:
+    for path in (location / "lib", location / "lib64", location):
+        if any(path.glob("libllama*")):
+            return path
+    raise Unmeasurable(f"llama.cpp: no libllama under {location}")
+
+
 def _compiled(location: Path, folder: Path) -> Path:
     """Our small server, built against the peer's headers and library. Raises Unmeasurable."""
     source = FOLDER / "serve_llama.cpp"
@@ -141,15 +152,10 @@ def _compiled(location: Path, folder: Path) -> Path:
     binary = folder / f"serve_llama-{digest}"
     if binary.exists():
         return binary
-    library = next(
-        (path for path in (location / "lib", location / "lib64", location) if any(path.glob("libllama*"))), None
-    )
-    if library is None:
-        raise Unmeasurable(f"llama.cpp: no libllama under {location}")
+    library = _library_folder(location)
     command = [
         *("g++", "-O2", "-std=c++17", f"-I{location / 'include'}", str(source), "-o", str(binary)),
-        # DT_RPATH, unlike DT_RUNPATH, is also where libllama's own libraries are looked for.
-        *(f"-L{library}", f"-Wl,--disable-new-dtags,-rpath,{library}", "-lllama", "-lggml", "-lggml-base"),
+        *(f"-L{library}", f"-Wl,-rpath,{library}", "-lllama", "-lggml", "-lggml-base"),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
