@@ -227,10 +227,14 @@ class TlsConfig(StrictModel):
     clients: str | None = None  # the certificate that clients see: TLS on the gateway's port; unset: plaintext
     require_client_certificate: bool = False  # of an authority in the ca.crt of `clients`
 
+    metrics: bool = False  # HTTP ports too: of processes with their own, of the gateway with that of `clients`
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.require_client_certificate and not self.clients:
             raise ValueError("require_client_certificate needs `clients`")
+        if self.metrics and not (self.processes and self.clients):
+            raise ValueError("metrics needs `processes` and `clients`")
         return self
 
 

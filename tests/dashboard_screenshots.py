@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from cluster.dashboard.web import GatewayApp
-from cluster.gateway.metrics import GatewayMetrics, serve_http
+from cluster.gateway.http_server import serve_http
+from cluster.gateway.metrics import GatewayMetrics
 from tests.browser import browsers, visits
 from tests.dashboard_states import MadeUpSystem
 

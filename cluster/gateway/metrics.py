@@ -6,24 +6,23 @@ A process that does not answer in time is missing from the page and has mobula_p
 
 import asyncio
 import logging
-import threading
-import urllib.request
-from collections.abc import Iterable, Iterator
+import ssl
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum, unique
-from socketserver import ThreadingMixIn
-from urllib.error import URLError
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
-from wsgiref.types import WSGIApplication
+from http.client import HTTPException
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from protos.errors import MobulaError, Unavailable
+from cluster.gateway.http_server import get
+from protos.credentials import PeerRole
+from protos.errors import MobulaError
+from protos.mutual_tls import role_name
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +36,14 @@ class ProcessCollector(Collector):
 
     Attributes:
         targets: process name ("worker-0") -> "host:port" of its endpoint; replaced as a whole.
+        make_context: of TLS, asked for each scrape; None where the endpoints speak plaintext.
     """
 
     def __init__(self, own: CollectorRegistry) -> None:
         """own: of this process, whose series are on the page too."""
         self.targets: dict[str, str] = {}
         self._own = own
+        self.make_context: Callable[[], ssl.SSLContext] | None = None
         self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="scrape")
 
     def describe(self) -> Iterable[Metric]:
@@ -50,11 +51,11 @@ class ProcessCollector(Collector):
 
     def pages(self) -> list[str]:
         """The pages of the processes that answer, as they are."""
-        return [page for page in self._pool.map(_scrape, dict(self.targets).values()) if page]
+        return [page for page in self._scrape_all(dict(self.targets)) if page]
 
     def collect(self) -> Iterable[Metric]:
         targets = dict(self.targets)
-        pages = list(self._pool.map(_scrape, targets.values()))
+        pages = self._scrape_all(targets)
         is_up = GaugeMetricFamily(
             "mobula_process_up", "Whether the process answered the last scrape.", labels=["process"]
         )
@@ -69,6 +70,19 @@ class ProcessCollector(Collector):
                 families[family.name].samples.extend(family.samples)
         yield is_up
         yield from families.values()
+
+    def _scrape_all(self, targets: dict[str, str]) -> list[str | None]:
+        return list(self._pool.map(self._scrape, targets, targets.values()))
+
+    def _scrape(self, process: str, address: str) -> str | None:
+        try:
+            tls = None
+            if self.make_context is not None:
+                tls = self.make_context(), role_name(PeerRole(process.partition("-")[0]))
+            return get(address, "/metrics", SCRAPE_TIMEOUT_S, MAX_PAGE_BYTES, tls).decode("utf-8")
+        except (OSError, HTTPException, UnicodeDecodeError) as error:
+            logger.debug("no metrics from %s: %s", address, error)
+            return None
 
 
 @unique
@@ -145,41 +159,3 @@ class RequestOutcome:
     """How a call ended, filled in by whoever ends it otherwise than well."""
 
     code: str = "OK"
-
-
-class _HttpServer(ThreadingMixIn, WSGIServer):
-    """A thread a request."""
-
-    daemon_threads = True
-
-
-class _QuietHandler(WSGIRequestHandler):
-    """Writes no line for each scrape."""
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Nothing."""
-
-
-def serve_http(host: str, port: int, app: WSGIApplication) -> tuple[WSGIServer, int]:
-    """Starts a process's HTTP port, in a thread of its own. Returns server and port.
-
-    Raises Unavailable if the port is taken.
-    """
-    try:
-        server = make_server(host, port, app, _HttpServer, _QuietHandler)
-    except OSError as error:
-        raise Unavailable(
-            f"cannot serve metrics on {host}:{port}: {error.strerror}; set another metrics_port"
-        ) from error
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    return server, int(server.server_port)
-
-
-def _scrape(address: str) -> str | None:
-    try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=SCRAPE_TIMEOUT_S) as response:
-            page: bytes = response.read(MAX_PAGE_BYTES)
-            return page.decode("utf-8")
-    except (URLError, OSError, UnicodeDecodeError) as error:
-        logger.debug("no metrics from %s: %s", address, error)
-        return None

@@ -23,10 +23,13 @@ from cluster.controller.lease import Lease
 from cluster.controller.metrics import ControllerMetrics
 from cluster.controller.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
 from cluster.controller.rebalance import Float64Array
-from cluster.gateway.metrics import serve_http
+from cluster.gateway.http_server import serve_http
 from cluster.roles.role import node_address
 from cluster.roles.role_actor import GatewayActor, RoleActor, ShardActor, WorkerActor
+from cluster.security.http_tls import server_contexts
+from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
+from protos.certificates import CertificateFolder
 from protos.credentials import PeerRole
 from protos.errors import Unavailable
 from router.expert_map import ExpertMap
@@ -113,10 +116,10 @@ class ControllerActor:
         self._admin = AdminServer(self._controller, process_credentials(certificates))
         host, own = self._host or node_address(), self._config.controller
         self._controller.admin_address = self._admin.start(host, own.port)
-        self._controller.metrics_address = f"{host}:{self._serve_metrics(host, self._controller)}"
+        self._controller.metrics_address = f"{host}:{self._serve_metrics(host, self._controller, certificates)}"
         self._controller.start()
 
-    def _serve_metrics(self, host: str, controller: Controller) -> int:
+    def _serve_metrics(self, host: str, controller: Controller, certificates: CertificateFolder | None) -> int:
         """The port."""
         registry = CollectorRegistry()
         ControllerMetrics(
@@ -126,7 +129,12 @@ class ControllerActor:
             traffic=controller.traffic,
             has_expert_series=self._config.controller.expert_series,
         )
-        return serve_http(host, self._config.controller.metrics_port, make_wsgi_app(registry))[1]
+        contexts = None
+        if certificates:
+            CertificateMetrics(registry, "controller").watch(PeerRole.CONTROLLER.value, certificates)
+            contexts = server_contexts(certificates, is_mutual=True) if self._config.tls.metrics else None
+        _, port = serve_http(host, self._config.controller.metrics_port, make_wsgi_app(registry), contexts)
+        return port
 
     def _create_shard(self, ep_rank: int) -> ManagedProcess:
         """One more. Ray starts it when it has room; an autoscaler makes some. Raises Unavailable."""

@@ -8,8 +8,10 @@ from cluster.config import GatewayConfig, MobulaConfig
 from cluster.dashboard.dashboard import Dashboard
 from cluster.dashboard.web import GatewayApp
 from cluster.gateway.gateway import Gateway
+from cluster.gateway.http_server import MakeContext
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
+from cluster.security.http_tls import client_contexts, server_contexts
 from cluster.security.key_guard import KeyCheck
 from cluster.security.keys import KeyRing
 from cluster.security.metrics import KeyMetrics
@@ -33,7 +35,9 @@ class GatewayRole(Role):
 
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
         settings, tls = self._config.gateway, self._config.tls
-        shown = client_folder(tls)
+        shown = self._shown = client_folder(tls)
+        if tls.metrics and self._folder:
+            self._metrics.processes.make_context = client_contexts(self._folder)
         front = client_credentials(tls, shown)
         if shown:
             self._certificates.watch("public", shown)
@@ -65,6 +69,13 @@ class GatewayRole(Role):
             self._dashboard = Dashboard(self._gateway.local_calls(), self._loop, self._metrics.processes.pages)
             self._dashboard.start()
         return GatewayApp(self._metrics, self._dashboard)
+
+    def _http_contexts(self) -> MakeContext | None:
+        """With the certificate that clients see, and asking for theirs as the gRPC port does."""
+        tls = self._config.tls
+        if not (tls.metrics and self._shown):
+            return None
+        return server_contexts(self._shown, is_mutual=tls.require_client_certificate)
 
     def stop(self, drain_timeout_s: float) -> None:
         if self._dashboard:

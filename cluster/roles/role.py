@@ -18,8 +18,9 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from cluster.config import ActorConfig, GatewayConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
-from cluster.gateway.metrics import serve_http
+from cluster.gateway.http_server import MakeContext, serve_http
 from cluster.roles.metrics import add_build_info
+from cluster.security.http_tls import server_contexts
 from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
 from protos.credentials import PLAINTEXT, PeerRole
@@ -67,7 +68,9 @@ class Role(ABC):
             self._use_certificates()
             add_build_info(self._registry, self._name)
             address, weight_bytes = self._load(expert_map)
-            _, metrics_port = serve_http(self._bind_host, self._ports().metrics_port, self._http_app())
+            _, metrics_port = serve_http(
+                self._bind_host, self._ports().metrics_port, self._http_app(), self._http_contexts()
+            )
         except Exception as error:  # the top of the process's start: the controller shows it
             logger.exception("could not load")
             self._health = replace(self._health, state=ProcessState.FAILED, detail=f"{type(error).__name__}: {error}")
@@ -85,6 +88,7 @@ class Role(ABC):
     def _use_certificates(self) -> None:
         """Raises CertificateError."""
         folder = process_folder(self._config.tls, self._peer_role)
+        self._folder = folder
         self._credentials = process_credentials(folder)
         self._certificates = CertificateMetrics(self._registry, self._name)
         if folder:
@@ -102,6 +106,12 @@ class Role(ABC):
         """What the process's HTTP port serves, once loaded."""
         app: WSGIApplication = make_wsgi_app(self._registry)
         return app
+
+    def _http_contexts(self) -> MakeContext | None:
+        """TLS of the HTTP port, if it is wanted: whoever scrapes shows a certificate of the processes' authority."""
+        if not (self._config.tls.metrics and self._folder):
+            return None
+        return server_contexts(self._folder, is_mutual=True)
 
     @abstractmethod
     def _ports(self) -> ActorConfig | GatewayConfig:

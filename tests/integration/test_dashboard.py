@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from cluster.dashboard.web import GatewayApp
-from cluster.gateway.metrics import GatewayMetrics, serve_http
+from cluster.gateway.http_server import serve_http
+from cluster.gateway.metrics import GatewayMetrics
 from protos import generation_pb2 as pb
 from tests.browser import Visit, browsers, visits
 from tests.checkpoints import write_checkpoint

@@ -13,6 +13,7 @@ import pytest
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.gateway.http_server import get
 from cluster.security.authority import Authority
 from protos import rpc
 from protos.certificates import CertificateFolder
@@ -192,7 +193,7 @@ def test_the_whole_system_gives_the_same_tokens_over_mutual_tls(tmp_path: Path) 
     prompt = [5, 6, 7, 8]
     with System(folder, num_shards=2) as system:
         expected = system.greedy(prompt, 12)
-    tls = {"processes": str(authority.folder), "clients": str(authority.folder / "public")}
+    tls = {"processes": str(authority.folder), "clients": str(authority.folder / "public"), "metrics": True}
     for shared_memory_mib in (0, 64):
         workers = {"router": {"shared_memory_mib": shared_memory_mib}}
         with System(folder, num_shards=2, tls=tls, attention_workers=workers) as system:
@@ -201,8 +202,20 @@ def test_the_whole_system_gives_the_same_tokens_over_mutual_tls(tmp_path: Path) 
                 with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as raised:
                     health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
                 assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            page = metrics_page(authority, system)
+            for process in ("shard-0", "shard-1", "worker-0"):
+                assert f'mobula_process_up{{process="{process}"}} 1.0' in page
+                role = process.partition("-")[0]
+                assert f'mobula_certificate_expiry_timestamp_seconds{{process="{process}",role="{role}"}}' in page
+            assert 'mobula_certificate_expiry_timestamp_seconds{process="gateway-0",role="public"}' in page
             authority.issue_roles(days=1)  # while it serves
             assert system.greedy(prompt, 12) == expected
+
+
+def metrics_page(authority: Authority, system: System) -> str:
+    believing = ssl.create_default_context(cafile=authority.folder / "public" / "ca.crt")
+    address = system.gateway.health().metrics_address
+    return get(address, "/metrics", TIMEOUT_S, 10_000_000, (believing, "localhost")).decode()
 
 
 def _serial(path: Path) -> int:

@@ -6,7 +6,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest, make_wsgi_app
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.gateway.metrics import GatewayMetrics, serve_http
+from cluster.gateway.http_server import serve_http
+from cluster.gateway.metrics import GatewayMetrics
 from protos.errors import QueueFull, Unavailable
 
 

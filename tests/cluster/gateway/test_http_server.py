@@ -1,0 +1,88 @@
+"""A process's HTTP port: over TLS with its role's certificate, and under clients that mean no good."""
+
+import http.client
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest, make_wsgi_app
+
+from cluster.gateway.http_server import MAX_CONNECTIONS, MakeContext, get, serve_http
+from cluster.gateway.metrics import GatewayMetrics
+from cluster.security.authority import Authority
+from cluster.security.http_tls import client_contexts, server_contexts
+from protos.certificates import CertificateFolder
+from protos.credentials import PeerRole
+from protos.mutual_tls import role_name
+from tests.certificates import make_authority, role_folder
+
+HOST = "127.0.0.1"
+TIMEOUT_S = 5.0
+
+
+@contextmanager
+def served(make_context: MakeContext | None = None) -> Iterator[str]:
+    registry = CollectorRegistry()
+    Gauge("mobula_test", "Test.", registry=registry).set(7)
+    server, port = serve_http(HOST, 0, make_wsgi_app(registry), make_context)
+    try:
+        yield f"{HOST}:{port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return make_authority(tmp_path / "tls")
+
+
+def contexts(authority: Authority, role: PeerRole) -> MakeContext:
+    return server_contexts(role_folder(authority, role), is_mutual=True)
+
+
+def test_the_gateway_scrapes_processes_over_tls_and_believes_only_their_role(authority: Authority) -> None:
+    metrics = GatewayMetrics()
+    metrics.processes.make_context = client_contexts(role_folder(authority, PeerRole.GATEWAY))
+    with served(contexts(authority, PeerRole.SHARD)) as address:
+        metrics.processes.targets = {"shard-0": address, "worker-0": address}  # the second one is not what it says
+        page = generate_latest(metrics.of_all).decode()
+    assert "mobula_test 7.0" in page
+    assert 'mobula_process_up{process="shard-0"} 1.0' in page
+    assert 'mobula_process_up{process="worker-0"} 0.0' in page
+
+
+def test_who_shows_no_certificate_gets_no_page(authority: Authority) -> None:
+    believing = ssl.create_default_context(cafile=authority.folder / "shard" / "ca.crt")
+    with served(contexts(authority, PeerRole.SHARD)) as address:
+        with pytest.raises((OSError, http.client.HTTPException)):
+            get(address, "/metrics", TIMEOUT_S, 10_000, (believing, role_name(PeerRole.SHARD)))
+        with pytest.raises((OSError, http.client.HTTPException)):
+            get(address, "/metrics", TIMEOUT_S, 10_000, None)
+
+
+def test_a_renewed_certificate_is_shown_to_the_next_connection(authority: Authority) -> None:
+    folder = CertificateFolder(authority.folder / "public")
+    believing = ssl.create_default_context(cafile=authority.folder / "public" / "ca.crt")
+    with served(server_contexts(folder, is_mutual=False)) as address:
+        assert b"mobula_test" in get(address, "/metrics", TIMEOUT_S, 10_000, (believing, "localhost"))
+        authority.issue(folder.path, "gateway", ["renamed.example"], days=1)
+        assert b"mobula_test" in get(address, "/metrics", TIMEOUT_S, 10_000, (believing, "renamed.example"))
+
+
+def test_clients_that_say_nothing_keep_nobody_waiting_and_are_bounded(authority: Authority) -> None:
+    for make_context in (None, contexts(authority, PeerRole.SHARD)):
+        with served(make_context) as address:
+            host, port = address.split(":")
+            silent = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(MAX_CONNECTIONS - 1)]
+            tls = None
+            if make_context:
+                tls = client_contexts(role_folder(authority, PeerRole.GATEWAY))(), role_name(PeerRole.SHARD)
+            assert b"mobula_test" in get(address, "/metrics", TIMEOUT_S, 10_000, tls)
+            more = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(4)]
+            assert more[-1].recv(1) == b""  # closed at once
+            for connection in (*silent, *more):
+                connection.close()
