@@ -163,6 +163,7 @@ class ExpertShardsConfig(ActorConfig):
     max_weight_gib: Annotated[float, Field(gt=0)] | None = None  # per shard; unset: what the machine has free
     placement_policy: PlacementPolicy = Field(default=PlacementPolicy.DEVICE_LIMITED, strict=False)
     num_replicas: Count = 1  # the least number of shards that hold each placement unit
+    failure_domain_label: str | None = None  # Ray node label, such as a zone: replicas lie in two; unset: on two nodes
     redundancy: Annotated[float, Field(ge=0, le=64)] = 0.0  # replicas beyond, as a share of the units: 0.25 a quarter
     units_per_layer: Count | None = None  # for models without expert groups; unset: up to 8 contiguous sets
     max_waiting_forwards: Annotated[int, Field(ge=1)] = 1024  # per shard; more are refused, not queued

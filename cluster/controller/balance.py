@@ -10,9 +10,11 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cluster.config import RebalancingConfig
 from cluster.controller.membership import ShardMembership
-from cluster.controller.process import ManagedProcess
+from cluster.controller.process import ManagedProcess, ProcessState
 from cluster.controller.rebalance import (
     Float64Array,
     Hysteresis,
@@ -42,11 +44,14 @@ class Proposer(NamedTuple):
     place: the placement for a load ([num_moe_layers, n_routed_experts] assignments), given the one in use, the version
         of the new one, and the shards that it may use, by ep_rank; raises PlacementError.
     traits: of the shard of a rank, as configured.
+    needs_domains: units have replicas, which shall lie in several failure domains: no shard is told to load before all
+        have said where they are.
     """
 
     place: Callable[[Float64Array, ExpertMap, int, Mapping[int, ShardTraits]], ExpertMap]
     expert_bytes: int
     traits: Callable[[int], ShardTraits] = lambda ep_rank: ShardTraits()
+    needs_domains: bool = False
 
 
 class Balance:
@@ -116,6 +121,28 @@ class Balance:
                 self._change_at_s = self._clock() + CHANGE_RETRY_S
         self._rebalance_for_members()
         self._rebalance_by_itself(is_serving)
+
+    def placement_at_start(self, expert_map: ExpertMap) -> ExpertMap | None:
+        """The one to begin with, now that the shards' failure domains are known; None while they are not.
+
+        That is `expert_map` where shards have loaded already, and where their domains change nothing or allow no other.
+        """
+        shards = self.membership.shards
+        states = {shard.health.state for shard in shards}
+        domains = {shard.health.domain for shard in shards}
+        if not self._proposer.needs_domains or not states <= {ProcessState.STARTING, ProcessState.NEW}:
+            return expert_map
+        if ProcessState.STARTING in states:
+            return None
+        if len(domains) == 1:
+            return expert_map
+        even = np.ones(expert_map.expert_to_unit.shape)
+        traits = self._traits([shard.rank for shard in shards])
+        try:
+            return self._proposer.place(even, expert_map, expert_map.placement_version, traits)
+        except PlacementError as error:
+            logger.warning("replicas of a unit may lie in one failure domain of %s: %s", sorted(domains), error)
+            return expert_map
 
     def plan(self) -> RebalancePlan:
         """What a rebalance would do now. Raises RebalanceRefused when no placement satisfies the configuration."""

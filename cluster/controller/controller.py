@@ -88,6 +88,7 @@ class Controller:
         )
         self._scaling = ShardScaling(self._balance.membership, scaling or ShardScalingConfig(), clock)
         self._departures = Departures(processes, drain_timeout_s)
+        self._is_placed = False  # whether the placement that shards load is settled
         self._inbox = Inbox()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
@@ -217,7 +218,12 @@ class Controller:
         )
 
     def _load(self) -> None:
+        if not self._is_placed and (expert_map := self._balance.placement_at_start(self._expert_map)) is not None:
+            self._use(expert_map)
+            self._is_placed = True
         for process in self._processes:
+            if process.role is RoleName.SHARD and not self._is_placed:
+                continue
             is_loading = process.loading is not None and not process.loading.done()
             if process.health.state is ProcessState.NEW and not is_loading:
                 process.loading = process.handle.call("load", self._expert_map)

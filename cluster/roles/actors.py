@@ -199,7 +199,8 @@ def _proposer(config: MobulaConfig, request: PlacementRequest) -> Proposer:
     ) -> ExpertMap:
         return place_on(replace(request, load=load, current=current), shards, placement_version, policy)
 
-    return Proposer(place, request.expert_bytes, config.expert_shards.traits)
+    shards = config.expert_shards
+    return Proposer(place, request.expert_bytes, shards.traits, needs_domains=shards.num_replicas > 1)
 
 
 def booked_cpus(config: MobulaConfig) -> float:

@@ -127,6 +127,14 @@ def _peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def failure_domain(label: str | None) -> str:
+    """What this process shares its fate with: the value of a label of its Ray node, or the node itself."""
+    import ray  # only in an actor: tests assemble roles without Ray
+
+    context = ray.get_runtime_context()
+    return str(context.get_node_labels().get(label, "") if label else context.get_node_id())
+
+
 def node_address() -> str:
     """This machine's address as other nodes of the cluster see it: on Kubernetes the Pod's."""
     if pod_ip := os.environ.get("POD_IP"):

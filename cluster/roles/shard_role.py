@@ -10,7 +10,7 @@ from cluster.controller.process import ProcessHealth, Quarantine
 from cluster.controller.shard_scaling import ShardWork
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import open_model
-from cluster.roles.role import Role
+from cluster.roles.role import Role, failure_domain
 from experts.expert_load import LoadSnapshot
 from experts.metrics import ShardMetrics
 from experts.peer_weights import PeerWeights
@@ -30,6 +30,7 @@ class ShardRole(Role):
     def __init__(self, config: MobulaConfig, ep_rank: int, host: str | None) -> None:
         super().__init__(config, PeerRole.SHARD, ep_rank, host)
         self._ep_rank = ep_rank
+        self._domain = "" if host else failure_domain(config.expert_shards.failure_domain_label)
         self._shard: ExpertShard | None = None
         self._server: ExpertServer | None = None
         self._metrics = ShardMetrics(self._registry, ep_rank)
@@ -123,10 +124,11 @@ class ShardRole(Role):
     def health(self) -> ProcessHealth:
         """As every process; weights come and go."""
         shard = self._shard
+        health = replace(super().health(), domain=self._domain)
         if shard is None:
-            return super().health()
+            return health
         wrong = tuple(Quarantine(self._ep_rank, *unit) for unit in shard.wrong_units())
-        return replace(super().health(), weight_bytes=shard.weight_bytes, num_units=shard.num_units, quarantines=wrong)
+        return replace(health, weight_bytes=shard.weight_bytes, num_units=shard.num_units, quarantines=wrong)
 
     def _loaded_shard(self) -> ExpertShard:
         if self._shard is None:

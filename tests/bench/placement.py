@@ -1,19 +1,28 @@
 """Placement: seconds that a policy takes at the published models' sizes on one core, and how well it balances."""
 
+import itertools
 import time
+import timeit
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from router.expert_map import ExpertMap
 from router.gate_config import GateConfig, TopkMethod
 from router.placement import POLICIES, PlacementRequest, moved_bytes, place_units
 from router.placement.scores import balancedness, hottest_in_layer
+from router.plan_kernels import plan_layer
+from router.routing import Candidates, Routing
+from router.shard_health import ShardHealth
+from router.shard_queues import ShardQueues
+from router.unit_trust import UnitTrust
 from tests.bench.row import Options, Param, Row
 
 NAME = "placement"
 ZIPF = 1.1  # exponent of experts' popularity
+CHOICE_SHARDS, CHOICE_TOKENS, CHOICE_LIMIT_US = 16, 256, 100.0
 DRIFT = 0.3  # of the load that has changed when a placement starts from the current map
 
 
@@ -50,6 +59,7 @@ def rows(options: Options) -> Iterator[Row]:
             yield from _rows(options, case, policy, redundancy)
     for case in (LITE,) if options.is_quick else (LITE, V2_UNGROUPED):
         yield from _rows(options, case, "coactivation", 0.25)
+    yield from _replica_choice_rows(options)
 
 
 def _rows(options: Options, case: Case, policy: str, redundancy: float) -> Iterator[Row]:
@@ -81,6 +91,57 @@ def _rows(options: Options, case: Case, policy: str, redundancy: float) -> Itera
         "moved": round(moved_bytes(first, drifted, 1) / _num_held(drifted), 3),
     }
     yield Row.of(NAME, params | {"from": "the map"} | scores, samples, "s", limits=[case.limit_s] * len(samples))
+
+
+def _replica_choice_rows(options: Options) -> Iterator[Row]:
+    """What choosing replicas adds to the plan of a layer: all of what the router does for it, and its compiled part."""
+    rng = np.random.default_rng(0)
+    load = _zipf_load(V2, rng)
+    shards, transports = ShardQueues(), (_Connected(),) * CHOICE_SHARDS
+    for ep_rank in range(CHOICE_SHARDS):
+        shards.sent(ep_rank, 10)
+        shards.answered(ep_rank, 10, queue_s=1e-4, compute_s=1e-4)
+    candidates = Candidates(
+        turns=itertools.count(), queues=shards, health=ShardHealth(), trust=UnitTrust(), late_after_s=0.1
+    )
+    groups = rng.permuted(np.tile(np.arange(8), (CHOICE_TOKENS, 1)), axis=1)[:, :3]
+    experts = (groups[:, :, None] * 20 + np.arange(20)).reshape(CHOICE_TOKENS, 60)
+    topk_ids = torch.from_numpy(np.sort(rng.permuted(experts, axis=1)[:, :6], axis=1))
+    topk_weights = torch.full(topk_ids.shape, 1 / 6)
+    for redundancy in (0.25, 1.0):
+        request = PlacementRequest(
+            moe_layer_ids=tuple(range(V2.num_layers)), gate=V2_GATE, ep_size=CHOICE_SHARDS, load=load,
+            redundancy=redundancy,
+        )  # fmt: skip
+        expert_map = place_units(request, policy="device_limited")
+        routing = Routing(expert_map=expert_map, transports=transports)
+        units, alone = expert_map.expert_to_unit[0], np.ascontiguousarray(expert_map.unit_to_ep_ranks[0, :, :1])
+
+        def plan_alone(units: np.ndarray = units, alone: np.ndarray = alone) -> None:
+            plan_layer(topk_ids, topk_weights, units, alone, CHOICE_SHARDS, None)
+
+        def plan_choosing(units: np.ndarray = units, routing: Routing = routing) -> None:
+            usable, queues = candidates.to_plan(routing, 0)
+            plan_layer(topk_ids, topk_weights, units, usable, CHOICE_SHARDS, queues)
+
+        added = [
+            1e6 * (min(timeit.repeat(plan_choosing, number=20, repeat=20)) / 20)
+            - 1e6 * (min(timeit.repeat(plan_alone, number=20, repeat=20)) / 20)
+            for _ in range(options.num_repeats)
+        ]
+        params: dict[str, Param] = {
+            "what": f"replica choice of {CHOICE_TOKENS} tokens",
+            "model": V2.model,
+            "shards": CHOICE_SHARDS,
+            "redundancy": redundancy,
+        }
+        yield Row.of(NAME, params, added, "us", limits=[CHOICE_LIMIT_US] * len(added))
+
+
+class _Connected:
+    """As much of a transport as a choice looks at."""
+
+    is_connected = True
 
 
 def _timed(options: Options, request: PlacementRequest, policy: str) -> tuple[ExpertMap, list[float]]:

@@ -47,6 +47,7 @@ class FakeProcess:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.on_call: Callable[[str], None] = lambda method: None
         self.answers: dict[str, Any] = {"load_counts": counted(np.zeros((3, 16), dtype=np.uint64))}
+        self.domain = ""
         self.restart()
 
     def restart(self) -> None:
@@ -93,6 +94,7 @@ class FakeProcess:
         detail = str(self.error) if self.state is ProcessState.FAILED else ""
         return ProcessHealth(
             generation=self.generation,
+            domain=self.domain,
             state=self.state,
             address=address,
             metrics_address=address,

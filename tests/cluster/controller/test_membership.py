@@ -1,6 +1,7 @@
 """Shards are added and drained by a controller whose processes are plain objects."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.process import ProcessState
 from protos.errors import InvalidRequest, RebalanceRefused
 from router.expert_map import ExpertMap
-from router.placement import PlacementRequest
+from router.placement import PlacementDoesNotFit, PlacementRequest
 from router.placement.members import ShardTraits, place_on
 from tests.cluster.fake_processes import FakeProcess, answered, run, system
 from tests.fake_experts import grouped_gate
@@ -19,9 +20,16 @@ from tests.router.placement.requests import v2_request
 SHARDS = ["shard-0", "shard-1", "shard-2"]
 
 
-def evenly(load: np.ndarray, current: ExpertMap, placement_version: int, shards: dict) -> ExpertMap:
+def evenly(
+    load: np.ndarray, current: ExpertMap, placement_version: int, shards: dict, num_replicas: int = 1
+) -> ExpertMap:
     request = PlacementRequest(
-        moe_layer_ids=current.moe_layer_ids, gate=grouped_gate(), ep_size=1, load=load, current=current
+        moe_layer_ids=current.moe_layer_ids,
+        gate=grouped_gate(),
+        ep_size=num_replicas,
+        num_replicas=num_replicas,
+        load=load,
+        current=current,
     )
     return place_on(request, shards, placement_version, "device_limited")
 
@@ -157,3 +165,39 @@ def test_shards_that_differ_are_used_in_proportion() -> None:
     sizes = [sum(len(unit.expert_ids) for unit in expert_map.units_of(rank)) for rank in (0, 2, 5)]
     assert sizes[2] <= held // 4
     assert sizes[1] / sizes[0] == pytest.approx(2.0, rel=0.1)
+
+
+def test_with_two_replicas_every_unit_survives_the_loss_of_any_one_node_from_the_start_on() -> None:
+    proposer = Proposer(partial(evenly, num_replicas=2), expert_bytes=10, needs_domains=True)
+    controller, fakes = system(num_shards=6, proposer=proposer)
+    shards = [fakes[f"shard-{rank}"] for rank in range(6)]
+    for rank, shard in enumerate(shards):
+        shard.domain = f"node-{rank // 2}"
+    shards[5].die()
+    run(controller, 3)
+    assert shards[0].told("load") == []  # where the others are is not known yet
+    shards[5].restart()
+    run(controller, 6)
+    assert controller.status().is_serving
+    (expert_map,) = shards[0].told("load")[0]
+    first = expert_map.unit_to_ep_ranks[:, :, 0] // 2
+    other = expert_map.unit_to_ep_ranks[:, :, 1] // 2
+    assert (first != other).all()
+    drained_under(fakes, 9)
+    answered(controller, lambda: controller.drain_shard(3))
+    run(controller, 14)
+    after, _ = fakes["worker-0"].told("update_placement")[-1]
+    assert after.ep_ranks == (0, 1, 2, 4, 5)
+    units = after.unit_to_ep_ranks.reshape(-1, after.max_replicas)
+    assert all(len({rank // 2 for rank in ranks if rank >= 0}) > 1 for ranks in units)
+
+
+def test_nodes_that_do_not_allow_it_are_named_and_the_system_starts(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*_: object) -> ExpertMap:
+        raise PlacementDoesNotFit("use more even domains")
+
+    controller, fakes = system(proposer=Proposer(refuse, expert_bytes=10, needs_domains=True))
+    fakes["shard-1"].domain = "node-1"
+    run(controller, 5)
+    assert controller.status().is_serving
+    assert "use more even domains" in caplog.text
