@@ -66,17 +66,17 @@ class InferenceServicer:
             grpc.method_handlers_generic_handler(WORKER_SERVICE, worker_methods),
         )
 
-    def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """Inference.Generate."""
         read = self._request_reader.sequence
         return self._generate(lambda: read(rpc.parse(generation_pb2.GenerateRequest, request)), context)
 
-    def generate_relayed(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    def generate_relayed(self, request: bytes, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """Worker.Generate."""
         read = self._request_reader.relayed_sequence
         return self._generate(lambda: read(rpc.parse(worker_pb2.RelayedRequest, request)), context)
 
-    async def _generate(self, read: Callable[[], Sequence], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async def _generate(self, read: Callable[[], Sequence], context: grpc.aio.ServicerContext) -> rpc.Responses:
         remaining_s = context.time_remaining()
         deadline_s = math.inf if remaining_s is None else time.monotonic() + remaining_s
         with self._metrics.counted_errors():

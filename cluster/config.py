@@ -217,6 +217,7 @@ class GatewayConfig(StrictModel):
     )
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 1024  # over all workers; more get RESOURCE_EXHAUSTED
     resume_timeout_s: Annotated[float, Field(ge=0)] = 60.0  # an answer that has begun waits so long for another worker
+    read_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a client that takes nothing for so long is cut off
     keys: str | None = None  # file of bearer keys, see `mobula keys`; unset: whoever reaches the port may do everything
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that its node must carry
 

@@ -72,7 +72,7 @@ class ExpertServicer:
         )
         return bytes(response.SerializeToString())
 
-    async def copy_expert(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async def copy_expert(self, request: bytes, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """ExpertShard.CopyExpert. As fast as the other shard reads: a frame waits until the stream takes it."""
         asked = rpc.parse(expert_pb2.CopyExpertRequest, request)
         expert = self._shard.expert(asked.layer_id, asked.expert_id)

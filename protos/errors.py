@@ -129,6 +129,13 @@ class DeadlineExceeded(MobulaError):
     reason = "DEADLINE_EXCEEDED"
 
 
+class ClientTooSlow(MobulaError):
+    """The client did not read its answer, which must not be kept for it without end."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "CLIENT_TOO_SLOW"
+
+
 class Unavailable(MobulaError):
     """A process is down, starting or draining; a retry may reach another one."""
 

@@ -4,9 +4,11 @@ Handlers take and return raw bytes where it matters and parse with `parse`, so t
 client's INVALID_ARGUMENT and not our INTERNAL.
 """
 
+import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import TypeVar
 
 import grpc
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CLIENT_MESSAGE_BYTES = 4 * 1024 * 1024  # a client's request or one answer; 1M token ids
 MAX_FRAME_BYTES = 256 * 1024 * 1024  # rows of one micro-batch to one shard; checked against the config at start
+READ_TIMEOUT_S = 30.0  # a client that takes nothing for so long is cut off
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -110,7 +113,8 @@ def _refuse_unknown_fields(message: Message, path: str) -> None:
 
 
 UnaryMethod = Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]
-StreamMethod = Callable[[bytes, grpc.aio.ServicerContext], AsyncIterator[bytes]]
+Responses = AsyncGenerator[bytes, None]
+StreamMethod = Callable[[bytes, grpc.aio.ServicerContext], Responses]
 
 
 def unary_handler(method: UnaryMethod) -> grpc.RpcMethodHandler:
@@ -132,14 +136,23 @@ def unary_handler(method: UnaryMethod) -> grpc.RpcMethodHandler:
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
-def stream_handler(method: StreamMethod) -> grpc.RpcMethodHandler:
-    """A server-streaming method over raw bytes whose exceptions become statuses."""
+def stream_handler(
+    method: StreamMethod, *, read_timeout_s: float = READ_TIMEOUT_S, on_cut_off: Callable[[], None] = lambda: None
+) -> grpc.RpcMethodHandler:
+    """A server-streaming method over raw bytes whose exceptions become statuses.
 
-    async def handle(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    read_timeout_s: for the client to make room for a message. Then `method` is closed, so that what it holds is free,
+    `on_cut_off` is called, and the client is told, should it ever read on.
+    """
+
+    async def handle(request: bytes, context: grpc.aio.ServicerContext) -> None:
         try:
-            async for response in method(request, context):
-                yield response
+            async with aclosing(method(request, context)) as responses:
+                async for response in responses:
+                    await _write(context, response, read_timeout_s)
         except errors.MobulaError as error:
+            if isinstance(error, errors.ClientTooSlow):
+                on_cut_off()
             await context.abort_with_status(errors.to_status(error))
         except (grpc.aio.AbortError, grpc.aio.BaseError):
             raise
@@ -149,6 +162,15 @@ def stream_handler(method: StreamMethod) -> grpc.RpcMethodHandler:
             await context.abort_with_status(errors.to_status(_internal(error_id)))
 
     return grpc.unary_stream_rpc_method_handler(handle)
+
+
+async def _write(context: grpc.aio.ServicerContext, response: bytes, timeout_s: float) -> None:
+    """Returns when the transport, which holds so many bytes at most, has taken it. Raises ClientTooSlow."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await context.write(response)
+    except TimeoutError as error:
+        raise errors.ClientTooSlow(f"nothing was read for {timeout_s:g} s; read the answer while it comes") from error
 
 
 def _internal(error_id: str) -> errors.InternalError:

@@ -7,7 +7,7 @@ call.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import grpc
 import grpc.aio
@@ -34,25 +34,27 @@ METHOD_TIMEOUT_S = 10.0  # for everything but Generate, which lives as long as i
 class GatewayServicer:
     """The Inference service over raw bytes."""
 
-    def __init__(self, pool: WorkerPool, metrics: GatewayMetrics, resume_timeout_s: float) -> None:
+    def __init__(self, settings: GatewayConfig, pool: WorkerPool, metrics: GatewayMetrics) -> None:
+        self._settings = settings
         self._pool = pool
         self._metrics = metrics
-        self._resume_timeout_s = resume_timeout_s
 
     def handlers(self) -> grpc.GenericRpcHandler:
         methods = {
-            "Generate": rpc.stream_handler(self.generate),
+            "Generate": rpc.stream_handler(
+                self.generate, read_timeout_s=self._settings.read_timeout_s, on_cut_off=self._metrics.count_cut_off
+            ),
             "GetExpertLoad": rpc.unary_handler(self.get_expert_load),
         }
         for name in ("Tokenize", "GetModelInfo", "GetPlacement"):
             methods[name] = rpc.unary_handler(self._relay(name))
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
-    async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """Inference.Generate."""
         with self._metrics.request() as outcome:
             self._pool.admit()
-            generation = Generation(request, self._pool, self._metrics, self._resume_timeout_s)
+            generation = Generation(request, self._pool, self._metrics, self._settings.resume_timeout_s)
             try:
                 async for response in generation.answers(context):
                     yield response
@@ -159,7 +161,7 @@ class Gateway:
         await self._admin.update("")
 
     def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
-        inference = GatewayServicer(self._pool, self._metrics, self._settings.resume_timeout_s)
+        inference = GatewayServicer(self._settings, self._pool, self._metrics)
         return inference.handlers(), self._admin.handlers()
 
     async def _set_serving(self, is_serving: bool) -> None:

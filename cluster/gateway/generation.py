@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -20,7 +20,7 @@ import grpc.aio
 from cluster.gateway.metrics import GatewayMetrics, ResumeReason
 from cluster.gateway.relay import error_reason, forwarded, is_client_gone, was_answered
 from cluster.gateway.worker_pool import WorkerChannel, WorkerPool
-from protos import errors, generation_pb2, worker_pb2
+from protos import errors, generation_pb2, rpc, worker_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Generation:
         self._num_losses = 0
         self._lost_s: float | None = None  # when the worker of an answer that has begun was lost; None while it has one
 
-    async def answers(self, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async def answers(self, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """GenerateResponses, to the last one.
 
         Raises Unavailable when no worker can be had, and the AioRpcError with which a worker ended the call.
@@ -67,7 +67,7 @@ class Generation:
                         tried = [worker]
                         yield response
 
-    async def _answers_of(self, worker: WorkerChannel, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async def _answers_of(self, worker: WorkerChannel, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """What the worker answers, until it is lost. Raises as `answers`."""
         call = worker.generate()(
             self._relayed.SerializeToString(), timeout=context.time_remaining(), metadata=forwarded(context)

@@ -121,12 +121,19 @@ class GatewayMetrics:
         )
         for reason in ResumeReason:
             self._resumes.labels(reason.value)
+        self._cut_offs = Counter(
+            "mobula_gateway_cut_offs", "Clients that did not read their answer in time.", registry=self.registry
+        )
         self._pauses = Histogram(
             "mobula_gateway_resume_pause_seconds",
             "From the loss of a worker to the next answer, from another one.",
             registry=self.registry,
             buckets=_PAUSE_SECONDS,
         )
+
+    def count_cut_off(self) -> None:
+        """A client did not read its answer."""
+        self._cut_offs.inc()
 
     def count_resume(self, reason: ResumeReason) -> None:
         """A worker was left for another one."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,7 +64,7 @@ class FakeWorker:
         self.link.cut()
         self._loop.run(self._server.stop(None))
 
-    async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes, None]:
         self.num_calls += 1
         if self.error:
             raise self.error
@@ -77,13 +77,15 @@ class FakeWorker:
                     yield response
                 return
             yield generation_pb2.GenerateResponse(text=str(self.dp_rank)).SerializeToString()
+            while message.text == "flood":
+                yield generation_pb2.GenerateResponse(text="." * 10_000).SerializeToString()
             while message.text == "endless":
                 await asyncio.sleep(0.01)
                 yield generation_pb2.GenerateResponse(text=".").SerializeToString()
         finally:
             self.num_running -= 1
 
-    async def _count(self, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def _count(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         for token_id in range(start, stop):
             await self._cut_after(token_id - start)
             answer = generation_pb2.GenerateResponse(text=f"{token_id} ", token_ids=[token_id])
@@ -261,6 +263,22 @@ def test_more_requests_than_allowed_are_refused_with_the_limit() -> None:
             next(iter(opened.generate()))
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "limit is 1" in raised.value.details()
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_its_worker_is_free_again() -> None:
+    with front(num_workers=1, read_timeout_s=0.3) as opened:
+        call = opened.generate("flood")
+        next(call)
+        give_up_s = time.monotonic() + 8.0
+        while opened.workers[0].num_running:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+        assert opened.metrics.registry.get_sample_value("mobula_gateway_cut_offs_total") == 1
+        assert opened.metrics.registry.get_sample_value("mobula_gateway_requests_in_flight") == 0
+        with pytest.raises(grpc.RpcError) as raised:
+            list(call)
+        assert raised.value.code() is grpc.StatusCode.ABORTED
+        assert "nothing was read for 0.3 s" in raised.value.details()
 
 
 def test_calls_in_flight_end_with_a_status_when_the_gateway_stops() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import grpc
@@ -52,7 +52,7 @@ class EchoShard:
     async def say(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return context.auth_context()["x509_pem_cert"][0]
 
-    async def repeat(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async def repeat(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes, None]:
         while True:
             yield b"again"
             await asyncio.sleep(0.01)
