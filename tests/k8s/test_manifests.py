@@ -39,6 +39,7 @@ def check_ports(manifests: list[Manifest]) -> None:
             roles[role].health_port,
         )
     assert found["gateway"].ports["admin-grpc"] == settings.controller.port
+    assert found["gateway"].ports["ctl-metrics"] == settings.controller.metrics_port
     assert settings.gateway.host == "0.0.0.0"
 
 

@@ -20,6 +20,7 @@ def wanted(manifests: list[Manifest]) -> set[Flow]:
     flows = {
         (CLIENTS, "gateway", gateway.port),
         ("gateway", "gateway", settings.controller.port),  # the controller lives on one of their Pods
+        ("gateway", "gateway", settings.controller.metrics_port),
         ("gateway", "attention", worker.port),
         ("attention", "expert", shard.port),
         ("expert", "expert", shard.port),
@@ -31,7 +32,11 @@ def wanted(manifests: list[Manifest]) -> set[Flow]:
         start = {key: int(value) for key, value in group.ray_start.items() if key.endswith("-port")}
         ray_ports |= set(start.values()) | set(range(start["min-worker-port"], start["max-worker-port"] + 1))
     flows |= {(source, target, port) for source in found for target in found for port in ray_ports}
-    flows |= {(PROMETHEUS, role, port) for role in found for port in (8080, gateway.metrics_port)}
+    flows |= {
+        (PROMETHEUS, role, port)
+        for role in found
+        for port in (8080, gateway.metrics_port, settings.controller.metrics_port)
+    }
     flows |= {(KUBERAY, role, port) for role in found for port in (*RAY_PORTS, 8000)}
     flows |= {(role, DNS, 53) for role in found}
     if "gcsFaultToleranceOptions" in ray_cluster_spec(manifests):
