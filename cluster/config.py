@@ -270,6 +270,7 @@ class MobulaConfig(StrictModel):
     ray: RayConfig = Field(default_factory=RayConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0  # at shutdown, for requests in flight
+    leave_file: str | None = None  # on a node that has it, processes hand over what they do: `mobula leave` writes it
 
     @model_validator(mode="after")
     def _check_ports(self) -> Self:

@@ -18,6 +18,7 @@ from cluster.commands import (
     chaos_command,
     checkpoint_command,
     keys_command,
+    leave_command,
     restart_command,
     scale_command,
     trace_command,
@@ -172,6 +173,7 @@ def experts(address: Address = DEFAULT_ADDRESS) -> None:
 app.command()(admin_command.status)
 app.command()(admin_command.rebalance)
 app.command()(restart_command.restart)
+app.command()(leave_command.leave)
 
 
 def _settings(path: Path | None, model: str | None) -> "MobulaConfig":

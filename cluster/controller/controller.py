@@ -37,6 +37,7 @@ from cluster.controller.process import (
 )
 from cluster.controller.rebalance import RebalancePlan
 from cluster.controller.shard_scaling import ShardScaling
+from protos.errors import MobulaError
 from router.balance_terms import Traffic
 from router.expert_map import ExpertMap
 
@@ -156,6 +157,7 @@ class Controller:
         """One round."""
         self._observe()
         self._follow_newest_placement()
+        self._clear_nodes()
         self._load()
         self._balance.round(self._expert_map, is_serving=self._status.is_serving)
         is_settled = self._balance.is_idle and not self._balance.membership.is_changing
@@ -217,6 +219,22 @@ class Controller:
             for worker in self._members(RoleName.WORKER)
         )
 
+    def _clear_nodes(self) -> None:
+        """Processes whose node is about to end hand over what they do."""
+        for process in [p for p in self._processes if p.health.must_leave and p.is_ready and not p.is_ending]:
+            logger.info("%s leaves: its node ends", process.name)
+            if process.role is not RoleName.SHARD or not self._hands_over(process.rank):
+                process.is_replaced = True
+
+    def _hands_over(self, ep_rank: int) -> bool:
+        """Whether the other shards take its units; else forwards wait until it is back somewhere else."""
+        try:
+            self._balance.membership.replace(ep_rank)
+        except MobulaError as error:
+            logger.warning("shard-%d keeps its units to its end: %s", ep_rank, error)
+            return any(p.is_leaving for p in self._members(RoleName.SHARD) if p.rank == ep_rank)
+        return True
+
     def _load(self) -> None:
         if not self._is_placed and (expert_map := self._balance.placement_at_start(self._expert_map)) is not None:
             self._use(expert_map)
@@ -225,7 +243,7 @@ class Controller:
             if process.role is RoleName.SHARD and not self._is_placed:
                 continue
             is_loading = process.loading is not None and not process.loading.done()
-            if process.health.state is ProcessState.NEW and not is_loading:
+            if process.health.state is ProcessState.NEW and not is_loading and not process.health.must_leave:
                 process.loading = process.handle.call("load", self._expert_map)
                 process.restart_at_s = self._clock() + RESTART_WAIT_S
             elif process.health.state is ProcessState.FAILED and self._clock() >= process.restart_at_s:

@@ -90,6 +90,12 @@ class ShardMembership:
             self._leave([rank])
         return ShardChange(drained=(rank,))
 
+    def replace(self, rank: int) -> ShardChange:
+        """That shard gives up its units and ends, and another one is added. Raises as `drain` and `scale`."""
+        count = len(self.staying)
+        drained = self.drain(rank).drained
+        return ShardChange(added=self.scale(count).added, drained=drained)
+
     def members(self) -> frozenset[int]:
         """The shards that the next placement uses: all that stay, new ones once they are ready."""
         return frozenset(shard.rank for shard in self.staying if shard.rank in self._placed_on or shard.is_ready)

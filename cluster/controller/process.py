@@ -46,6 +46,7 @@ class ProcessHealth:
         address: host:port of its gRPC server, once READY.
         metrics_address: host:port of its Prometheus endpoint, once READY.
         detail: what it is doing, or why it failed.
+        must_leave: its node is about to end.
         domain: failure domain that the process runs in, its node or zone; "" if not known.
         weight_bytes: weights kept in memory.
         num_units: placement units that a shard holds.
@@ -62,6 +63,7 @@ class ProcessHealth:
     metrics_address: str = ""
     detail: str = ""
     pid: int = 0
+    must_leave: bool = False
     domain: str = ""
     weight_bytes: int = 0
     num_units: int = 0

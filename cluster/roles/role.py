@@ -9,6 +9,7 @@ import resource
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from pathlib import Path
 from wsgiref.types import WSGIApplication
 
 import grpc.aio
@@ -48,11 +49,13 @@ class Role(ABC):
         self._credentials = PLAINTEXT
         self._loop = LoopThread("loop")
         self._registry = CollectorRegistry()
+        self._must_leave = False  # once said, not taken back
         self._health_server: grpc.aio.Server | None = None  # it ends when nothing refers to it
 
     def health(self) -> ProcessHealth:
         """This process about itself."""
-        return replace(self._health, peak_rss_bytes=_peak_rss_bytes())
+        self._must_leave = self._must_leave or self._is_node_ending()
+        return replace(self._health, peak_rss_bytes=_peak_rss_bytes(), must_leave=self._must_leave)
 
     def load(self, expert_map: ExpertMap) -> None:
         """From NEW to READY. What goes wrong is not raised but shown by `health`, as FAILED.
@@ -84,6 +87,9 @@ class Role(ABC):
             metrics_address=f"{self._host}:{metrics_port}",
             load_rss_bytes=max(0, _peak_rss_bytes() - before),
         )
+
+    def _is_node_ending(self) -> bool:
+        return self._config.leave_file is not None and Path(self._config.leave_file).exists()
 
     def _use_certificates(self) -> None:
         """Raises CertificateError."""

@@ -56,6 +56,7 @@ class FakeProcess:
         self.is_alive = True
         self.is_starting = False
         self.placement_version = 0
+        self.must_leave = False
         self.error: Exception | None = None
 
     def die(self) -> None:
@@ -100,6 +101,7 @@ class FakeProcess:
             metrics_address=address,
             detail=detail,
             pid=1,
+            must_leave=self.must_leave,
             placement_version=self.placement_version,
             oldest_placement_version=self.placement_version,
         )

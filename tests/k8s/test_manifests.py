@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cluster import serve_app
+from cluster.commands.cli import app
 from cluster.config import ActorConfig, MobulaConfig, PlacementStrategy
 from cluster.controller.lease import LEASE_S
 from tests.k8s.manifests import K8S, TARGETS, Group, Manifest, config, groups, of_kind, pods, ray_cluster_spec, render
@@ -207,6 +209,30 @@ def test_a_pod_may_take_as_long_to_end_as_its_drain(target: str) -> None:
     drain_s = config(manifests).drain_timeout_s
     for group in groups(manifests).values():
         assert group.template["spec"]["terminationGracePeriodSeconds"] >= drain_s + STOP_MARGIN_S
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_pod_that_ends_hands_over_first_and_has_the_time_for_it(target: str) -> None:
+    manifests = render(target)
+    settings = config(manifests)
+    for role, group in groups(manifests).items():
+        if role == "head":
+            continue
+        command = group.container["lifecycle"]["preStop"]["exec"]["command"]
+        assert command[:2] == ["mobula", "leave"]
+        given = leave_arguments(command[2:])
+        assert str(given["file"]) == settings.leave_file
+        assert given["health_port"] == group.ports["health"]
+        writable = [mount["mountPath"] for mount in group.container["volumeMounts"] if not mount.get("readOnly")]
+        assert str(given["file"].parent) in writable
+        assert settings.drain_timeout_s < given["timeout_s"]
+        assert given["timeout_s"] + STOP_MARGIN_S <= group.template["spec"]["terminationGracePeriodSeconds"]
+
+
+def leave_arguments(arguments: list[str]) -> dict[str, Any]:
+    """As the command line reads them, without doing it."""
+    group: Any = typer.main.get_command(app)
+    return group.commands["leave"].make_context("leave", list(arguments)).params
 
 
 @pytest.mark.parametrize("target", TARGETS)
