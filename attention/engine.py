@@ -245,10 +245,13 @@ class Engine:
 
     def _compute(self, batch: ScheduledBatch) -> None:
         sequences = [scheduled.sequence for scheduled in batch.sequences]
+        is_degraded: list[bool] = []
         self._limit_step(
             StepLimit(
                 deadline_s=max(sequence.deadline_s for sequence in sequences),
                 is_wanted=lambda: not all(sequence.is_abandoned for sequence in sequences),
+                allows_missing_experts=all(sequence.allows_missing_experts for sequence in sequences),
+                on_missing_experts=lambda: is_degraded.append(True),
             )
         )
         try:
@@ -263,6 +266,8 @@ class Engine:
             self._fail(sequences, internal_error)
         else:
             self._scheduler.commit(batch)
+            for sequence in sequences:
+                sequence.num_degraded_steps += bool(is_degraded)
             now_s = self._clock()
             for sequence, token in zip(sequences, tokens, strict=True):
                 if token is not None:

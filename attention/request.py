@@ -90,6 +90,7 @@ class RequestReader:
             max_num_tokens=min(len(prompt_token_ids) + params.max_tokens, self._max_model_len),
             eos_token_ids=self._tokenizer.eos_token_ids,
             text_decoder=Detokenizer(self._tokenizer, stop=params.stop, skip_special_tokens=params.skip_special_tokens),
+            allows_missing_experts=request.allow_missing_experts,
         )
 
     def relayed_sequence(self, relayed: worker_pb2.RelayedRequest) -> Sequence:

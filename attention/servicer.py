@@ -133,6 +133,7 @@ def _response(sequence: Sequence, output: SequenceOutput) -> generation_pb2.Gene
         response.usage.num_prompt_tokens = sequence.num_prompt_tokens
         response.usage.num_completion_tokens = sequence.num_output_tokens
         response.usage.num_dropped_assignments = sequence.num_dropped_assignments
+        response.usage.num_degraded_steps = sequence.num_degraded_steps
     if isinstance(output.matched_stop, str):
         response.matched_stop_string = output.matched_stop
     elif output.matched_stop is not None:

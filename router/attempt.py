@@ -8,9 +8,11 @@ from torch import Tensor
 
 from protos import expert_pb2
 from protos.codec import PayloadReader, dtype_from_wire, dtype_to_wire
-from protos.errors import InternalError, UnitQuarantined, from_code
+from protos.errors import DeadlineExceeded, InternalError, MobulaError, ShardUnavailable, UnitQuarantined, from_code
 from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall, Outcome
 from router.plan import PartialSums, ShardMessage
+from router.router_config import RouterConfig
+from router.step_limit import StepLimit
 from router.transport import ShardTransport
 
 MAX_TIMEOUT_MS = 2**32 - 1  # the field's
@@ -96,6 +98,21 @@ def forward_call(
         answer_bytes=message.num_partial_sums * hidden_states.shape[1] * hidden_states.itemsize,
         completions=completions,
         tell=tell,
+    )
+
+
+def out_of_time(attempt: Attempt, layer_id: int, now_s: float, config: RouterConfig, limit: StepLimit) -> MobulaError:
+    """Of a layer that has waited as long as it may, for this attempt among others."""
+    if now_s >= limit.deadline_s:
+        return DeadlineExceeded(
+            f"the deadline of every request of the step passed while layer {layer_id} waited for expert shard "
+            f"{attempt.ep_rank} at {attempt.address}; give the calls more time"
+        )
+    return ShardUnavailable(
+        f"expert shard {attempt.ep_rank} at {attempt.address} did not answer for layer {layer_id} within "
+        f"forward_timeout_s = {config.forward_timeout_s} s ({attempt.number} attempts"
+        f"{', the last failure: ' + attempt.failure if attempt.failure else ''}); retry when the shard is back",
+        retry_after_s=1.0,
     )
 
 

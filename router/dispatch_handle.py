@@ -13,10 +13,9 @@ A handle's life:
 5. When nothing is missing `wait` adds the partial sums, in an order that does not depend on any of this.
 """
 
-import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,13 +33,15 @@ from protos.errors import (
     Unavailable,
     UnitQuarantined,
 )
-from router.attempt import Attempt, LayerInput, forward_call, read_partial_sums
+from router.attempt import Attempt, LayerInput, forward_call, out_of_time, read_partial_sums
 from router.completions import ForwardAnswer, Outcome
 from router.expert_map import Int64Array
 from router.finite_check import confirmed_wrong, doubtful, is_finite, units_of
 from router.handle_context import HandleContext
+from router.missing_experts import LeftOut, leave_out, renormalised
 from router.plan import DispatchPlan, PartialSums, ShardMessage, plan_again
 from router.plan_kernels import plan_layer, sum_partials
+from router.router_config import MissingExperts
 from router.routing import Routing
 from router.step_limit import StepLimit
 
@@ -78,6 +79,7 @@ class DispatchHandle:
         self._answers: list[_Answer] = []
         self._is_missing: np.typing.NDArray[np.bool_]  # by partial sum of the plan
         self._num_missing = 0
+        self._left_out: LeftOut | None = None
 
     @property
     def plan(self) -> DispatchPlan:
@@ -122,12 +124,33 @@ class DispatchHandle:
             self._resend_due()
             if not self._context.completions.wait(self._next_due_s()):
                 self._look_at_due()
+                self._do_without_if_allowed()
         if self._error is not None:
             raise self._error
 
+    def _do_without_if_allowed(self) -> None:
+        """Leaves out what is missing still, when everybody who waits would rather have it so."""
+        config, limit = self._context.config, self._limit
+        if config.missing_experts is MissingExperts.WAIT or not limit.allows_missing_experts or not self._num_missing:
+            return
+        if self._context.clock() < self.started_s + config.missing_after_s:
+            return
+        messages = [attempt.message for attempt in (*self._in_flight, *self._failed)]
+        hidden_states = self._layer.hidden_states
+        self._left_out = leave_out(messages, self._is_missing, len(hidden_states), hidden_states)
+        self._num_missing = 0
+        self._context.metrics.count_missing(self._left_out.num_assignments)
+        limit.on_missing_experts()
+
     def _sum(self) -> Tensor:
         """Of answers that came twice the newest counts."""
-        return sum_partials(self._plan, [sums for _, sums, _ in self._answers], self._layer.hidden_states.shape[1])
+        answers, layer, left_out = [sums for _, sums, _ in self._answers], self._layer, self._left_out
+        if left_out is not None:
+            answers.append(left_out.zeros)
+        sums = sum_partials(self._plan, answers, layer.hidden_states.shape[1])
+        if left_out is None or self._context.config.missing_experts is not MissingExperts.RENORMALISE:
+            return sums
+        return renormalised(sums, left_out, layer.topk_weights, layer.topk_ids)
 
     def _ask_others_whether_finite(self) -> None:
         """Has replicas compute what is not finite for rows that are; a shard that they prove wrong is not trusted."""
@@ -314,7 +337,7 @@ class DispatchHandle:
             if not self._is_missing[attempt.message.partial_sums].any():  # another one was faster
                 continue
             if now_s >= self._deadline_s:
-                raise self._out_of_time(attempt)
+                raise out_of_time(attempt, self._layer.layer_id, now_s, self._context.config, self._limit)
             ep_ranks = self._context.candidates.to_retry(routing, row, attempt.ep_rank)
             messages = plan_again(attempt.message, self._expert_to_unit, ep_ranks)
             waits_for = {other.ep_rank for other in self._in_flight if other.is_late}
@@ -337,7 +360,7 @@ class DispatchHandle:
             self._in_flight.remove(attempt)
             self._give_up(attempt)
             if now_s >= self._deadline_s:
-                raise self._out_of_time(attempt)
+                raise out_of_time(attempt, self._layer.layer_id, now_s, self._context.config, self._limit)
             self._retry(attempt, "timeout", f"no answer within {self._context.config.attempt_timeout_s} s")
 
     def _look_whether_late(self, attempt: Attempt, now_s: float) -> None:
@@ -364,22 +387,3 @@ class DispatchHandle:
             if message.ep_rank >= 0:
                 self._context.metrics.count_retry(reason)
                 self._send(message, routing, attempt.number + 1, is_check=is_check)
-
-    def _out_of_time(self, attempt: Attempt) -> MobulaError:
-        if self._context.clock() >= self._limit.deadline_s:
-            return DeadlineExceeded(
-                f"the deadline of every request of the step passed while layer {self._layer.layer_id} waited for "
-                f"expert shard {attempt.ep_rank} at {attempt.address}; give the calls more time"
-            )
-        return ShardUnavailable(
-            f"expert shard {attempt.ep_rank} at {attempt.address} did not answer for layer "
-            f"{self._layer.layer_id} within forward_timeout_s = {self._context.config.forward_timeout_s} s "
-            f"({attempt.number} attempts{', the last failure: ' + attempt.failure if attempt.failure else ''}); "
-            "retry when the shard is back",
-            retry_after_s=1.0,
-        )
-
-
-def sequence_numbers() -> Iterator[int]:
-    """Unique within a worker, hence within each of its streams; 0 means unset on the wire."""
-    return itertools.count(1)

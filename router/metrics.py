@@ -54,6 +54,7 @@ class RouterMetrics(Collector):
         self._wrong_units: Callable[[], list[WrongUnit]] = list
         self._num_violations = 0
         self._num_dropped = 0
+        self._num_missing = 0
         self._placement_version = 0
         self._max_ranks_per_token = 0
         self._latency = TallyHistogram(
@@ -85,6 +86,10 @@ class RouterMetrics(Collector):
     def count_dropped(self, num_assignments: int) -> None:
         """Assignments of one layer that the overload valve left out."""
         self._num_dropped += num_assignments
+
+    def count_missing(self, num_assignments: int) -> None:
+        """Assignments of one layer that nobody could be asked for, and that it does without."""
+        self._num_missing += num_assignments
 
     def count_sent(self, ep_rank: int, num_rows: int, num_bytes: int, carrier: Carrier) -> None:
         """A forward that was sent, retries included."""
@@ -162,6 +167,13 @@ class RouterMetrics(Collector):
         )
         dropped.add_metric((dp_rank,), self._num_dropped)
         yield dropped
+        missing = CounterMetricFamily(
+            "mobula_missing_assignments",
+            "(token, layer, expert) computations left out because no shard with the expert could be reached.",
+            labels=("dp_rank",),
+        )
+        missing.add_metric((dp_rank,), self._num_missing)
+        yield missing
         retries = CounterMetricFamily(
             "mobula_expert_retries", "Messages to shards that were sent again.", labels=("dp_rank", "reason")
         )

@@ -22,7 +22,7 @@ from protos.errors import Unavailable
 from protos.poller import Poller
 from router.attempt import LayerInput
 from router.completions import Completions
-from router.dispatch_handle import DispatchHandle, sequence_numbers
+from router.dispatch_handle import DispatchHandle
 from router.expert_map import ExpertMap
 from router.gate_config import GateConfig
 from router.handle_context import HandleContext
@@ -76,7 +76,7 @@ class Router:
             metrics=metrics,
             completions=Completions(poller or Poller()),
             routing=self._newest_routing,
-            sequence_numbers=sequence_numbers(),
+            sequence_numbers=itertools.count(1),  # unique within each stream; 0 means unset on the wire
             candidates=Candidates(
                 turns=itertools.count(),
                 queues=queues,

@@ -15,6 +15,14 @@ class CapacityPolicy(StrEnum):
     DEVICE_DROP = "device_drop"
 
 
+class MissingExperts(StrEnum):
+    """What a layer does about experts whose shards, replicas too, cannot be reached."""
+
+    WAIT = "wait"  # up to forward_timeout_s; then the step's requests end with UNAVAILABLE
+    LEAVE_OUT = "leave_out"  # their share of the sum is 0
+    RENORMALISE = "renormalise"  # the others get their weight
+
+
 class RouterConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
     """How long the router waits for shards, and whether it spares them work under overload."""
 
@@ -23,6 +31,11 @@ class RouterConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
     late_after_s: Annotated[float, Field(gt=0)] = (
         0.05  # no answer is late sooner; when it is follows from measured times, and then replicas are asked too
     )
+
+    # Degraded mode, for steps all of whose requests have set allow_missing_experts. Their usage says so.
+    missing_experts: MissingExperts = Field(default=MissingExperts.WAIT, strict=False)
+    missing_after_s: Annotated[float, Field(ge=0)] = 2.0  # that a layer waits before it does without
+
     shared_memory_mib: Annotated[int, Field(ge=0, le=65536)] = (
         256  # with each shard of this host; used as needed; 0: none
     )

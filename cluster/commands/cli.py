@@ -158,6 +158,11 @@ def generate(
                 f"[bold red]not quite the model's answer:[/bold red] the overload valve left out "
                 f"{generation.usage.num_dropped_assignments} expert computations"
             )
+        if generation.usage.num_degraded_steps:
+            console.print(
+                f"[bold red]not quite the model's answer:[/bold red] experts could not be reached in "
+                f"{generation.usage.num_degraded_steps} steps"
+            )
 
 
 @app.command()
