@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 OWN_PATH = "/metrics/own"
+COMPONENTS = {"worker": "attention", "shard": "expert"}  # as Pods are labelled on Kubernetes, so that rules fit both
 
 
 def scrape_targets(gateway_address: str, processes: Mapping[str, str]) -> list[dict[str, Any]]:
     """Target groups. gateway_address: host:port at which it was asked; processes: name ("worker-0") -> host:port."""
-    gateway = {"targets": [gateway_address], "labels": {"process": "gateway-0", "__metrics_path__": OWN_PATH}}
-    others = [
-        {"targets": [address], "labels": {"process": name, "__metrics_path__": "/metrics"}}
-        for name, address in sorted(processes.items())
-    ]
-    return [gateway, *others]
+    groups = [_group("gateway", gateway_address, OWN_PATH)]
+    for name, address in sorted(processes.items()):
+        role = name.partition("-")[0]
+        groups.append(_group(COMPONENTS.get(role, role), address, "/metrics"))
+    return groups
+
+
+def _group(component: str, address: str, path: str) -> dict[str, Any]:
+    return {"targets": [address], "labels": {"component": component, "__metrics_path__": path}}

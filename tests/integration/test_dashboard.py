@@ -175,12 +175,16 @@ def test_a_prometheus_is_told_of_every_process_and_no_series_twice(system: Syste
             return str(response.read().decode())
 
     groups = json.loads(page(f"{address}/sd"))
-    named = {group["labels"]["process"]: group for group in groups}
-    assert set(named) == {"gateway-0", "worker-0", "shard-0", "shard-1"}
-    pages = {name: page(group["targets"][0] + group["labels"]["__metrics_path__"]) for name, group in named.items()}
-    for name, text in pages.items():
-        assert text.count("mobula_build_info{") == 1
-        assert f'mobula_build_info{{process="{name}"' in text
+    assert sorted(group["labels"]["component"] for group in groups) == ["attention", "expert", "expert", "gateway"]
+    named = set()
+    for group in groups:
+        (line,) = (
+            line
+            for line in page(group["targets"][0] + group["labels"]["__metrics_path__"]).splitlines()
+            if line.startswith("mobula_build_info{")
+        )
+        named.add(line.split('"')[1])
+    assert named == {"gateway-0", "worker-0", "shard-0", "shard-1"}
     whole = page(f"{address}/metrics")
     assert whole.count("mobula_build_info{") == 4
     assert whole.count("# TYPE mobula_build_info gauge") == 1
