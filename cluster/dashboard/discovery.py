@@ -10,14 +10,15 @@ OWN_PATH = "/metrics/own"
 COMPONENTS = {"worker": "attention", "shard": "expert"}  # as Pods are labelled on Kubernetes, so that rules fit both
 
 
-def scrape_targets(gateway_address: str, processes: Mapping[str, str]) -> list[dict[str, Any]]:
+def scrape_targets(gateway_address: str, processes: Mapping[str, str], scheme: str) -> list[dict[str, Any]]:
     """Target groups. gateway_address: host:port at which it was asked; processes: name ("worker-0") -> host:port."""
-    groups = [_group("gateway", gateway_address, OWN_PATH)]
+    groups = [_group("gateway", gateway_address, OWN_PATH, scheme)]
     for name, address in sorted(processes.items()):
         role = name.partition("-")[0]
-        groups.append(_group(COMPONENTS.get(role, role), address, "/metrics"))
+        groups.append(_group(COMPONENTS.get(role, role), address, "/metrics", scheme))
     return groups
 
 
-def _group(component: str, address: str, path: str) -> dict[str, Any]:
-    return {"targets": [address], "labels": {"component": component, "__metrics_path__": path}}
+def _group(component: str, address: str, path: str, scheme: str) -> dict[str, Any]:
+    labels = {"component": component, "__metrics_path__": path, "__scheme__": scheme}
+    return {"targets": [address], "labels": labels}

@@ -57,7 +57,8 @@ class GatewayApp:
             return respond("405 Method Not Allowed", "text/plain", b"only GET\n")
         if path == "/sd":
             own = environ.get("HTTP_HOST") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
-            targets = scrape_targets(own, self._processes.targets)
+            scheme = "https" if self._processes.make_context else "http"
+            targets = scrape_targets(own, self._processes.targets, scheme)
             return respond("200 OK", "application/json", json.dumps(targets).encode())
         if path == "/api/state" and self._dashboard:
             return self._state(self._dashboard, environ, respond)
