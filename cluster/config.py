@@ -205,6 +205,16 @@ class ControllerConfig(StrictModel):
     expert_series: bool = False  # one more series for each (layer, expert): 9,440 for DeepSeek-V2
 
 
+class AdmissionConfig(StrictModel):
+    """Who waits at a gateway, and who is told to come back later."""
+
+    max_wait_s: Annotated[float, Field(gt=0)] = 10.0  # who is expected to wait longer gets RESOURCE_EXHAUSTED at once
+    max_request_mib: Annotated[float, Field(gt=0)] = 256.0  # of all requests that wait or are computed, in memory
+    # One client is one key, or one address where no keys are wanted.
+    max_requests_per_client: Annotated[int, Field(ge=1)] | None = None  # in flight; unset: no limit but fairness
+    max_tokens_per_s_per_client: Annotated[float, Field(gt=0)] | None = None  # prompt and completion; unset: no limit
+
+
 class GatewayConfig(StrictModel):
     """The front door."""
 
@@ -216,6 +226,7 @@ class GatewayConfig(StrictModel):
         True  # a page at http://host:metrics_port/ that shows load, placement and health; needs no Grafana
     )
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 1024  # over all workers; more get RESOURCE_EXHAUSTED
+    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     resume_timeout_s: Annotated[float, Field(ge=0)] = 60.0  # an answer that has begun waits so long for another worker
     read_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a client that takes nothing for so long is cut off
     keys: str | None = None  # file of bearer keys, see `mobula keys`; unset: whoever reaches the port may do everything

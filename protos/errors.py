@@ -72,6 +72,13 @@ class QueueFull(MobulaError):
     reason = "QUEUE_FULL"
 
 
+class ClientLimit(MobulaError):
+    """One client uses more than its share; others are served."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "CLIENT_LIMIT"
+
+
 class CapacityExceeded(MobulaError):
     """The request alone is larger than the latent cache."""
 

@@ -150,7 +150,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model_id", "model_type", "dtype", "vocab_size", "max_model_len", "num_hidden_layers", "hidden_size", "moe_layer_ids", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "eos_token_ids", "has_chat_template", "dp_size", "ep_size", "version")
+    __slots__ = ("model_id", "model_type", "dtype", "vocab_size", "max_model_len", "num_hidden_layers", "hidden_size", "moe_layer_ids", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "eos_token_ids", "has_chat_template", "dp_size", "ep_size", "version", "max_num_seqs", "num_cache_tokens")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +169,8 @@ class GetModelInfoResponse(_message.Message):
     DP_SIZE_FIELD_NUMBER: _ClassVar[int]
     EP_SIZE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_type: str
     dtype: _tensor_pb2.DType
@@ -187,7 +189,9 @@ class GetModelInfoResponse(_message.Message):
     dp_size: int
     ep_size: int
     version: str
-    def __init__(self, model_id: _Optional[str] = ..., model_type: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_hidden_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., moe_layer_ids: _Optional[_Iterable[int]] = ..., n_routed_experts: _Optional[int] = ..., n_shared_experts: _Optional[int] = ..., num_experts_per_tok: _Optional[int] = ..., n_group: _Optional[int] = ..., topk_group: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., dp_size: _Optional[int] = ..., ep_size: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    max_num_seqs: int
+    num_cache_tokens: int
+    def __init__(self, model_id: _Optional[str] = ..., model_type: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_hidden_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., moe_layer_ids: _Optional[_Iterable[int]] = ..., n_routed_experts: _Optional[int] = ..., n_shared_experts: _Optional[int] = ..., num_experts_per_tok: _Optional[int] = ..., n_group: _Optional[int] = ..., topk_group: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., dp_size: _Optional[int] = ..., ep_size: _Optional[int] = ..., version: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., num_cache_tokens: _Optional[int] = ...) -> None: ...
 
 class GetExpertLoadRequest(_message.Message):
     __slots__ = ()

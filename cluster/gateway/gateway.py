@@ -18,12 +18,14 @@ from grpc_reflection.v1alpha import reflection
 from cluster.config import GatewayConfig
 from cluster.gateway import admin_relay
 from cluster.gateway.admin_relay import AdminRelay
+from cluster.gateway.admission import Admission
 from cluster.gateway.generation import Generation
 from cluster.gateway.local_calls import LocalCalls
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.gateway.relay import abort_as, is_client_gone, was_answered
 from cluster.gateway.worker_pool import INFERENCE as SERVICE
 from cluster.gateway.worker_pool import WorkerChannel, WorkerPool
+from cluster.security.caller import current_caller
 from protos import errors, generation_pb2, rpc
 from protos.credentials import PLAINTEXT, Credentials, ServerCredentials
 from protos.guard import Guard
@@ -34,8 +36,11 @@ METHOD_TIMEOUT_S = 10.0  # for everything but Generate, which lives as long as i
 class GatewayServicer:
     """The Inference service over raw bytes."""
 
-    def __init__(self, settings: GatewayConfig, pool: WorkerPool, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self, settings: GatewayConfig, pool: WorkerPool, admission: Admission, metrics: GatewayMetrics
+    ) -> None:
         self._settings = settings
+        self._admission = admission
         self._pool = pool
         self._metrics = metrics
 
@@ -53,11 +58,27 @@ class GatewayServicer:
     async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """Inference.Generate."""
         with self._metrics.request() as outcome:
-            self._pool.admit()
-            generation = Generation(request, self._pool, self._metrics, self._settings.resume_timeout_s)
+            costs = self._admission.costs
             try:
-                async for response in generation.answers(context):
-                    yield response
+                async with self._admission.place(
+                    _client_name(context),
+                    len(request),
+                    context.time_remaining(),
+                    current_caller().max_concurrent_requests,
+                ) as ticket:
+                    generation = Generation(
+                        request,
+                        self._pool,
+                        self._metrics,
+                        self._settings.resume_timeout_s,
+                        ticket.cost,
+                        costs.mean_tokens,
+                    )
+                    async for response in generation.answers(context):
+                        yield response
+                    if (usage := generation.usage) is not None:
+                        costs.learn_tokens(len(request), usage.num_prompt_tokens, usage.num_completion_tokens)
+                        ticket.used_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
             except grpc.aio.AioRpcError as error:
                 outcome.code = error.code().name
                 await abort_as(context, error)
@@ -111,7 +132,8 @@ class Gateway:
     ) -> None:
         """credentials: towards workers and controller; front: what clients see; guards: whom they let through."""
         self._settings = settings
-        self._pool = WorkerPool(settings.max_concurrent_requests, credentials)
+        self._pool = WorkerPool(credentials)
+        self._admission = Admission(settings.admission, settings.max_concurrent_requests, self._num_places, metrics)
         self._admin = AdminRelay(credentials=credentials)
         self._front = front
         self._metrics = metrics
@@ -147,6 +169,7 @@ class Gateway:
     async def update_workers(self, addresses: dict[int, str]) -> None:
         """The attention workers that are ready, by dp_rank."""
         await self._pool.update(addresses)
+        self._admission.wake()
         await self._set_serving(bool(addresses))
 
     async def update_admin(self, address: str) -> None:
@@ -160,8 +183,12 @@ class Gateway:
         await self._pool.close()
         await self._admin.update("")
 
+    def _num_places(self) -> int:
+        num_places = self._pool.num_places(self._admission.costs.mean_tokens)
+        return self._settings.max_concurrent_requests if num_places is None else num_places
+
     def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
-        inference = GatewayServicer(self._settings, self._pool, self._metrics)
+        inference = GatewayServicer(self._settings, self._pool, self._admission, self._metrics)
         return inference.handlers(), self._admin.handlers()
 
     async def _set_serving(self, is_serving: bool) -> None:
@@ -169,6 +196,11 @@ class Gateway:
         value = status.SERVING if is_serving else status.NOT_SERVING
         for name in ("", SERVICE):
             await self.health.set(name, value)
+
+
+def _client_name(context: grpc.aio.ServicerContext) -> str:
+    """The key's id, or the address without its port."""
+    return current_caller().key_id or context.peer().rpartition(":")[0]
 
 
 def _add_dispatch(total: generation_pb2.DispatchStats, other: generation_pb2.DispatchStats) -> None:

@@ -19,6 +19,7 @@ import grpc.aio
 
 from cluster.gateway.metrics import GatewayMetrics, ResumeReason
 from cluster.gateway.relay import error_reason, forwarded, is_client_gone, was_answered
+from cluster.gateway.request_cost import RequestCost
 from cluster.gateway.worker_pool import WorkerChannel, WorkerPool
 from protos import errors, generation_pb2, rpc, worker_pb2
 
@@ -37,15 +38,23 @@ class Generation:
         pool: WorkerPool,
         metrics: GatewayMetrics,
         resume_timeout_s: float,
+        cost: RequestCost,
+        mean_tokens: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """request: a GenerateRequest. clock: seconds."""
+        """request: a GenerateRequest. cost: what it is expected to cost; mean_tokens: what requests cost on average.
+
+        clock: seconds.
+        """
         self._relayed = worker_pb2.RelayedRequest(
             request=request, request_id=secrets.token_hex(8), seed=secrets.randbits(64)
         )
         self._pool = pool
         self._metrics = metrics
         self._resume_timeout_s = resume_timeout_s
+        self._cost = cost
+        self._mean_tokens = mean_tokens
+        self.usage: generation_pb2.Usage | None = None  # once it has ended well
         self._clock = clock
         self._has_begun = False  # the client has had an answer
         self._has_ended = False  # the client has had the last answer, or the worker has no more
@@ -61,9 +70,10 @@ class Generation:
         while not self._has_ended:
             worker = await self._next_worker(tried)
             tried.append(worker)
-            with worker.occupied():
+            with worker.occupied(self._cost) as occupancy:
                 if await worker.connect():
                     async for response in self._answers_of(worker, context):
+                        occupancy.begin()
                         tried = [worker]
                         yield response
 
@@ -95,6 +105,7 @@ class Generation:
         self._relayed.output_token_ids.extend(message.token_ids)
         self._has_begun = True
         self._has_ended = message.HasField("finish_reason")
+        self.usage = message.usage if self._has_ended else None
         if self._lost_s is not None:
             self._metrics.observe_pause(self._clock() - self._lost_s)
             self._lost_s = None
@@ -137,7 +148,7 @@ class Generation:
         """One that was not tried; an answer that has begun waits for one. Raises Unavailable when there is none."""
         while True:
             try:
-                return self._pool.choose(tried)
+                return self._pool.choose(tried, self._mean_tokens)
             except errors.Unavailable:
                 is_late = self._lost_s is None or self._clock() - self._lost_s >= self._resume_timeout_s
                 if is_late or self._pool.is_closed:

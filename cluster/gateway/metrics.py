@@ -94,6 +94,15 @@ class ResumeReason(StrEnum):
     REFUSED = "refused"  # it has no place
 
 
+@unique
+class ShedReason(StrEnum):
+    """Why a request was refused at once."""
+
+    FULL = "full"  # too many requests, or bytes of them
+    WAIT = "wait"  # it would wait for too long
+    CLIENT = "client"  # its client has too many, or used too many tokens
+
+
 class GatewayMetrics:
     """The gateway's own series, and the collector of everybody else's.
 
@@ -121,6 +130,14 @@ class GatewayMetrics:
         )
         for reason in ResumeReason:
             self._resumes.labels(reason.value)
+        self._sheds = Counter(
+            "mobula_gateway_sheds", "Requests refused at once, by why.", ["reason"], registry=self.registry
+        )
+        for shed_reason in ShedReason:
+            self._sheds.labels(shed_reason.value)
+        self._waiting = Gauge(
+            "mobula_gateway_requests_waiting", "Requests that wait for a place at a worker.", registry=self.registry
+        )
         self._cut_offs = Counter(
             "mobula_gateway_cut_offs", "Clients that did not read their answer in time.", registry=self.registry
         )
@@ -130,6 +147,14 @@ class GatewayMetrics:
             registry=self.registry,
             buckets=_PAUSE_SECONDS,
         )
+
+    def count_shed(self, reason: ShedReason) -> None:
+        """A request was refused."""
+        self._sheds.labels(reason.value).inc()
+
+    def set_waiting(self, num_requests: int) -> None:
+        """So many wait now."""
+        self._waiting.set(num_requests)
 
     def count_cut_off(self) -> None:
         """A client did not read its answer."""

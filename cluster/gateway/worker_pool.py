@@ -1,6 +1,8 @@
 """The gateway's connections to attention workers, and which of them gets the next call. Knows nothing of calls."""
 
 import asyncio
+import logging
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,8 +10,11 @@ from dataclasses import dataclass, field
 import grpc
 import grpc.aio
 
+from cluster.gateway.request_cost import RequestCost
 from protos import errors, generation_pb2, rpc, worker_pb2
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
+
+logger = logging.getLogger(__name__)
 
 INFERENCE = generation_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 WORKER = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
@@ -18,6 +23,8 @@ READY, TRANSIENT_FAILURE, SHUTDOWN = (
     grpc.ChannelConnectivity.TRANSIENT_FAILURE,
     grpc.ChannelConnectivity.SHUTDOWN,
 )
+CAPACITY_TIMEOUT_S = 10.0
+DEFAULT_NUM_SEQS = 64  # until a worker has said how many it computes at once
 CONNECT_TIMEOUT_S = 1.0  # within a cluster it takes milliseconds
 
 
@@ -29,6 +36,9 @@ class WorkerChannel:
     address: str
     channel: grpc.aio.Channel
     num_in_flight: int = 0
+    pending_tokens: float = 0.0  # of prompts that it was sent and has not answered yet, as far as they are known
+    max_num_seqs: int = DEFAULT_NUM_SEQS  # that it computes at once
+    num_cache_tokens: int | None = None  # that its latent cache holds; None until it has said so
 
     def unary(self, method: str) -> grpc.aio.UnaryUnaryMultiCallable:
         """A method of the Inference service."""
@@ -38,14 +48,31 @@ class WorkerChannel:
         """Worker.Generate, which takes a RelayedRequest."""
         return self.channel.unary_stream(f"/{WORKER}/Generate")
 
+    def num_places(self, mean_tokens: float) -> int:
+        """Requests of so many tokens each that it should have: what it computes at once, and a few to go on with."""
+        fitting = math.inf if self.num_cache_tokens is None else self.num_cache_tokens // max(1.0, mean_tokens)
+        computed = int(max(1, min(self.max_num_seqs, fitting)))
+        return computed + max(1, computed // 8)
+
     @contextmanager
-    def occupied(self) -> Iterator[None]:
-        """Around a call: it counts as in flight."""
-        self.num_in_flight += 1
+    def occupied(self, cost: RequestCost) -> Iterator["Occupancy"]:
+        """Around a call."""
+        occupancy = Occupancy(self, cost)
         try:
-            yield
+            yield occupancy
         finally:
-            self.num_in_flight -= 1
+            occupancy.end()
+
+    async def learn_capacity(self) -> None:
+        """Asks what it can take; whoever does not answer keeps the default until it is connected anew."""
+        try:
+            answer = await self.unary("GetModelInfo")(b"", timeout=CAPACITY_TIMEOUT_S, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            logger.warning("worker %d at %s does not say what it can take: %s", self.dp_rank, self.address, error)
+            return
+        info = generation_pb2.GetModelInfoResponse.FromString(answer)
+        self.max_num_seqs = info.max_num_seqs or self.max_num_seqs
+        self.num_cache_tokens = info.num_cache_tokens or None
 
     async def connect(self) -> bool:
         """Whether the connection stands, or does in time."""
@@ -60,6 +87,26 @@ class WorkerChannel:
         return True
 
 
+class Occupancy:
+    """A call's share of a worker's work: its prompt until the first answer, and a place until it ends."""
+
+    def __init__(self, worker: WorkerChannel, cost: RequestCost) -> None:
+        self._worker = worker
+        self._pending_tokens = cost.prompt_tokens
+        worker.num_in_flight += 1
+        worker.pending_tokens += self._pending_tokens
+
+    def begin(self) -> None:
+        """The worker has answered: the prompt is computed."""
+        self._worker.pending_tokens -= self._pending_tokens
+        self._pending_tokens = 0.0
+
+    def end(self) -> None:
+        """The call has ended."""
+        self.begin()
+        self._worker.num_in_flight -= 1
+
+
 @dataclass(slots=True)
 class WorkerPool:
     """The workers that can be called now. Used from the event loop only.
@@ -68,10 +115,10 @@ class WorkerPool:
         not gone, and the connection to one that is gone breaks by itself.
     """
 
-    max_concurrent_requests: int
     credentials: Credentials = PLAINTEXT
     workers: dict[int, WorkerChannel] = field(default_factory=dict)
     leaving: list[WorkerChannel] = field(default_factory=list)
+    _learning: set[asyncio.Task[None]] = field(default_factory=set)  # kept alive until they are done
     is_closed: bool = False  # for good: the gateway stops
 
     @property
@@ -85,7 +132,10 @@ class WorkerPool:
             del self.workers[worker.dp_rank]
         for dp_rank, address in sorted(addresses.items()):
             if dp_rank not in self.workers:
-                self.workers[dp_rank] = self._connection(dp_rank, address)
+                worker = self.workers[dp_rank] = self._connection(dp_rank, address)
+                learning = asyncio.create_task(worker.learn_capacity())
+                self._learning.add(learning)
+                learning.add_done_callback(self._learning.discard)
         self.leaving += stale
         await self.close_idle()
 
@@ -111,19 +161,23 @@ class WorkerPool:
         channel = self.credentials.channel(address, PeerRole.WORKER, rpc.relay_options())
         return WorkerChannel(dp_rank, address, channel)
 
-    def choose(self, excluded: Collection[WorkerChannel] = ()) -> WorkerChannel:
-        """The worker with the fewest calls in flight, the lower rank first. Raises Unavailable if there is none."""
+    def num_places(self, mean_tokens: float) -> int | None:
+        """Requests that the workers should have together; None without workers: then there is nothing to wait for."""
+        if not self.workers:
+            return None
+        return sum(worker.num_places(mean_tokens) for worker in self.workers.values())
+
+    def choose(self, excluded: Collection[WorkerChannel] = (), mean_tokens: float = 1.0) -> WorkerChannel:
+        """The worker with the fewest tokens before it: prompts not computed yet, and for each call in flight the mean.
+
+        The lower rank first. Raises Unavailable if there is none.
+        """
         candidates = [worker for worker in self.workers.values() if worker not in excluded]
         if not candidates:
             raise errors.Unavailable(
                 f"none of {len(self.workers)} attention workers can be reached; retry later", retry_after_s=1.0
             )
-        return min(candidates, key=lambda worker: (worker.num_in_flight, worker.dp_rank))
-
-    def admit(self) -> None:
-        """Raises QueueFull when as many calls are in flight as are allowed."""
-        if self.num_in_flight >= self.max_concurrent_requests:
-            raise errors.QueueFull(
-                f"{self.num_in_flight} requests are in flight, limit is {self.max_concurrent_requests}; retry later",
-                retry_after_s=1.0,
-            )
+        return min(
+            candidates,
+            key=lambda worker: (worker.pending_tokens + worker.num_in_flight * mean_tokens, worker.dp_rank),
+        )

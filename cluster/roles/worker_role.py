@@ -108,7 +108,7 @@ class WorkerRole(Role):
             vocab_size=decoder_config.vocab_size,
             max_model_len=max_model_len,
         )
-        info = _model_info(self._config, model, max_model_len, tokenizer)
+        info = _model_info(self._config, model, max_model_len, num_blocks, tokenizer)
         report = WorkerReport(router, decoder_config.gate, info, self._credentials)
         engine.start()
         self._router, self._report, self._engine = router, report, engine
@@ -199,7 +199,7 @@ class WorkerRole(Role):
 
 
 def _model_info(
-    config: MobulaConfig, model: ServedModel, max_model_len: int, tokenizer: Tokenizer
+    config: MobulaConfig, model: ServedModel, max_model_len: int, num_blocks: int, tokenizer: Tokenizer
 ) -> generation_pb2.GetModelInfoResponse:
     decoder = model.config.decoder
     return generation_pb2.GetModelInfoResponse(
@@ -221,4 +221,6 @@ def _model_info(
         dp_size=config.attention_workers.count,
         ep_size=config.expert_shards.count,
         version=VERSION,
+        max_num_seqs=config.attention_workers.engine.max_num_seqs,
+        num_cache_tokens=num_blocks * config.attention_workers.engine.block_size,
     )
