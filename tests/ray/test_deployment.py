@@ -1,4 +1,6 @@
-"""The whole system on a real local Ray cluster: it starts, serves, loses processes, gets them back, and ends."""
+"""The whole system on a real local Ray cluster, over mutual TLS and with a key: it starts, serves, loses processes,
+gets them back, and ends.
+"""
 
 import os
 import signal
@@ -11,11 +13,15 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster import client_access
 from cluster.client import AdminClient, InferenceClient
+from cluster.client_access import ClientAccess
 from cluster.config import parse_config
 from cluster.controller.process import ProcessHealth
 from cluster.roles.launch import Deployment
+from cluster.security.keys import KeyFile, Right, new_key, write_keys
 from protos import generation_pb2 as pb
+from tests.certificates import make_authority
 from tests.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.ray
@@ -27,14 +33,20 @@ PROMPT = "the experts are called"
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = write_checkpoint(tmp_path_factory.mktemp("model"), "v2", seed=3)
+    tls = make_authority(tmp_path_factory.mktemp("tls")).folder
+    key, text = new_key("operator", frozenset(Right))
+    write_keys(tls / "keys.json", KeyFile(keys=(key,)))
     settings = {
         "model": str(folder),
         "attention_workers": {"count": 2, "num_cpus": 0.5},
         "expert_shards": {"count": 2, "num_cpus": 0.5},
-        "gateway": {"port": 0, "metrics_port": 0},
+        "gateway": {"port": 0, "metrics_port": 0, "keys": str(tls / "keys.json")},
+        "tls": {"processes": str(tls), "clients": str(tls / "public")},
         "drain_timeout_s": 2.0,
     }
-    with Deployment(parse_config(settings)) as deployment:
+    with pytest.MonkeyPatch.context() as environment, Deployment(parse_config(settings)) as deployment:
+        environment.setenv(client_access.TLS_CA, str(tls / "public" / "ca.crt"))
+        environment.setenv(client_access.API_KEY, text)
         deployment.wait_until_serving(lambda status: None)
         yield deployment
 
@@ -98,7 +110,7 @@ def test_one_scrape_gives_the_series_of_every_process(deployment: Deployment) ->
 
 
 def test_gateway_says_that_it_serves(deployment: Deployment) -> None:
-    with grpc.insecure_channel(deployment.address) as channel:
+    with ClientAccess.from_environment().channel(deployment.address, ()) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(
             health_pb2.HealthCheckRequest(service="mobula.v1.Inference"), timeout=5.0
         )
