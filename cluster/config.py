@@ -229,8 +229,15 @@ class GatewayConfig(StrictModel):
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     resume_timeout_s: Annotated[float, Field(ge=0)] = 60.0  # an answer that has begun waits so long for another worker
     read_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a client that takes nothing for so long is cut off
+    http_key: bool = False  # the HTTP port wants a key with the right `admin`: Bearer, or the password of Basic
     keys: str | None = None  # file of bearer keys, see `mobula keys`; unset: whoever reaches the port may do everything
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that its node must carry
+
+    @model_validator(mode="after")
+    def _check_key(self) -> Self:
+        if self.http_key and not self.keys:
+            raise ValueError("http_key needs `keys`")
+        return self
 
 
 class TlsConfig(StrictModel):

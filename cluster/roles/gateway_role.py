@@ -11,6 +11,7 @@ from cluster.gateway.gateway import Gateway
 from cluster.gateway.http_server import MakeContext
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
+from cluster.security.http_key import KeyedApp
 from cluster.security.http_tls import client_contexts, server_contexts
 from cluster.security.key_guard import KeyCheck
 from cluster.security.keys import KeyRing
@@ -32,6 +33,7 @@ class GatewayRole(Role):
         self._registry = self._metrics.registry
         self._gateway: Gateway | None = None
         self._dashboard: Dashboard | None = None
+        self._keys: KeyCheck | None = None
 
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
         settings, tls = self._config.gateway, self._config.tls
@@ -44,7 +46,8 @@ class GatewayRole(Role):
 
         guards = []
         if settings.keys:
-            guards.append(Guard(KeyCheck(KeyRing(Path(settings.keys)), KeyMetrics(self._registry))))
+            self._keys = KeyCheck(KeyRing(Path(settings.keys)), KeyMetrics(self._registry))
+            guards.append(Guard(self._keys))
 
         async def start() -> tuple[Gateway, int]:
             gateway = Gateway(settings, self._metrics, self._credentials, front, guards)
@@ -68,7 +71,8 @@ class GatewayRole(Role):
         if self._config.gateway.dashboard:
             self._dashboard = Dashboard(self._gateway.local_calls(), self._loop, self._metrics.processes.pages)
             self._dashboard.start()
-        return GatewayApp(self._metrics, self._dashboard)
+        app = GatewayApp(self._metrics, self._dashboard)
+        return KeyedApp(app, self._keys) if self._keys and self._config.gateway.http_key else app
 
     def _http_contexts(self) -> MakeContext | None:
         """With the certificate that clients see, and asking for theirs as the gRPC port does."""

@@ -4,6 +4,8 @@ A key travels in the metadata `authorization: Bearer ID.SECRET`. Who a caller is
 only its id is ever logged, counted or told.
 """
 
+from collections.abc import Sequence
+
 import grpc
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
@@ -35,20 +37,27 @@ class KeyCheck:
     def __call__(self, method: str, context: grpc.aio.ServicerContext) -> None:
         if method.startswith(HEALTH_PREFIX):
             return
-        key = self._identify(context)
         service = method[1:].rpartition("/")[0]
-        right = RIGHTS.get(service)
-        if right not in key.rights:
-            raise self._refused(
-                Refusal.RIGHT, PermissionDenied(f"key {key.id} has not the right that {service} needs: {right}")
-            )
+        shown = [str(value) for name, value in context.invocation_metadata() or () if name == AUTHORIZATION]
+        key = self.require(shown, RIGHTS.get(service))
         if current_caller().key_id == key.id:
             return  # a stream is checked again
         self._metrics.count(key.id)
         set_caller(Caller(key_id=key.id, max_concurrent_requests=key.max_concurrent_requests))
 
-    def _identify(self, context: grpc.aio.ServicerContext) -> Key:
-        shown = [str(value) for name, value in context.invocation_metadata() or () if name == AUTHORIZATION]
+    def require(self, shown: Sequence[str], right: Right | None) -> Key:
+        """The key of a caller that shows these `authorization` values, if it has the right.
+
+        Raises Unauthenticated, PermissionDenied.
+        """
+        key = self._identify(shown)
+        if right not in key.rights:
+            raise self._refused(
+                Refusal.RIGHT, PermissionDenied(f"key {key.id} has not the right that this needs: {right}")
+            )
+        return key
+
+    def _identify(self, shown: Sequence[str]) -> Key:
         if not shown:
             raise self._refused(
                 Refusal.MISSING, Unauthenticated(f"no key; send it in the metadata: {AUTHORIZATION}: Bearer KEY")

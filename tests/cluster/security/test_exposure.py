@@ -37,6 +37,11 @@ def test_a_missing_file_is_found_before_the_start_with_its_key(tmp_path: Path, k
     check_files(parse_config({"tls": {"processes": str(tmp_path / "tls"), "clients": str(tmp_path / "tls/public")}}))
 
 
+def test_a_key_for_http_needs_keys() -> None:
+    with pytest.raises(ConfigError, match="http_key needs `keys`"):
+        parse_config({"gateway": {"http_key": True}})
+
+
 def test_client_certificates_need_an_authority() -> None:
     with pytest.raises(ConfigError, match="require_client_certificate needs `clients`"):
         parse_config({"tls": {"require_client_certificate": True}})
