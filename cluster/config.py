@@ -134,6 +134,9 @@ class RebalancingConfig(StrictModel):
 
     enabled: bool = False  # by itself, when it is worth it
     half_life_s: Annotated[float, Field(gt=0)] = 60.0  # of the load: an assignment counts half after this
+    # A shard that was ready and is gone for so long has its units given to the others, and gets units again when it is
+    # back. Longer than a restart takes: that reads them too. null: others never take over.
+    lost_after_s: Annotated[float, Field(gt=0)] | None = 60.0
     min_gain: Annotated[float, Field(ge=0, le=1)] = 0.05  # of the experts' expected time, for a move to be worth it
     min_interval_s: Annotated[float, Field(ge=0)] = 300.0  # between two by itself
     min_assignments: Annotated[int, Field(ge=0)] = 10_000  # that the load must count

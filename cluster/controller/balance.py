@@ -110,6 +110,7 @@ class Balance:
     def round(self, expert_map: ExpertMap, *, is_serving: bool) -> None:
         """One round under the placement in use."""
         self._expert_map = expert_map
+        self.membership.note_absences(self._clock(), self._config.lost_after_s)
         self._observe_load()
         was_idle, num_done = self.is_idle, self.status().num_done
         self._rebalancer.step()
@@ -174,7 +175,7 @@ class Balance:
             self._newest_version = plan.new.placement_version
             logger.info("version %d moves %d units, %d bytes", self._newest_version, len(plan.moves), plan.moved_bytes)
             self._members = self.membership.members()
-            self._rebalancer.begin(plan)
+            self._rebalancer.begin(plan, is_urgent=any(shard.is_lost for shard in self.membership.shards))
 
     def _observe_load(self) -> None:
         for source, (ep_rank, counts) in list(self._counts.items()):

@@ -97,8 +97,26 @@ class ShardMembership:
         return ShardChange(added=self.scale(count).added, drained=drained)
 
     def members(self) -> frozenset[int]:
-        """The shards that the next placement uses: all that stay, new ones once they are ready."""
-        return frozenset(shard.rank for shard in self.staying if shard.rank in self._placed_on or shard.is_ready)
+        """The shards that the next placement uses: all that stay and are not lost, new ones once they are ready."""
+        return frozenset(
+            shard.rank
+            for shard in self.staying
+            if shard.is_ready or (shard.rank in self._placed_on and not shard.is_lost)
+        )
+
+    def note_absences(self, now_s: float, lost_after_s: float | None) -> None:
+        """A shard that was ready and has been gone for `lost_after_s` is lost until it is ready again.
+
+        One that loads is not gone: what it reads the others would have to read as well.
+        """
+        for shard in self.shards:
+            if shard.is_ready:
+                shard.ready_at_s, shard.is_lost = now_s, False
+            elif shard.ready_at_s is None or lost_after_s is None or shard.is_lost or shard.health.state in COMING:
+                continue
+            elif now_s - shard.ready_at_s > lost_after_s:
+                shard.is_lost = True
+                logger.warning("%s is gone for %.0f s: the others take over its units", shard.name, lost_after_s)
 
     def are_placed_on(self, members: Collection[int]) -> None:
         """The placement in use was computed for these shards."""

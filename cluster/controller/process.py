@@ -131,6 +131,8 @@ class ManagedProcess:
     restart_at_s: float = 0.0  # if it has failed; a moment of the controller's clock
     pending_health: Future[ProcessHealth] | None = None
     told: tuple[str, object] | None = None  # its generation when it was last told something, and what
+    ready_at_s: float | None = None  # when it was seen so last; a moment of the controller's clock
+    is_lost: bool = False  # a shard that was ready and is gone for so long that others take over its units
     is_leaving: bool = False  # a shard that gives up its units, or a worker its requests, and then ends
     is_replaced: bool = False  # it is to end, and another generation to take its place
     stopping: Future[Any] | None = None  # once it was told to end

@@ -25,6 +25,7 @@ from router.expert_map import ExpertMap
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # of a shard to read units in one rebalance
+URGENT_BYTES_PER_S = 4 * 2**30  # no limit in practice, and still a part now and then
 PART_S = 1.0  # of reading asked for in one call to a shard, or one unit: how long a shard reads on after an abort
 
 
@@ -49,6 +50,7 @@ class Rebalancer:
         self._processes = processes
         self._max_bytes_per_s = max_bytes_per_s
         self._copies_from_peers = copies_from_peers
+        self._rate = max_bytes_per_s  # of the rebalance under way
         self._sources = NO_SOURCES
         self._num_failures: dict[str, int] = {}  # to read units, by process
         self._publish = publish
@@ -69,13 +71,17 @@ class Rebalancer:
         since = None if self._succeeded_s is None else self._clock() - self._succeeded_s
         return replace(self._status, seconds_since_success=since)
 
-    def begin(self, plan: RebalancePlan) -> None:
-        """Starts a rebalance; every shard that has units in the new placement must be ready."""
+    def begin(self, plan: RebalancePlan, *, is_urgent: bool = False) -> None:
+        """Starts a rebalance; every shard that has units in the new placement must be ready.
+
+        is_urgent: requests wait for units that nobody has: shards read as fast as they can.
+        """
         assert self.is_idle
+        self._rate = URGENT_BYTES_PER_S if is_urgent else self._max_bytes_per_s
         self._plan = plan
         self._generations = {shard.rank: shard.health.generation for shard in self._shards(plan)}
         self._num_failures = {}
-        self._parts = parts_to_stage(plan, int(PART_S * self._max_bytes_per_s))
+        self._parts = parts_to_stage(plan, int(PART_S * self._rate))
         self._calls = {}
         self._sources = UnitSources(plan) if self._copies_from_peers else NO_SOURCES
         self._status = replace(
@@ -130,7 +136,7 @@ class Rebalancer:
             if shard.name not in self._calls and self._parts.get(shard.rank):
                 units = self._parts[shard.rank][0].units
                 addresses = self._sources.addresses(units, shard, self._processes)
-                self._calls[shard.name] = shard.handle.call("stage", units, self._max_bytes_per_s, addresses)
+                self._calls[shard.name] = shard.handle.call("stage", units, self._rate, addresses)
         if not self._calls:
             for shard in self._shards(plan):
                 units = plan.new.units_of(shard.rank)

@@ -9,6 +9,7 @@ import pytest
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
 from cluster.controller.process import ProcessState
+from cluster.controller.rebalancer import URGENT_BYTES_PER_S
 from protos.errors import InvalidRequest, RebalanceRefused
 from router.expert_map import ExpertMap
 from router.placement import PlacementDoesNotFit, PlacementRequest
@@ -201,3 +202,35 @@ def test_nodes_that_do_not_allow_it_are_named_and_the_system_starts(caplog: pyte
     run(controller, 5)
     assert controller.status().is_serving
     assert "use more even domains" in caplog.text
+
+
+def test_units_of_a_shard_that_stays_away_are_given_to_the_others_and_it_gets_units_when_it_is_back(
+    cluster, now
+) -> None:
+    controller, fakes = cluster
+    fakes["shard-1"].die()
+    now[0] += 50.0
+    run(controller, 8)
+    assert ranks_in_use(fakes) == ((0, 1, 2), [0, 1, 2])  # it may come back
+    now[0] += 20.0
+    run(controller, 8)
+    assert ranks_in_use(fakes) == ((0, 2), [0, 2])
+    assert controller.status().is_serving
+    assert fakes["shard-0"].told("stage")[0][1] == URGENT_BYTES_PER_S
+    drained_under(fakes, 3)
+    fakes["shard-1"].restart()
+    run(controller, 12)
+    assert ranks_in_use(fakes) == ((0, 1, 2), [0, 1, 2])
+    assert fakes["shard-1"].told("load")[-1][0].units_of(1) == ()
+    assert fakes["shard-1"].told("stage")[0][1] < URGENT_BYTES_PER_S
+
+
+def test_a_shard_that_loads_is_waited_for_however_long_it_takes(cluster, now) -> None:
+    controller, fakes = cluster
+    fakes["shard-1"].restart()
+    fakes["shard-1"].on_call = lambda method: None
+    fakes["shard-1"].answers["load"] = None
+    fakes["shard-1"].state = ProcessState.LOADING
+    now[0] += 500.0
+    run(controller, 8)
+    assert ranks_in_use(fakes) == ((0, 1, 2), [0, 1, 2])
