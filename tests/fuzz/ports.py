@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import grpc
@@ -154,7 +154,7 @@ class Ports:
 
 @contextmanager
 def _ports() -> Iterator[Ports]:
-    with Ports(Path(mkdtemp(prefix="mobula-fuzz-"))) as ports:
+    with TemporaryDirectory(prefix="mobula-fuzz-") as folder, Ports(Path(folder)) as ports:
         yield ports
 
 
