@@ -46,35 +46,41 @@ CALM = Weather()
 class LinkProxy:
     """Listens from the start. Everything but the methods runs on its loop."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, port: int = 0) -> None:
+        """port: to listen on, of loopback; 0 takes a free one."""
         self._loop = LoopThread("chaos-proxy")
         self._rng = random.Random(seed)
         self._weather: dict[int, Weather] = {}
+        self._elsewhere = CALM
         self._changed = asyncio.Event()
         self._links: set[tuple[int, asyncio.StreamWriter]] = set()
         self._running: set[asyncio.Task[None]] = set()
-        self._server = self._loop.run(asyncio.start_server(self._accept, HOST, 0))
+        self._server = self._loop.run(asyncio.start_server(self._accept, HOST, port))
 
     @property
     def url(self) -> str:
         """For `grpc_proxy`."""
         return f"http://{HOST}:{self._server.sockets[0].getsockname()[1]}"
 
-    def set_weather(self, ports: Iterable[int], weather: Weather) -> None:
-        """Of all connections to these ports, those that are open and those to come."""
-        self._loop.run(self._set_weather(list(ports), weather))
+    def set_weather(self, ports: Iterable[int] | None, weather: Weather) -> None:
+        """Of all connections to these ports, those that are open and those to come. None: of those to all others."""
+        self._loop.run(self._set_weather(None if ports is None else set(ports), weather))
 
     def close(self) -> None:
         """Ends every connection."""
         self._loop.run(self._end())
         self._loop.stop()
 
-    async def _set_weather(self, ports: list[int], weather: Weather) -> None:
-        self._weather |= dict.fromkeys(ports, weather)
+    async def _set_weather(self, ports: set[int] | None, weather: Weather) -> None:
+        if ports is None:
+            self._elsewhere = weather
+        else:
+            self._weather |= dict.fromkeys(ports, weather)
         self._changed.set()
         self._changed = asyncio.Event()
-        if weather.is_cut:
-            self._abort(set(ports))
+        for port, writer in list(self._links):
+            if self._of(port).is_cut:
+                writer.transport.abort()
 
     async def _end(self) -> None:
         self._server.close()
@@ -82,11 +88,6 @@ class LinkProxy:
             direction.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         await asyncio.sleep(0)  # for what waited for them
-
-    def _abort(self, ports: set[int]) -> None:
-        for port, writer in list(self._links):
-            if port in ports:
-                writer.transport.abort()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = await self._open(reader)
@@ -117,10 +118,10 @@ class LinkProxy:
     ) -> tuple[int, asyncio.StreamReader, asyncio.StreamWriter] | None:
         """The connection that a caller asks for; None where it asks for none, nobody listens or the link is cut."""
         try:
-            port = await asyncio.wait_for(_connect_port(reader), HEAD_S)
+            host, port = await asyncio.wait_for(_target(reader), HEAD_S)
             if self._of(port).is_cut:
                 return None
-            return port, *await asyncio.open_connection(HOST, port)
+            return port, *await asyncio.open_connection(host, port)
         except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             return None
 
@@ -168,13 +169,14 @@ class LinkProxy:
         return weather.holds_answers if is_answer else weather.holds_requests
 
     def _of(self, port: int) -> Weather:
-        return self._weather.get(port, CALM)
+        return self._weather.get(port, self._elsewhere)
 
 
-async def _connect_port(reader: asyncio.StreamReader) -> int:
-    """The port that a client asks for. Raises ValueError for anything but CONNECT."""
+async def _target(reader: asyncio.StreamReader) -> tuple[str, int]:
+    """The host and port that a client asks for. Raises ValueError for anything but CONNECT."""
     line, *_ = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
     method, target, _ = line.split(b" ")
     if method != b"CONNECT":
         raise ValueError("not CONNECT")
-    return int(target.rpartition(b":")[2])
+    host, _, port = target.decode("ascii").rpartition(":")
+    return host.strip("[]"), int(port)

@@ -51,8 +51,8 @@ class KillRaylet(Fault):
         self._folder = folder
         port = self._address.rpartition(":")[2]
         self._wait(self._ray_start("--head", f"--port={port}", f"--num-cpus={HEAD_CPUS}", "--include-dashboard=false"))
-        for node in [self._start_node() for _ in range(NUM_NODES)]:
-            self._wait(node)
+        for _ in range(NUM_NODES):  # one after the other: Ray gives a node half a minute, however busy the machine is
+            self._wait(self._start_node())
         spread = {"strategy": "SPREAD", "num_cpus": ACTOR_CPUS}
         return Surroundings(
             settings={
