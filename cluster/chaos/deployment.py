@@ -95,18 +95,24 @@ class LocalDeployment:
             )
         return self._wait_until_serving(f"127.0.0.1:{gateway['port']}", show)
 
-    def stop(self) -> None:
-        """Ends it in order where that is still possible, kills the rest, removes the folder. Safe to call twice."""
+    def stop(self) -> list[str]:
+        """Ends it in order where that is still possible, kills the rest, removes the folder. Safe to call twice.
+
+        What had to be killed, by name.
+        """
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_TIMEOUT_S)
+        killed = []
         for process in processes_of(self.folder):
             with suppress(psutil.NoSuchProcess):
+                killed.append(process.name())
                 process.kill()
         if self._process is not None:
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+        return killed
 
     def _wait_until_serving(self, address: str, show: Callable[[ClusterStatus | None], None]) -> System:
         assert self._process is not None

@@ -23,19 +23,24 @@ class Link(Fault):
 
     needs_own_deployment = True
 
-    def __init__(self, weather: Weather, roles: tuple[RoleName, ...], seed: int, hold_s: float = 8.0) -> None:
+    def __init__(
+        self,
+        weather: Weather,
+        roles: tuple[RoleName, ...],
+        seed: int,
+        hold_s: float = 8.0,
+        proxy: LinkProxy | None = None,
+    ) -> None:
+        """proxy: that the system goes through already; None to start one."""
         self.hold_s = hold_s
-        self._seed = seed
         self._weather = weather
         self._roles = roles
-        self._proxy = LinkProxy(seed)
+        self._seed = seed
+        self._proxy = proxy or LinkProxy(seed)
         self._ports: list[int] = []
 
     def prepare(self, folder: Path) -> Surroundings:
-        return Surroundings(
-            settings={"attention_workers": {"router": {"shared_memory_mib": 0}}},
-            environment={"grpc_proxy": self._proxy.url},
-        )
+        return through(self._proxy)
 
     def inject(self, system: System) -> Mapping[str, int]:
         status = system.status()
@@ -51,6 +56,13 @@ class Link(Fault):
 
     def close(self) -> None:
         self._proxy.close()
+
+
+def through(proxy: LinkProxy) -> Surroundings:
+    """What makes a system's gRPC go through a proxy, and everything through gRPC."""
+    return Surroundings(
+        settings={"attention_workers": {"router": {"shared_memory_mib": 0}}}, environment={"grpc_proxy": proxy.url}
+    )
 
 
 def spoil(chunk: bytes) -> bytes:
