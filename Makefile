@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard experts/kernels/native/*.h experts/kernels/native/*.cpp router/native/*.h router/native/*.cpp)
 
-.PHONY: demo serve test test-bf16-kernels test-image lint check bench fuzz protos train clean
+.PHONY: demo serve test test-bf16-kernels test-image lint check bench fuzz soak protos train clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mobula demo
@@ -39,6 +39,10 @@ bench: $(VENV)/.installed-test
 # Hostile input to every port and file format, e.g. make fuzz ARGS="--cases 500000 --seed 7"
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+# Twenty minutes of load and faults, e.g. make soak ARGS="--seed 7"
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m tests.soak $(ARGS)
 
 protos: $(VENV)/.installed-test
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
