@@ -102,7 +102,7 @@ class LocalDeployment:
         """
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once then
                 self._process.wait(STOP_TIMEOUT_S)
         killed = []
         for process in processes_of(self.folder):

@@ -1,45 +1,12 @@
-"""Clients against a gateway whose answers are known: the case's number of tokens, all its seed."""
+"""Clients against a gateway whose answers are known."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-
-import grpc
-import grpc.aio
 
 from cluster.chaos.load import Case, Load, cases
 from cluster.client_access import ClientAccess
-from protos import generation_pb2
-from protos.loop_thread import LoopThread
-
-
-class Gateway:
-    """Hangs after the first token when told to."""
-
-    def __init__(self) -> None:
-        self.loop = LoopThread("gateway")
-        self.hangs = False
-        self.port = self.loop.run(self._start())
-
-    async def _start(self) -> int:
-        self._server = grpc.aio.server()
-        method = grpc.unary_stream_rpc_method_handler(self._generate, generation_pb2.GenerateRequest.FromString)
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("mobula.v1.Inference", {"Generate": method}),)
-        )
-        port = self._server.add_insecure_port("127.0.0.1:0")
-        await self._server.start()
-        return port
-
-    async def _generate(self, request: generation_pb2.GenerateRequest, context: object) -> AsyncIterator[bytes]:
-        for _ in range(request.sampling_params.max_tokens):
-            yield generation_pb2.GenerateResponse(token_ids=[request.sampling_params.seed]).SerializeToString()
-            await asyncio.sleep(60.0 if self.hangs else 0.001)
-
-    def close(self) -> None:
-        self.loop.run(self._server.stop(None))
-        self.loop.stop()
+from tests.cluster.chaos.fake_gateway import Gateway
 
 
 @contextmanager

@@ -1,0 +1,42 @@
+"""A gateway whose answers are known: the case's number of tokens, all its seed."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from protos import generation_pb2
+from protos.loop_thread import LoopThread
+
+
+class Gateway:
+    """Hangs after the first token while told to; gives other tokens while told to."""
+
+    def __init__(self) -> None:
+        self.loop = LoopThread("gateway")
+        self.hangs = False
+        self.lies = False
+        self.port = self.loop.run(self._start())
+
+    async def _start(self) -> int:
+        self._server = grpc.aio.server()
+        method = grpc.unary_stream_rpc_method_handler(self._generate, generation_pb2.GenerateRequest.FromString)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("mobula.v1.Inference", {"Generate": method}),)
+        )
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        await self._server.start()
+        return port
+
+    async def _generate(self, request: generation_pb2.GenerateRequest, context: object) -> AsyncIterator[bytes]:
+        for _ in range(request.sampling_params.max_tokens):
+            token_id = request.sampling_params.seed + self.lies
+            yield generation_pb2.GenerateResponse(token_ids=[token_id]).SerializeToString()
+            await asyncio.sleep(0.001)
+            while self.hangs:
+                await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        self.loop.run(self._server.stop(None))
+        self.loop.stop()
