@@ -1,6 +1,8 @@
 """Concurrent clients that stream answers all the time, and what each of them saw.
 
 Every request is one of a few cases, greedy or seeded, so that its tokens are known once it was answered undisturbed.
+For the same reason a client whose connection to the gateway breaks asks again and skips what it has; an error that the
+system itself answers stands.
 Knows nothing of faults.
 """
 
@@ -53,6 +55,7 @@ class Answer:
         times_s: when each token came.
         ended_s: None while it streams.
         error: the status that it ended with; "" when it was answered.
+        num_repeats: how often it was asked again because the connection to the gateway broke.
     """
 
     case: Case
@@ -61,6 +64,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     ended_s: float | None = None
     error: str = ""
+    num_repeats: int = 0
 
 
 def cases(max_tokens: int) -> list[Case]:
@@ -139,21 +143,44 @@ class Load:
         answer = Answer(case=case, sent_s=time.monotonic())
         self.answers.append(answer)
         try:
-            # Waits for a gateway that is not there yet, as the deadline allows; a call that has begun is not repeated.
-            call = stub.Generate(
-                case.request(), timeout=REQUEST_TIMEOUT_S, wait_for_ready=True, metadata=self._access.metadata
-            )
-            async for message in call:
-                answer.times_s += [time.monotonic()] * len(message.token_ids)
-                answer.token_ids += message.token_ids
-        except grpc.aio.AioRpcError as error:
-            answer.error = f"{error.code().name}: {error.details()}"
+            while await self._is_cut_off(stub, answer):
+                answer.num_repeats += 1
+                await asyncio.sleep(PAUSE_S)
         except asyncio.CancelledError:
             answer.error = "not answered when the run ended"
             raise
         finally:
             answer.ended_s = time.monotonic()
         return answer
+
+    async def _is_cut_off(self, stub: generation_pb2_grpc.InferenceStub, answer: Answer) -> bool:
+        """One call; whether the connection broke under it, so that the client asks again and skips what it has."""
+        patience_s = answer.sent_s + REQUEST_TIMEOUT_S - time.monotonic()
+        # Waits for a gateway that is not there yet, as the deadline allows.
+        call = stub.Generate(
+            answer.case.request(), timeout=patience_s, wait_for_ready=True, metadata=self._access.metadata
+        )
+        num_seen = 0
+        try:
+            async for message in call:
+                for token_id in message.token_ids:
+                    num_seen += 1
+                    if num_seen > len(answer.token_ids):
+                        answer.times_s.append(time.monotonic())
+                        answer.token_ids.append(token_id)
+                    elif token_id != answer.token_ids[num_seen - 1]:
+                        answer.error = f"token {num_seen} is another one when asked again"
+                        return False
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE and not _was_answered(error):
+                return True
+            answer.error = f"{error.code().name}: {error.details()}"
+        return False
+
+
+def _was_answered(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the system itself ended the call so, rather than the connection to it."""
+    return any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
 
 
 def _each_once_then_random(cases: Sequence[Case], rng: random.Random) -> Iterator[Case]:

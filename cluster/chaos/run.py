@@ -2,7 +2,7 @@
 
 1. Clients stream until every case was answered undisturbed and a rate is known.
 2. The fault is injected, held, healed; clients go on.
-3. They go on until every process serves again and lost ones are replaced, and MIN_TAIL_S longer.
+3. They go on until every process serves again, lost ones are replaced and no quarantine is left, and MIN_TAIL_S longer.
 4. Nothing new is sent, what is under way may end, the figures are computed.
 """
 
@@ -138,14 +138,17 @@ class _Run:
             notes.append(f"redundancy was not back {MAX_RESTORE_S:.0f} s after the fault")
         if startup_cpu_s >= 0.1:
             notes.append(f"processes that started meanwhile took {startup_cpu_s:.1f} s of CPU")
+        repeated = sum(bool(answer.num_repeats) for answer in self._load.answers)
+        if repeated:
+            notes.append(f"{repeated} requests lost their connection to the gateway and were asked again")
         errors = sorted({answer.error for answer in self._load.answers if answer.error})
         return (*notes, *errors[:3])
 
 
 def is_restored(system: System, lost: Mapping[str, int]) -> bool:
-    """Whether every process serves and none of the lost ones is the one that was lost."""
+    """Whether every process serves, none is under quarantine and none of the lost ones is the one that was lost."""
     status = system.status()
-    if status is None or not status.is_serving:
+    if status is None or not status.is_serving or any(health.quarantines for _, health in status.processes):
         return False
     pids = system.pids()
     return all(name in pids and pids[name] != pid for name, pid in lost.items())

@@ -17,17 +17,17 @@ class Gateway:
         self.loop = LoopThread("gateway")
         self.hangs = False
         self.lies = False
-        self.port = self.loop.run(self._start())
+        self.port = self.loop.run(self._start(0))
 
-    async def _start(self) -> int:
+    async def _start(self, port: int) -> int:
         self._server = grpc.aio.server()
         method = grpc.unary_stream_rpc_method_handler(self._generate, generation_pb2.GenerateRequest.FromString)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("mobula.v1.Inference", {"Generate": method}),)
         )
-        port = self._server.add_insecure_port("127.0.0.1:0")
+        bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
         await self._server.start()
-        return port
+        return bound
 
     async def _generate(self, request: generation_pb2.GenerateRequest, context: object) -> AsyncIterator[bytes]:
         for _ in range(request.sampling_params.max_tokens):

@@ -1,7 +1,7 @@
 """Clients against a gateway whose answers are known."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cluster.chaos.load import Case, Load, cases
@@ -22,8 +22,12 @@ def running_load(num_clients: int = 3) -> Iterator[tuple[Load, Gateway]]:
 
 
 def wait_until_every_case_is_answered(load: Load) -> None:
+    wait_until(load.has_answered_every_case)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     give_up_s = time.monotonic() + 20.0
-    while not load.has_answered_every_case():
+    while not condition():
         assert time.monotonic() < give_up_s
         time.sleep(0.01)
 
@@ -51,14 +55,18 @@ def test_what_hangs_at_the_end_has_failed() -> None:
         assert all(answer.ended_s for answer in late)
 
 
-def test_a_gateway_that_is_gone_is_waited_for() -> None:
+def test_a_gateway_that_is_gone_is_waited_for_and_asked_again() -> None:
     with running_load() as (load, gateway):
         wait_until_every_case_is_answered(load)
         gateway.loop.run(gateway._server.stop(None))
         time.sleep(0.5)
-        broken = [answer for answer in load.answers if answer.error]
-        assert len(broken) == 3, "those under way fail, later ones wait"
-        load.drain(0.1)
+        num_sent = len(load.answers)
+        gateway.loop.run(gateway._start(gateway.port))
+        wait_until(lambda: len(load.answers) > num_sent + 3)
+        load.drain(20.0)
+    assert [answer for answer in load.answers if answer.error] == []
+    assert 1 <= sum(answer.num_repeats > 0 for answer in load.answers) <= 3
+    assert all(answer.token_ids == [answer.case.seed] * 4 for answer in load.answers)
 
 
 def test_cases_differ() -> None:
