@@ -9,7 +9,7 @@ from cluster.chaos.faults.clock import ClockJump
 from cluster.chaos.faults.disk import FillDisk
 from cluster.chaos.faults.freeze import Slow, Stop
 from cluster.chaos.faults.kill import Kill
-from cluster.chaos.faults.link import Link, spoil
+from cluster.chaos.faults.link import CorruptAnswers, Link
 from cluster.chaos.faults.raylet import KillRaylet
 from cluster.chaos.proxy import Weather
 from cluster.chaos.system import CONTROLLER
@@ -24,7 +24,7 @@ class Scenario:
     create: Callable[[int], Fault]
 
 
-CUT, DROP, SPOIL = Weather(is_cut=True), Weather(holds_answers=True), Weather(spoil=spoil)
+CUT, DROP = Weather(is_cut=True), Weather(holds_answers=True)
 DELAY = Weather(delay_s=0.05, loss=0.01)
 TO_SHARD, TO_BOTH = (RoleName.SHARD,), (RoleName.SHARD, RoleName.WORKER)
 RANDOM = "random"
@@ -34,7 +34,7 @@ def _drawn(seed: int) -> Fault:
     """Any of the others."""
     name = random.Random(seed).choice([name for name in SCENARIOS if name != RANDOM])
     fault = SCENARIOS[name].create(seed)
-    fault.note = f"drawn: {name}"
+    fault.notes = (f"drawn: {name}",)
     return fault
 
 
@@ -59,9 +59,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         "50 ms more to and from a shard and a worker for 8 s, 1 % of it lost and repeated",
         lambda seed: Link(DELAY, TO_BOTH, seed),
     ),
-    "corrupt-answer": Scenario(
-        "numbers in a shard's answers are none for 8 s", lambda seed: Link(SPOIL, TO_SHARD, seed)
-    ),
+    "corrupt-answer": Scenario("numbers in a shard's answers are none for 8 s", CorruptAnswers),
     "full-disk": Scenario("the disk of Ray's files and logs is full for 8 s", lambda seed: FillDisk()),
     "clock-jump": Scenario("the wall clock jumps an hour ahead, 8 s later back", lambda seed: ClockJump()),
     RANDOM: Scenario("one of the others, drawn by --seed", _drawn),

@@ -12,12 +12,12 @@ class Fault:
 
     hold_s: between `inject` and `heal`; 0 for one that is over at once, as a kill.
     needs_own_deployment: whether `prepare` must run before the system starts.
-    note: what is to be said of it beside the figures.
+    notes: what is to be said of it beside the figures.
     """
 
     hold_s: float = 0.0
     needs_own_deployment: bool = False
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
     def prepare(self, folder: Path) -> Surroundings:
         """What the system is to be started with. folder: exists, the run's own."""

@@ -133,7 +133,7 @@ class _Run:
         self._show(what, min(1.0, (time.monotonic() - self._begun_s) / self._expected_s))
 
     def _notes(self, restored_s: float | None, startup_cpu_s: float) -> tuple[str, ...]:
-        notes = [self._fault.note] if self._fault.note else []
+        notes = [*self._fault.notes]
         if restored_s is None:
             notes.append(f"redundancy was not back {MAX_RESTORE_S:.0f} s after the fault")
         if startup_cpu_s >= 0.1:

@@ -65,6 +65,23 @@ def through(proxy: LinkProxy) -> Surroundings:
     )
 
 
+class CorruptAnswers(Link):
+    """Answers of a shard have numbers that are none."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(Weather(spoil=self._spoil), (RoleName.SHARD,), seed)
+        self._num_spoiled = 0
+
+    def heal(self, system: System) -> None:
+        super().heal(system)
+        self.notes += (f"{self._num_spoiled} pieces of answers were corrupted",)
+
+    def _spoil(self, chunk: bytes) -> bytes:
+        spoiled = spoil(chunk)
+        self._num_spoiled += spoiled is not chunk
+        return spoiled
+
+
 def spoil(chunk: bytes) -> bytes:
     """The chunk, with numbers in its middle that are none."""
     if len(chunk) < MIN_SPOILED_BYTES:
