@@ -28,6 +28,7 @@ from cluster.controller.process import ClusterStatus
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0  # for an orderly end; after it every process is killed
+LINGER_S = 10.0  # for Ray's own processes, once that has come
 POLL_S = 0.2
 FOLDER_VARIABLE = "RAY_TMPDIR"  # where Ray puts its sessions
 # Small enough for a laptop: threads take turns on its cores.
@@ -104,6 +105,7 @@ class LocalDeployment:
             self._process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once then
                 self._process.wait(STOP_TIMEOUT_S)
+                psutil.wait_procs(processes_of(self.folder), timeout=LINGER_S)
         killed = []
         for process in processes_of(self.folder):
             with suppress(psutil.NoSuchProcess):
