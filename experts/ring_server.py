@@ -19,6 +19,7 @@ from experts.forward_frame import answer_header, next_number
 from experts.shard import ExpertShard
 from protos import expert_pb2, ring
 from protos.errors import InvalidRequest, MobulaError
+from protos.guard import RefusalLog
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class RingServer:
         self._connections: set[RingConnection] = set()
         self._lock = threading.Lock()
         self._is_closed = False
+        self._refusals = RefusalLog(time.monotonic)
         self._thread = threading.Thread(target=self._accept, name="ring", daemon=True)
         self._thread.start()
 
@@ -69,7 +71,7 @@ class RingServer:
             try:
                 self._admit(sock)
             except (OSError, ring.RingRefused) as error:
-                logger.warning("a ring was refused: %s", error)
+                self._refusals.refused("a ring", "a process of this host", error)
                 sock.close()
             del sock
 

@@ -146,7 +146,7 @@ class RefusalLog:
         self._num_logged = 0
         self._num_left_out = 0
 
-    def refused(self, method: str, peer: str, error: MobulaError) -> None:
+    def refused(self, method: str, peer: str, error: Exception) -> None:
         second = int(self._clock())
         if second != self._second:
             if self._num_left_out:

@@ -62,10 +62,11 @@ class _HttpServer(ThreadingMixIn, WSGIServer):
 
 
 class _QuietHandler(WSGIRequestHandler):
-    """Writes no line for each scrape."""
+    """Writes no line for each scrape, nor for each piece of nonsense: who knocks without rest cannot fill the disk."""
 
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Nothing."""
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Only where it is looked for."""
+        logger.debug(format, *args)
 
 
 def serve_http(

@@ -16,6 +16,7 @@ from cluster.checkpoint.json_fields import UnsupportedModel
 from cluster.checkpoint.model_config import ModelConfig
 from cluster.checkpoint.safetensors_file import InvalidCheckpoint, SafetensorsFile
 from cluster.config import ConfigError, read_config
+from cluster.security.keys import KeyFileError, read_keys
 from tests.checkpoints import SHAPES
 from tests.fuzz.hostile import almost, spoiled
 from tests.fuzz.target import Target
@@ -50,6 +51,14 @@ gateway: {host: 127.0.0.1, port: 0}
 TOKENIZER = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
 
 
+KEYS = {
+    "keys": [
+        {"id": "team-a", "secret_sha256": "0" * 64, "rights": ["generate"], "expires": "2027-01-01T00:00:00Z"},
+        {"id": "team-b", "secret_sha256": "f" * 64, "rights": ["admin"], "max_concurrent_requests": 4},
+    ]
+}
+
+
 def targets() -> list[Target]:
     """One for each kind of file."""
     return [
@@ -68,6 +77,7 @@ def targets() -> list[Target]:
             cases=_json_bytes(TOKENIZER),
             open=lambda: _in_folder("tokenizer.json", _take_tokenizer),
         ),
+        Target(name="keys", share=2, cases=_json_bytes(KEYS), open=lambda: _in_folder("keys.json", _take_keys)),
         Target(
             name="generation_config",
             share=2,
@@ -129,6 +139,11 @@ def _take_config(path: Path) -> None:
 def _take_tokenizer(path: Path) -> None:
     with suppress(BadTokenizer):
         Tokenizer.read(path.parent)
+
+
+def _take_keys(path: Path) -> None:
+    with suppress(KeyFileError):
+        read_keys(path)
 
 
 def _take_defaults(path: Path) -> None:

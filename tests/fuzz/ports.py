@@ -31,6 +31,7 @@ CALL_S = 4.0
 MAX_MESSAGES = 2  # of a stream that is answered; then it is cancelled
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SPARE = (2, 8)  # descriptors, threads: of bounded pools that had not grown to their size before
+PAGES = ("/", "/metrics", "/metrics/own", "/sd", "/api/state", "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "*")
 SETTLE_S = 20.0  # for connections to be closed and requests to end after the cases
 REFUSALS = (
     grpc.StatusCode.OK,
@@ -94,7 +95,9 @@ def _bytes() -> st.SearchStrategy[bytes]:
     streams, lengths = st.sampled_from((0, 1, 2, 3, 2**31 - 1)), st.one_of(st.none(), st.integers(0, 2**24 - 1))
     frames = st.lists(st.builds(_http2_frame, kinds, flags, streams, st.binary(max_size=48), lengths), max_size=6)
     http2 = frames.map(lambda frames: PREFACE + _http2_frame(4, 0, 0, b"", None) + b"".join(frames))
-    http1 = almost(b"GET /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+    http1 = st.sampled_from(PAGES).flatmap(
+        lambda page: almost(f"GET {page} HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello".encode())
+    )
     return st.one_of(http2, http2.flatmap(almost), http1, st.binary(max_size=256))
 
 

@@ -169,6 +169,15 @@ def test_a_hello_that_is_none_or_has_no_memory_is_refused(hello):
             ring.accept(shard, os.getuid(), SECRET)
 
 
+def test_who_knocks_without_rest_does_not_fill_the_log(ring_server, caplog):
+    for _ in range(100):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as knocking:
+            knocking.connect(f"\0{ring_server.ticket.socket_name}")
+            knocking.send(b"x")
+            assert knocking.recv(1) == b""
+    assert 1 <= len(caplog.records) < 50
+
+
 @pytest.mark.parametrize(
     "garbage",
     [

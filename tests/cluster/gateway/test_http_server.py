@@ -86,3 +86,14 @@ def test_clients_that_say_nothing_keep_nobody_waiting_and_are_bounded(authority:
             assert more[-1].recv(1) == b""  # closed at once
             for connection in (*silent, *more):
                 connection.close()
+
+
+def test_nonsense_leaves_no_line_in_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    with served() as address:
+        for nonsense in (b"PRI * HTTP/2.0\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"\x00\xff\r\n\r\n"):
+            host, _, port = address.rpartition(":")
+            with socket.create_connection((host, int(port)), TIMEOUT_S) as connection:
+                connection.sendall(nonsense)
+                assert connection.recv(64).startswith((b"HTTP/1.", b"<!DOCTYPE"))
+        get(address, "/metrics", TIMEOUT_S, 2**20, None)
+    assert capfd.readouterr().err == ""
