@@ -154,6 +154,7 @@ class DispatchHandle:
 
     def _ask_others_whether_finite(self) -> None:
         """Has replicas compute what is not finite for rows that are; a shard that they prove wrong is not trusted."""
+        self._failed.clear()  # nothing is missing
         doubts = [
             (attempt, partial_sums)
             for attempt, sums, _ in self._answers

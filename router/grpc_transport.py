@@ -24,7 +24,7 @@ import grpc.aio
 from protos import expert_pb2, rpc
 from protos.codec import decode_frame, join_frame
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
-from protos.errors import InvalidRequest, QueueFull, ShardUnavailable
+from protos.errors import Cancelled, InvalidRequest, QueueFull, ShardUnavailable
 from router.completions import Carrier, ForwardAnswer, ForwardCall
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,8 @@ class GrpcTransport:
             call.end(self._unavailable(self._last_failure))
             return
         if len(self._pending) >= self._max_outstanding:
-            self._pending = {number: call for number, call in self._pending.items() if not call.is_given_up}
+            for given_up in [pending for pending in self._pending.values() if pending.is_given_up]:
+                self._end_unanswered(given_up)
         is_stuck = self._outgoing.qsize() >= MAX_OUTSTANDING_FORWARDS  # with frames of calls that were given up
         if is_stuck or len(self._pending) >= self._max_outstanding:
             call.end(
@@ -125,6 +126,11 @@ class GrpcTransport:
     def _cancel(self, call: ForwardCall) -> None:
         if call.sequence_number in self._pending and self._outgoing is not None:
             self._outgoing.put_nowait((None, join_frame(call.cancellation(), ())))
+
+    def _end_unanswered(self, call: ForwardCall) -> None:
+        """Of a call that was given up, and whose answer is not awaited any more."""
+        del self._pending[call.sequence_number]
+        call.end(Cancelled(f"a forward to shard {self._address} was given up"))
 
     async def _keep_connected(self) -> None:
         """The loop's top: one stream after the other until `close`."""
@@ -175,13 +181,21 @@ class GrpcTransport:
     async def _serve(self, call: grpc.aio.StreamStreamCall) -> None:
         """Writes and reads until the stream ends; a write that fails ends it for the reader too."""
         outgoing: _Outgoing = asyncio.Queue()
-        writer = asyncio.create_task(_write_frames(call, outgoing))
+        writer = asyncio.create_task(self._write_frames(call, outgoing))
         self._outgoing = outgoing
         try:
             await self._read_answers(call)
         finally:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
+
+    async def _write_frames(self, call: grpc.aio.StreamStreamCall, outgoing: _Outgoing) -> None:
+        while True:
+            forward, frame = await outgoing.get()
+            if forward is None or not forward.is_given_up:
+                await call.write(frame)
+            elif forward.sequence_number in self._pending:
+                self._end_unanswered(forward)
 
     async def _read_answers(self, call: grpc.aio.StreamStreamCall) -> None:
         async for frame in call:
@@ -199,10 +213,3 @@ class GrpcTransport:
 
     def _unavailable(self, failure: str) -> ShardUnavailable:
         return ShardUnavailable(f"no stream to shard {self._address}: {failure}")
-
-
-async def _write_frames(call: grpc.aio.StreamStreamCall, outgoing: _Outgoing) -> None:
-    while True:
-        forward, frame = await outgoing.get()
-        if forward is None or not forward.is_given_up:
-            await call.write(frame)
