@@ -47,6 +47,11 @@ soak: $(VENV)/.installed-test
 protos: $(VENV)/.installed-test
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
 
+# After a change of what the Grafana boards show.
+boards: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[boards]"
+	$(BIN)/python k8s/components/monitoring/boards/generate.py
+
 train: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[train]"
 	$(BIN)/python -m cluster.bundled_model.train --out cluster/bundled_model

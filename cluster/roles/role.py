@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from cluster.config import ActorConfig, GatewayConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
 from cluster.gateway.http_server import MakeContext, serve_http
-from cluster.roles.metrics import add_build_info
+from cluster.roles.metrics import ProcessMetrics
 from cluster.security.http_tls import server_contexts
 from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
@@ -69,7 +69,7 @@ class Role(ABC):
         before = psutil.Process().memory_info().rss
         try:
             self._use_certificates()
-            add_build_info(self._registry, self._name)
+            ProcessMetrics(self._registry, self._name)
             address, weight_bytes = self._load(expert_map)
             _, metrics_port = serve_http(
                 self._bind_host, self._ports().metrics_port, self._http_app(), self._http_contexts()

@@ -47,8 +47,10 @@ def shuffled(load: np.ndarray, current: ExpertMap, placement_version: int, shard
 
 
 @contextmanager
-def controlled(system: System) -> Iterator[tuple[Controller, dict[str, RoleProcess]]]:
-    """The controller of a system that runs."""
+def controlled(
+    system: System, proposer: Proposer | None = None, rebalancing: RebalancingConfig | None = None
+) -> Iterator[tuple[Controller, dict[str, RoleProcess]]]:
+    """The controller of a system that runs. proposer: unset: units anywhere."""
     processes, handles = [], {}
     for role, members in ((RoleName.SHARD, system.shards), (RoleName.WORKER, system.workers)):
         for rank, member in enumerate(members):
@@ -64,8 +66,8 @@ def controlled(system: System) -> Iterator[tuple[Controller, dict[str, RoleProce
     controller = Controller(
         processes,
         system.plan.expert_map,
-        Proposer(shuffled, system.plan.model.expert_bytes),
-        RebalancingConfig(),
+        proposer or Proposer(shuffled, system.plan.model.expert_bytes),
+        rebalancing or RebalancingConfig(),
         create_shard,
         drain_timeout_s=1.0,
     )
