@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.k8s.manifests import OVERLAYS, Group, Manifest, config, groups, of_kind, ray_cluster_spec, render
+from tests.k8s.manifests import OVERLAYS, ROOT, Group, Manifest, config, groups, of_kind, ray_cluster_spec, render
 
 Flow = tuple[str, str, int]  # from, to, port; Pods of Mobula by role, others by name
 RAY_PORTS = (8265, 52365)  # dashboard and its agent, besides those that rayStartParams give
@@ -127,3 +127,26 @@ def test_a_rule_too_many_is_noticed() -> None:
     expert["spec"]["ingress"][0]["ports"].append({"port": 22})
     extra = allowed(policies, groups(manifests), "ingress") - wanted(manifests)
     assert extra == {("attention", "expert", 22)}
+
+
+WHO = {"gateways": "gateway", "the gateway": "gateway", "workers": "attention", "other shards": "expert"} | {
+    "Prometheus": PROMETHEUS,
+    "clients": CLIENTS,
+}
+BY_PORT_FORWARD = "operators"  # they come through the API server, which no policy sees
+
+
+def test_flows_are_those_of_the_threat_model() -> None:
+    manifests = render("overlays/cpu-demo")
+    settings = config(manifests)
+    text = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("|")]
+    compared = 0
+    for section in ("gateway", "attention_workers", "expert_shards", "controller"):
+        for port, who in rows:
+            if f"`{section}.port`" in port:
+                sources = {WHO[name.strip()] for name in who.split(",") if name.strip() != BY_PORT_FORWARD}
+                number = getattr(settings, section).port
+                assert {source for source, _, to in wanted(manifests) if to == number} == sources, port
+                compared += 1
+    assert compared == 4
