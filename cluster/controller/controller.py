@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0  # a process that takes longer is DOWN for this round; its answer is still awaited
 ROUND_S = 0.5  # between two rounds; calls through Ray cost some milliseconds of a core each
-BUSY_ROUND_S = 0.05  # while the system is not up or experts move, when each round may find something to do
+BUSY_ROUND_S = 0.05  # while the system is not up, when each round may find something to do
+MOVE_ROUND_S = 0.2  # while experts move: requests run, and feel what rounds cost
 RESTART_WAIT_S = 10.0  # after a process was told to load what it then could not
 
 
@@ -147,11 +148,16 @@ class Controller:
                 process.handle.kill()
 
     def _run(self) -> None:
-        while not self._stopping.wait(ROUND_S if self._status.is_serving and self._balance.is_idle else BUSY_ROUND_S):
+        while not self._stopping.wait(self._wait_s()):
             try:
                 self.reconcile()
             except Exception:  # the loop's top: one failed round must not end supervision
                 logger.exception("round failed; trying again")
+
+    def _wait_s(self) -> float:
+        if not self._balance.is_idle:
+            return MOVE_ROUND_S
+        return ROUND_S if self._status.is_serving else BUSY_ROUND_S
 
     def reconcile(self) -> None:
         """One round."""

@@ -23,7 +23,7 @@ from tests.checkpoints import write_checkpoint
 from tests.role_process import RoleProcess
 from tests.system import HOST, System
 
-NUM_SHARDS, NUM_REBALANCES = 3, 25
+NUM_SHARDS = 3
 NUM_TOKENS = 24
 TIMEOUT_S = 120.0
 
@@ -137,16 +137,19 @@ def prompts() -> list[list[int]]:
     return [rng.integers(3, 320, size=size).tolist() for size in (1, 9, 40, 70)]
 
 
-def test_rebalances_in_a_row_under_load_fail_no_request_and_change_no_token(system, prompts, monkeypatch):
-    monkeypatch.setattr(controller_module, "BUSY_ROUND_S", 0.005)
+@pytest.mark.parametrize("num_rebalances", [10, pytest.param(100, marks=pytest.mark.bench)])
+def test_rebalances_in_a_row_under_load_fail_no_request_and_change_no_token(
+    system, prompts, monkeypatch, num_rebalances
+):
+    monkeypatch.setattr(controller_module, "MOVE_ROUND_S", 0.005)
     expected = [system.greedy(prompt, NUM_TOKENS) for prompt in prompts]
     with controlled(system) as (controller, _), load(system, prompts, expected) as answered:
-        for number in range(1, NUM_REBALANCES + 1):
+        for number in range(1, num_rebalances + 1):
             status = rebalanced(controller)
             assert (status.num_done, status.num_aborted) == (number, 0), status
             assert status.moved_bytes == status.planned_bytes > 0
         version = controller.status().placement_version
-        assert version == NUM_REBALANCES + 1
+        assert version == num_rebalances + 1
         for shard in system.shards:  # what the placement says, and nothing that is left of others
             assert shard._shard.placement_versions == (version,)
             expert_map = system.workers[0]._router.expert_map
@@ -186,7 +189,7 @@ def test_a_shard_that_dies_in_the_middle_of_a_rebalance_fails_no_request_and_cha
 def test_shards_that_are_added_and_drained_while_requests_run_fail_none_and_change_no_token(
     system, prompts, monkeypatch
 ):
-    monkeypatch.setattr(controller_module, "BUSY_ROUND_S", 0.005)
+    monkeypatch.setattr(controller_module, "MOVE_ROUND_S", 0.005)
     expected = [system.greedy(prompt, NUM_TOKENS) for prompt in prompts]
     with controlled(system) as (controller, handles), load(system, prompts, expected) as answered:
         for ep_ranks, change in (
