@@ -1,0 +1,88 @@
+"""What was aimed at for placements, and what was reached, as a table for docs/balance.md."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from router.trace.replay import ReplayResult
+from router.trace.score import Score
+
+ZIPF = "DeepSeek-V2, Zipf 1.1"
+Results = Mapping[str, Sequence[ReplayResult]]
+
+
+def goals(results: Results) -> str:
+    """A row each: the goal, the worst case of what it is about, whether it was reached."""
+    rows = ["| goal | reached | |", "|---|---|---|"]
+    for name, values, limit, is_at_most in _goals(results):
+        worst = max(values) if is_at_most else min(values)
+        is_met = worst <= limit if is_at_most else worst >= limit
+        sign = "at most" if is_at_most else "at least"
+        rows.append(f"| {name}: {sign} {limit:g} | {worst:.3g} | {'yes' if is_met else 'no, see below'} |")
+    return "\n".join(rows) + "\n\n" + BOUNDS
+
+
+BOUNDS = """The hottest shard within a layer has a bound that no placement passes: a unit's load divided by its replicas. Its p99 is
+over layers, so what counts is the hottest unit of the hottest layers, and how many replicas the memory allows there.
+The replicas are chosen for the expected time of a step, of which the hottest shard within a layer is only one part
+(`router/placement/scores.py`); where both cannot be had, time comes first.
+
+Experts that fire together: the bundled model is trained with groups, and its tokens stay within 3 of them, so contiguous
+units of a group each are already the sets that fire together. A token's 6 experts lie in exactly 3 groups there, and
+cutting units across groups can only add shards."""
+
+
+def _goals(results: Results) -> Iterable[tuple[str, list[float], float, bool]]:
+    zipf = results[ZIPF]
+    yield "`device_limited`, ranks a token, everywhere", _of(_limited(zipf), lambda s: s.ranks_per_token_max), 3, True
+    yield (
+        "its balance over all layers, no extra, 8 to 24 shards",
+        _of(_limited(zipf, range(8, 25), 0.0), lambda s: s.balancedness_total),
+        0.99,
+        False,
+    )
+    yield "the same on 64 shards", _of(_limited(zipf, (64,), 0.0), lambda s: s.balancedness_total), 0.97, False
+    for redundancy, limit in ((0.25, 1.4), (0.5, 1.0)):
+        yield (
+            f"hottest in a layer, p99, {redundancy:.0%} extra, 12 shards and more",
+            _of(_limited(zipf, (12, 16, 24, 64), redundancy), lambda s: s.hottest_p99),
+            limit,
+            True,
+        )
+    yield "step time over `eplb`'s at equal memory", _over_eplb(zipf, lambda s: s.step_time_s), 1.0, True
+    yield "shard visits over `eplb`'s", _over_eplb(zipf, lambda s: s.ranks_per_token_mean), 0.667, True
+    for title in ("DeepSeek-V2-Lite, experts that fire together", "The bundled model as if it had no groups"):
+        yield f"`coactivation`, ranks over contiguous; {title}", _over_contiguous(results[title]), 0.8, True
+
+
+def _limited(
+    results: Sequence[ReplayResult], shards: Iterable[int] | None = None, redundancy: float | None = None
+) -> list[Score]:
+    wanted = None if shards is None else set(shards)
+    return [
+        result.score
+        for result in results
+        if result.score is not None
+        and result.case.policy == "device_limited"
+        and (wanted is None or result.case.ep_size in wanted)
+        and redundancy in (None, result.case.redundancy)
+    ]
+
+
+def _of(scores: Sequence[Score], figure: Callable[[Score], float]) -> list[float]:
+    return [figure(score) for score in scores]
+
+
+def _over_eplb(results: Sequence[ReplayResult], figure: Callable[[Score], float]) -> list[float]:
+    return _ratios(results, "device_limited", "eplb", figure)
+
+
+def _over_contiguous(results: Sequence[ReplayResult]) -> list[float]:
+    return _ratios(results, "coactivation", "static", lambda score: score.ranks_per_token_mean)
+
+
+def _ratios(results: Sequence[ReplayResult], policy: str, other: str, figure: Callable[[Score], float]) -> list[float]:
+    by_case = {(r.case.policy, r.case.ep_size, r.case.redundancy): r.score for r in results}
+    return [
+        figure(score) / figure(against)
+        for (name, ep_size, redundancy), score in by_case.items()
+        if name == policy and score is not None and (against := by_case.get((other, ep_size, redundancy))) is not None
+    ]
