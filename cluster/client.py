@@ -120,6 +120,13 @@ class AdminClient(Connection):
         )
         return plan
 
+    def sample_choices(self) -> admin_pb2.SampleChoicesResponse:
+        """Which experts tokens chose since this was asked last."""
+        sampled: admin_pb2.SampleChoicesResponse = self._stub.SampleChoices(
+            admin_pb2.SampleChoicesRequest(), timeout=CALL_TIMEOUT_S
+        )
+        return sampled
+
     def scale_shards(self, count: int) -> admin_pb2.ScaleShardsResponse:
         """From now on that many shards. Returns when it is decided."""
         change: admin_pb2.ScaleShardsResponse = self._stub.ScaleShards(

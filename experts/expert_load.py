@@ -1,34 +1,11 @@
 """Counted load: how many tokens each expert has computed. The compute thread counts, any thread takes snapshots."""
 
 import threading
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from experts.grouped_ffn import ForwardInput
-
-UInt64Array = npt.NDArray[np.uint64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadSnapshot:
-    """Counts since the shard started.
-
-    num_tokens: [num_moe_layers, n_routed_experts] uint64, (row, expert) pairs computed by each logical expert.
-    rows_by_layer: [num_moe_layers] uint64, rows of hidden states that were received.
-    num_forwards, num_rows, num_assignments: of all forwards together.
-    num_experts_read: how often a computation went through an expert's weights.
-    compute_ns: of all computations together.
-    """
-
-    num_tokens: UInt64Array
-    rows_by_layer: UInt64Array
-    num_forwards: int
-    num_rows: int
-    num_assignments: int
-    num_experts_read: int
-    compute_ns: int
+from experts.load_snapshot import LoadSnapshot
 
 
 class ExpertLoad:

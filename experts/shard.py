@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from experts.batcher import Batcher, ForwardOutput, WaitingForward
-from experts.expert_load import ExpertLoad, LoadSnapshot
+from experts.expert_load import ExpertLoad
 from experts.forward_frame import answer_frame, answer_tensor, read_forward
 from experts.grouped_ffn import grouped_ffn, merge
 from experts.known_answers import KnownAnswers
+from experts.load_snapshot import LoadSnapshot
 from experts.metrics import ShardMetrics
 from experts.pacer import Pacer
 from experts.self_check import SelfCheck, WrongUnit

@@ -203,3 +203,25 @@ class RestartRequest(_message.Message):
 class RestartResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class SampleChoicesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerChoices(_message.Message):
+    __slots__ = ("dp_rank", "num_tokens", "topk_ids")
+    DP_RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOPK_IDS_FIELD_NUMBER: _ClassVar[int]
+    dp_rank: int
+    num_tokens: int
+    topk_ids: bytes
+    def __init__(self, dp_rank: _Optional[int] = ..., num_tokens: _Optional[int] = ..., topk_ids: _Optional[bytes] = ...) -> None: ...
+
+class SampleChoicesResponse(_message.Message):
+    __slots__ = ("header_json", "choices")
+    HEADER_JSON_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    header_json: bytes
+    choices: _containers.RepeatedCompositeFieldContainer[WorkerChoices]
+    def __init__(self, header_json: _Optional[bytes] = ..., choices: _Optional[_Iterable[_Union[WorkerChoices, _Mapping]]] = ...) -> None: ...

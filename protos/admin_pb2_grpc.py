@@ -59,6 +59,11 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.RestartRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.RestartResponse.FromString,
                 _registered_method=True)
+        self.SampleChoices = channel.unary_unary(
+                '/mobula.v1.Admin/SampleChoices',
+                request_serializer=protos_dot_admin__pb2.SampleChoicesRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.SampleChoicesResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -112,6 +117,14 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SampleChoices(self, request, context):
+        """Which experts the workers' tokens chose since this was asked last, as much as fits one message. The first call
+        begins to sample; it ends 30 s after the last one. For `mobula trace record`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -139,6 +152,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Restart,
                     request_deserializer=protos_dot_admin__pb2.RestartRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.RestartResponse.SerializeToString,
+            ),
+            'SampleChoices': grpc.unary_unary_rpc_method_handler(
+                    servicer.SampleChoices,
+                    request_deserializer=protos_dot_admin__pb2.SampleChoicesRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.SampleChoicesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -276,6 +294,33 @@ class Admin:
             '/mobula.v1.Admin/Restart',
             protos_dot_admin__pb2.RestartRequest.SerializeToString,
             protos_dot_admin__pb2.RestartResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SampleChoices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.v1.Admin/SampleChoices',
+            protos_dot_admin__pb2.SampleChoicesRequest.SerializeToString,
+            protos_dot_admin__pb2.SampleChoicesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,7 +14,10 @@ from cluster.gateway.metrics import GatewayMetrics
 from protos.credentials import PLAINTEXT, ServerCredentials
 from protos.guard import Guard
 from protos.loop_thread import LoopThread
+from router.trace.header_json import header_to_json
+from router.trace.trace import ExpertIds, TraceHeader
 from tests.fake_experts import grouped_gate, placed
+from tests.router.trace.traces import random_ids, tiny_model
 
 HOST = "127.0.0.1"
 MOVES = (UnitMove(0, 1, 3, 2**20), UnitMove(0, 2, 3, 2**20), UnitMove(1, 4, 0, 3 * 2**20))
@@ -70,6 +73,7 @@ class FakeController:
         self.error: Exception | None = None
         self.num_begun = 0
         self.drained: list[int] = []
+        self.num_sampled = 0
         self.ended: list[str] = []
 
     def status(self) -> ClusterStatus:
@@ -86,6 +90,16 @@ class FakeController:
         plan = self.plan_rebalance()
         self.num_begun += 1
         return plan
+
+    def sample_choices(self) -> tuple[bytes, list[tuple[int, ExpertIds]]]:
+        """Nothing at first, then tokens of two workers each time."""
+        if self.error:
+            raise self.error
+        self.num_sampled += 1
+        model = tiny_model()
+        header = header_to_json(TraceHeader(model=model, source="tiny"))
+        ranks = (0, 1) if self.num_sampled > 1 else ()
+        return header, [(dp_rank, random_ids(model, 100, seed=self.num_sampled)) for dp_rank in ranks]
 
     def scale_shards(self, count: int) -> ShardChange:
         """As if there were two shards."""

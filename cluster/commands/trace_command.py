@@ -4,15 +4,17 @@ Loads torch only to record, or to read a config.json.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import grpc
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from cluster.commands.terminal import console, errors, fail
+from cluster.commands.terminal import console, errors, fail, fail_call
 from cluster.commands.trace_views import (
     VIEW_WIDTH,
     CannotPlot,
@@ -29,6 +31,9 @@ from router.trace.replay import ReplayCase, ReplayResult, ReplaySettings, replay
 from router.trace.synthetic import Skew, SyntheticTrace
 from router.trace.trace import Trace, TraceError
 from router.trace.trace_file import TraceFile
+
+if TYPE_CHECKING:
+    from cluster.commands.trace_requests import Recording
 
 app = typer.Typer(no_args_is_help=True, help="Record which experts tokens choose; replay it under other placements.")
 
@@ -52,10 +57,13 @@ def record(
         list[Path] | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 file to read; give several times.")
     ] = None,
     model: Annotated[str, typer.Option(help='Folder, Hugging Face id, or "bundled".')] = "bundled",
+    address: Annotated[
+        str | None, typer.Option(help="Gateway of a running system: sample its traffic instead of running a model.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of texts and of continuations.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file at OUT.")] = False,
 ) -> None:
-    """Run a model in this process and write down each token's experts in every layer.
+    """Write down each token's experts in every layer: of a model that this process runs, or of a running system.
 
     Without --prompt and --text it reads the four kinds of text that the bundled model knows, in turn.
     """
@@ -63,8 +71,60 @@ def record(
         fail(f"--seconds is {seconds}, must be more than 0")
     if prompt and text:
         fail("--prompt and --text are given: a trace has prompts that are continued or texts that are read, not both")
+    if address and (prompt or text or model != "bundled"):
+        fail("--address is given: a running system has a model and prompts of its own; leave --prompt, --text, --model")
     if out.exists() and not force:
         fail(f"{out} exists; name another file or give --force")
+    max_tokens = tokens or (RECORDED_TOKENS if seconds is None else 2**40)
+    with _progress() as bar:
+        task = bar.add_task("", total=tokens or (RECORDED_TOKENS if seconds is None else None))
+
+        def on_progress(stage: str, count: int) -> None:
+            bar.update(task, description=stage, completed=count)
+
+        if address:
+            recording = _sampled(address, out, max_tokens, seconds, on_progress)
+        else:
+            recording = _recorded(out, max_tokens, seconds, prompt, text, model, seed, on_progress)
+    kinds = ", ".join(f"{label} {count:,}" for label, count in recording.num_tokens_by_label.items())
+    end = "interrupted after" if recording.was_interrupted else "wrote"
+    console.print(
+        f"[green]{end}[/green] {recording.num_tokens:,} tokens ({escape(kinds)}) in {recording.seconds:.1f} s, "
+        f"{recording.num_bytes:,} bytes: {escape(str(out))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _sampled(
+    address: str, out: Path, max_tokens: int, seconds: float | None, on_progress: Callable[[str, int], None]
+) -> "Recording":
+    """Of a running system."""
+    from cluster.client import AdminClient
+    from cluster.commands.trace_sampling import sample
+
+    try:
+        with AdminClient(address) as client:
+            return sample(
+                client, out, max_tokens=max_tokens, max_seconds=seconds or float("inf"), on_progress=on_progress
+            )
+    except grpc.RpcError as error:
+        fail_call(error)
+    except (TraceError, OSError) as error:
+        fail(f"nothing is recorded: {error}")
+
+
+def _recorded(
+    out: Path,
+    max_tokens: int,
+    seconds: float | None,
+    prompts: list[str] | None,
+    texts: list[Path] | None,
+    model: str,
+    seed: int,
+    on_progress: Callable[[str, int], None],
+) -> "Recording":
+    """Of a model that runs in this process."""
     from cluster.checkpoint.json_fields import UnsupportedModel
     from cluster.checkpoint.safetensors_file import InvalidCheckpoint
     from cluster.commands.trace_recording import record as run
@@ -75,29 +135,19 @@ def record(
     try:
         config = RecordingConfig(
             model=model,
-            max_tokens=tokens or (RECORDED_TOKENS if seconds is None else 2**40),
+            max_tokens=max_tokens,
             max_seconds=seconds,
-            prompts=tuple(prompt or ()),
-            texts={path.name: path.read_text(encoding="utf-8") for path in text} if text else None,
+            prompts=tuple(prompts or ()),
+            texts={path.name: path.read_text(encoding="utf-8") for path in texts} if texts else None,
             seed=seed,
         )
-        with _progress() as bar:
-            task = bar.add_task("", total=tokens or (RECORDED_TOKENS if seconds is None else None))
-            recording = run(config, out, lambda stage, count: bar.update(task, description=stage, completed=count))
+        return run(config, out, on_progress)
     except (TraceError, ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError) as error:
         fail(f"nothing is recorded: {error}")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"nothing is recorded: {error}")
     except KeyboardInterrupt:
         fail("interrupted before the first token was recorded")
-    kinds = ", ".join(f"{label} {count:,}" for label, count in recording.num_tokens_by_label.items())
-    end = "interrupted after" if recording.was_interrupted else "wrote"
-    console.print(
-        f"[green]{end}[/green] {recording.num_tokens:,} tokens ({escape(kinds)}) in {recording.seconds:.1f} s, "
-        f"{recording.num_bytes:,} bytes: {escape(str(out))}",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 @app.command(name="replay")

@@ -9,8 +9,7 @@ The life of a recording:
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from cluster.commands.trace_requests import (
     TEMPERATURE,
     TEXT_TOKENS,
     OnProgress,
+    Recording,
     RecordingConfig,
     Request,
     continue_prompts,
@@ -40,20 +40,6 @@ from cluster.roles.single_process import SingleProcess
 from router.trace.model_shape import ModelShape
 from router.trace.trace import ExpertIds, TraceError, TraceHeader, TraceWindow, id_dtype
 from router.trace.trace_file import TraceWriter
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recording:
-    """What was recorded. num_tokens_by_label adds up to all of it."""
-
-    num_tokens_by_label: Mapping[str, int]
-    seconds: float
-    num_bytes: int  # of the file
-    was_interrupted: bool
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.num_tokens_by_label.values())
 
 
 class RecordingDispatcher:

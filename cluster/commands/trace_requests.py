@@ -15,6 +15,20 @@ OnProgress = Callable[[str, int], None]  # what is being done, and the tokens re
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """What was recorded. num_tokens_by_label adds up to all of it."""
+
+    num_tokens_by_label: Mapping[str, int]
+    seconds: float
+    num_bytes: int  # of the file
+    was_interrupted: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_tokens_by_label.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecordingConfig:
     """What is to be recorded. model: folder, Hugging Face id, or "bundled".
 

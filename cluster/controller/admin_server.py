@@ -19,6 +19,7 @@ from cluster.controller.rebalance import RebalancePlan
 from protos import admin_pb2, errors, rpc
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
 from protos.loop_thread import LoopThread
+from router.trace.trace import ExpertIds
 
 SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 STOP_TIMEOUT_S = 5.0
@@ -51,6 +52,9 @@ class AdminController(Protocol):
     def drain_worker(self, dp_rank: int) -> None:
         """The worker hands its requests over and ends. Raises MobulaError when that cannot be."""
 
+    def sample_choices(self) -> tuple[bytes, list[tuple[int, ExpertIds]]]:
+        """A trace's header as JSON, and by dp_rank which experts tokens chose since this was asked last."""
+
     def restart(self, role: RoleName, rank: int) -> None:
         """Another generation takes the process's place. Raises MobulaError when that cannot be."""
 
@@ -69,6 +73,7 @@ class AdminServicer:
             "ScaleShards": self.scale_shards,
             "Drain": self.drain,
             "Restart": self.restart,
+            "SampleChoices": self.sample_choices,
         }
         handlers = {name: rpc.unary_handler(method) for name, method in methods.items()}
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
@@ -112,6 +117,16 @@ class AdminServicer:
             raise errors.InvalidRequest(f"role is {asked.role}, must be one of {sorted(ROLES)}", field="role")
         await self._planned(self._controller.restart, ROLES[asked.role], asked.rank)
         return bytes(admin_pb2.RestartResponse().SerializeToString())
+
+    async def sample_choices(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Admin.SampleChoices."""
+        rpc.parse(admin_pb2.SampleChoicesRequest, request)
+        header_json, choices = await self._planned(self._controller.sample_choices)
+        response = admin_pb2.SampleChoicesResponse(header_json=header_json)
+        for dp_rank, topk_ids in choices:
+            data = topk_ids.astype(topk_ids.dtype.newbyteorder("<")).tobytes()
+            response.choices.add(dp_rank=dp_rank, num_tokens=topk_ids.shape[1], topk_ids=data)
+        return bytes(response.SerializeToString())
 
     async def _planned(self, method: Callable[..., T], *args: object) -> T:
         """What a call to the controller that may compute a placement returns."""

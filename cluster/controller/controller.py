@@ -37,9 +37,10 @@ from cluster.controller.process import (
 )
 from cluster.controller.rebalance import RebalancePlan
 from cluster.controller.shard_scaling import ShardScaling
-from protos.errors import MobulaError
+from protos.errors import MobulaError, Unavailable
 from router.balance_terms import Traffic
 from router.expert_map import ExpertMap
+from router.trace.trace import ExpertIds
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ HEALTH_TIMEOUT_S = 5.0  # a process that takes longer is DOWN for this round; it
 ROUND_S = 0.5  # between two rounds; calls through Ray cost some milliseconds of a core each
 BUSY_ROUND_S = 0.05  # while the system is not up, when each round may find something to do
 MOVE_ROUND_S = 0.2  # while experts move: requests run, and feel what rounds cost
+MAX_SAMPLE_BYTES = 2 * 2**20  # of expert ids in one answer, which must be a client's message
 RESTART_WAIT_S = 10.0  # after a process was told to load what it then could not
 
 
@@ -134,6 +136,21 @@ class Controller:
     def restart(self, role: RoleName, rank: int) -> None:
         """Another generation takes the process's place. From any other thread. Raises InvalidRequest, NotServing."""
         self._inbox.ask(lambda: self._departures.restart(role, rank, is_serving=self._status.is_serving))
+
+    def sample_choices(self) -> tuple[bytes, list[tuple[int, ExpertIds]]]:
+        """A trace's header as JSON, and by dp_rank which experts tokens chose since this was asked last.
+
+        From any other thread. Raises Unavailable when no worker answers, and what a worker raises.
+        """
+        workers = self._inbox.ask(lambda: [worker for worker in self._members(RoleName.WORKER) if worker.is_ready])
+        share = MAX_SAMPLE_BYTES // max(1, len(workers))
+        calls = [(worker.rank, worker.handle.call("sample_choices", share)) for worker in workers]
+        wait([call for _, call in calls], timeout=HEALTH_TIMEOUT_S)
+        ended = [(rank, call) for rank, call in calls if call.done()]
+        answers = [(rank, call.result()) for rank, call in ended if not isinstance(call.exception(), ProcessDied)]
+        if not answers:
+            raise Unavailable("no worker says what its tokens chose; ask when the system serves", retry_after_s=1.0)
+        return answers[0][1][0], [(rank, topk_ids) for rank, (_, topk_ids) in answers]
 
     def stop(self, drain_timeout_s: float) -> None:
         """Ends the system in the order of the tokens' way: gateways drain, then workers, then shards."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experts.expert_load import LoadSnapshot
+from experts.load_snapshot import LoadSnapshot
 from router.balance_terms import Float64Array, Traffic
 from router.expert_map import ExpertMap
 

@@ -11,7 +11,7 @@ from cluster.controller.shard_scaling import ShardWork
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import open_model
 from cluster.roles.role import Role, failure_domain
-from experts.expert_load import LoadSnapshot
+from experts.load_snapshot import LoadSnapshot
 from experts.metrics import ShardMetrics
 from experts.peer_weights import PeerWeights
 from experts.servicer import ExpertServer

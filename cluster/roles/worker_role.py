@@ -20,6 +20,7 @@ from attention.request import GenerationDefaults, RequestReader
 from attention.servicer import SERVICE, InferenceServicer
 from attention.tokenizer import Tokenizer
 from attention.worker_report import WorkerReport
+from cluster.checkpoint.model_shapes import model_shape
 from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, Quarantine
 from cluster.roles.compute_threads import compute_with, share_of_cores
@@ -30,13 +31,17 @@ from cluster.version import VERSION
 from protos import generation_pb2, rpc
 from protos.codec import dtype_to_wire
 from protos.credentials import PeerRole
-from protos.errors import Unavailable
+from protos.errors import InvalidRequest, Unavailable
 from protos.poller import Poller
 from router.expert_map import ExpertMap
 from router.metrics import RouterMetrics
 from router.overload_valve import OverloadValve
 from router.ring_transport import connect_to
 from router.router import Router
+from router.trace.choice_sampler import ChoiceSampler
+from router.trace.header_json import header_to_json
+from router.trace.model_shape import ModelShape
+from router.trace.trace import ExpertIds, TraceHeader, id_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +59,7 @@ class WorkerRole(Role):
         self._engine: Engine | None = None
         self._server: grpc.aio.Server | None = None
         self._health_servicer = health_aio.HealthServicer()
+        self._sampler: tuple[ChoiceSampler, ModelShape] | None = None
         self._is_stopping = False
 
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
@@ -82,12 +88,15 @@ class WorkerRole(Role):
             metrics=router_metrics,
             poller=poller,
         )
+        shape = model_shape(model.model_id, model.config, model.dtype.itemsize)
+        sampler = ChoiceSampler(router, shape)
+        self._sampler = None if valve else (sampler, shape)
         cache = LatentCache(cache_config(self._config, model))
         runner = ModelRunner(
             Decoder(
                 decoder_config,
                 weights,
-                router,
+                sampler,
                 cache,
                 mla_form=workers.mla_form,
                 num_micro_batches=workers.num_micro_batches,
@@ -154,6 +163,19 @@ class WorkerRole(Role):
         """The newest that was told."""
         assert self._router
         return self._router.expert_map
+
+    def sample_choices(self, max_bytes: int) -> tuple[bytes, ExpertIds]:
+        """A trace's header as JSON, and which experts tokens chose since this was asked last, at most max_bytes.
+
+        Raises InvalidRequest where the overload valve leaves choices out.
+        """
+        if self._sampler is None:
+            raise InvalidRequest(
+                "with an overload valve some tokens' choices are left out: a trace needs capacity_policy dropless"
+            )
+        sampler, shape = self._sampler
+        token_bytes = shape.num_moe_layers * shape.top_k * id_dtype(shape.gate.n_routed_experts).itemsize
+        return header_to_json(TraceHeader(model=shape, source=shape.name)), sampler.take(max_bytes // token_bytes)
 
     def engine_stats(self) -> EngineStats:
         """What the engine was doing after its latest step."""

@@ -1,6 +1,6 @@
 """Writes docs/balance.md and its pictures: what each placement policy does with skewed, drifting and real traffic.
 
-python -m tests.bench.balance docs        (about three minutes of one core; matplotlib comes with the `train` extra)
+python -m tests.bench.balance docs        (some minutes of one core; matplotlib comes with the `train` extra)
 
 Everything is replayed: drawn traffic at DeepSeek-V2's size through its gate, and recorded traffic of the bundled model,
 of four kinds of text. No number depends on the machine but which texts are installed on it.
@@ -26,7 +26,7 @@ from tests.bench.drift import draw, drifted
 SHARDS = (8, 12, 16, 24, 64)
 REDUNDANCIES = (0.0, 0.25, 0.5)
 POLICIES = ("static", "device_limited", "eplb")
-NUM_TOKENS = 8192
+NUM_TOKENS, NUM_RECORDED_TOKENS = 32768, 16384
 HEADER = (
     "| shards | extra | policy | balance, all layers | hottest, mean | hottest, p99 | ranks, mean | ranks, max "
     "| bytes a token | weights a shard | step |\n|---|---|---|---|---|---|---|---|---|---|---|"
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         recorded = Path(temporary) / "bundled.npz"
-        record(RecordingConfig(model="bundled", max_tokens=2 * NUM_TOKENS), recorded)
+        record(RecordingConfig(model="bundled", max_tokens=NUM_RECORDED_TOKENS), recorded)
         bundled = TraceFile(recorded)
         at_zipf = _replayed(zipf, SHARDS, REDUNDANCIES, POLICIES)
         sections = [

@@ -69,7 +69,7 @@ def _run(trace: Trace, *, is_on: bool) -> list[float]:
             expert_map, next_map = next_map, None
         loads, counted = _computed(expert_map, topk_ids, step)
         counts = [*counts, loads][-WINDOW_STEPS:]
-        shown.append(float(balancedness(np.sum(counts, axis=0))))
+        shown.append(float(balancedness(np.sum(counts, axis=0, dtype=np.float64))))
         tracker.add(counted, now_s)
         if not is_on or now_s - decided_s < MIN_INTERVAL_S:
             continue

@@ -12,7 +12,7 @@ from cluster.config import RebalancingConfig, ShardScalingConfig
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
 from cluster.controller.process import ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
-from experts.expert_load import LoadSnapshot
+from experts.load_snapshot import LoadSnapshot
 from tests.fake_experts import grouped_gate, placed
 
 PROPOSER = Proposer(

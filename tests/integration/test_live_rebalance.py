@@ -19,6 +19,8 @@ from cluster.controller.rebalance import RebalanceState, RebalanceStatus
 from cluster.roles.shard_role import ShardRole
 from experts.kernels.library import native
 from router.expert_map import ExpertMap
+from router.trace.header_json import header_from_json
+from router.trace.trace import TraceWindow, check_window
 from tests.checkpoints import write_checkpoint
 from tests.role_process import RoleProcess
 from tests.system import HOST, System
@@ -205,6 +207,19 @@ def test_shards_that_are_added_and_drained_while_requests_run_fail_none_and_chan
         assert controller.status().rebalance.num_aborted == 0
         assert not handles["shard-4"].is_alive
     assert system.becomes_idle()
+
+
+def test_the_choices_of_a_running_system_are_sampled_and_change_no_token(system, prompts):
+    expected = [system.greedy(prompt, NUM_TOKENS) for prompt in prompts]
+    with controlled(system) as (controller, _), load(system, prompts, expected) as answered:
+        controller.sample_choices()
+        wait_until(lambda: len(answered) >= len(prompts))
+        header, choices = controller.sample_choices()
+        model = header_from_json(header).model
+        assert {dp_rank for dp_rank, _ in choices} == {0, 1}
+        for _, topk_ids in choices:
+            check_window(TraceWindow(topk_ids=topk_ids), model)
+        assert sum(topk_ids.shape[1] for _, topk_ids in choices) >= len(prompts) * (NUM_TOKENS - 1)
 
 
 def ep_ranks_in_use(system: System) -> tuple[int, ...] | None:
