@@ -6,7 +6,7 @@ has other bits then, and the unit is not to be used. Knows nothing of forwards o
 
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -43,10 +43,20 @@ class KnownAnswers:
         with self._lock:
             self._answers[layer_id, expert_id] = answer
 
+    def forget(self, layer_id: int, expert_id: int) -> None:
+        """What an expert answered; the next reading is believed."""
+        with self._lock:
+            del self._answers[layer_id, expert_id]
+
+    def of(self, experts: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
+        """The answers that are known of these, by (layer_id, expert_id)."""
+        with self._lock:
+            return {key: self._answers[key] for key in experts if key in self._answers}
+
     def fault(self, layer: LayerWeights, expert_id: int) -> str | None:
         """How an expert that is served differs from what it was; None if it does not."""
-        known, found = self._answers[layer.layer_id, expert_id], self._answer(layer.experts, expert_id)
-        if found == known:
+        known, found = self._answers.get((layer.layer_id, expert_id)), self._answer(layer.experts, expert_id)
+        if known is None or found == known:  # not known: being read again
             return None
         return f"expert {expert_id} gives {found:#010x} for the fixed row, it gave {known:#010x} when it was read"
 

@@ -5,7 +5,7 @@ as they should. The compute thread checks; the control thread repairs.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -100,6 +100,27 @@ class SelfCheck:
                 self._metrics.num_repaired_units += 1
                 logger.warning("unit %d of layer %d was read again and is right", unit[1], unit[0])
         self._metrics.num_wrong_units = len(self._wrong)
+
+    def read_again(self, experts: Iterable[tuple[int, int]]) -> None:
+        """Believes the checkpoint rather than what it gave before. experts: by layer and id. The control thread's."""
+        asked = set(experts)
+        units = {
+            (layer.layer_id, int(layer.expert_to_unit[expert_id]))
+            for layer, expert_id in self._experts()
+            if (layer.layer_id, expert_id) in asked
+        }
+        for layer_id, unit_id in sorted(units):
+            before = self.answers()
+            renewed = self._store.read_again(layer_id, unit_id)
+            for expert_id in sorted({expert_id for _, expert_ids in renewed for expert_id in expert_ids}):
+                self._known.forget(layer_id, expert_id)
+            self.note()
+            changed = sorted(set(self.answers().items()) - set(before.items()))
+            logger.warning("unit %d of layer %d was read again: %d answers changed", unit_id, layer_id, len(changed))
+
+    def answers(self) -> dict[tuple[int, int], int]:
+        """Known answers of all experts held, by (layer_id, expert_id). From any thread."""
+        return self._known.of(key for key, _ in self._store.held_experts())
 
     def _experts(self) -> Iterator[tuple[LayerWeights, int]]:
         """Those of the newest placement served, once."""

@@ -158,6 +158,14 @@ class ExpertShard:
         """Units that do not give their known answers, and whose forwards are refused. From any thread."""
         return self._self_check.wrong_units()
 
+    def known_answers(self) -> dict[tuple[int, int], int]:
+        """What each expert held makes of the fixed row, by (layer_id, expert_id); the same on every shard."""
+        return self._self_check.answers()
+
+    def read_again(self, experts: Iterable[tuple[int, int]]) -> None:
+        """Reads the units of experts, by (layer_id, expert_id), whose answers are not those of other shards."""
+        self._self_check.read_again(experts)
+
     def repair(self) -> None:
         """Reads such units again."""
         self._self_check.repair()

@@ -36,6 +36,7 @@ from cluster.controller.process import (
     RoleName,
 )
 from cluster.controller.rebalance import RebalancePlan
+from cluster.controller.replica_check import ReplicaCheck
 from cluster.controller.shard_scaling import ShardScaling
 from protos.errors import MobulaError, Unavailable
 from router.balance_terms import Traffic
@@ -91,6 +92,7 @@ class Controller:
             clock=clock,
         )
         self._scaling = ShardScaling(self._balance.membership, scaling or ShardScalingConfig(), clock)
+        self._replica_check = ReplicaCheck(lambda: self._members(RoleName.SHARD), clock)
         self._departures = Departures(processes, drain_timeout_s)
         self._is_placed = False  # whether the placement that shards load is settled
         self._inbox = Inbox()
@@ -200,6 +202,7 @@ class Controller:
         members = (workers, self._metrics_addresses(), self.admin_address)
         self._tell(RoleName.GATEWAY, members, "update_members", *members)
         self._departures.round()
+        self._replica_check.round()
         self._publish_status(has_all_shards)
 
     def _begin_rebalance(self) -> RebalancePlan:

@@ -96,6 +96,15 @@ class ShardRole(Role):
                 shard.release(other)
             shard.drop_staged()
 
+    def known_answers(self) -> dict[tuple[int, int], int]:
+        """What each expert makes of a fixed row, to be compared with other shards'."""
+        return self._loaded_shard().known_answers()
+
+    def read_again(self, experts: Iterable[tuple[int, int]]) -> None:
+        """Reads the units of these experts again, by (layer_id, expert_id). Raises InvalidCheckpoint."""
+        with self._placement_lock:
+            self._loaded_shard().read_again(experts)
+
     def _begin_repair(self) -> None:
         """In the compute thread, which must not wait."""
         threading.Thread(target=self._repair, name="repair", daemon=True).start()

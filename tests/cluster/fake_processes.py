@@ -46,7 +46,10 @@ class FakeProcess:
         self.name = name
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.on_call: Callable[[str], None] = lambda method: None
-        self.answers: dict[str, Any] = {"load_counts": counted(np.zeros((3, 16), dtype=np.uint64))}
+        self.answers: dict[str, Any] = {
+            "load_counts": counted(np.zeros((3, 16), dtype=np.uint64)),
+            "known_answers": {},
+        }
         self.domain = ""
         self.restart()
 

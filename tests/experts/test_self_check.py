@@ -112,3 +112,22 @@ def test_what_waits_for_a_layer_when_a_unit_of_it_is_found_wrong_is_asked_of_oth
     damage(shard, layer_id=1, expert_id=0)
     check_all(shard)
     assert [type(outcome).__name__ for outcome in outcomes] == ["StalePlacement"]
+
+
+def test_a_unit_that_was_read_wrongly_is_sure_of_itself_until_it_is_told_to_read_again(monkeypatch):
+    right = expert_shard(MAP, 0, MODEL).known_answers()
+    read = RandomReader.read_matrix
+
+    def read_wrongly(self, name):
+        return read(self, name) + (name == "model.layers.2.mlp.experts.5.down_proj.weight")
+
+    monkeypatch.setattr(RandomReader, "read_matrix", read_wrongly)
+    shard = expert_shard(MAP, 0, MODEL)
+    monkeypatch.undo()
+    check_all(shard)
+    assert shard.wrong_units() == []
+    assert {key for key, answer in shard.known_answers().items() if answer != right[key]} == {(2, 5)}
+    shard.read_again([(2, 5)])
+    assert shard.known_answers() == right
+    check_all(shard)
+    assert shard.wrong_units() == []
