@@ -105,6 +105,8 @@ class RequestReader:
         if not request.sampling_params.HasField("seed"):
             request.sampling_params.seed = relayed.seed
         sequence = self.sequence(request)
+        sequence.num_dropped_assignments = relayed.num_dropped_assignments
+        sequence.num_degraded_steps = relayed.num_degraded_steps
         for token_id in self._token_ids(list(relayed.output_token_ids), "output_token_ids"):
             if sequence.advance(token_id).is_final:
                 raise errors.InvalidRequest(

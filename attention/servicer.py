@@ -130,6 +130,7 @@ def _response(sequence: Sequence, output: SequenceOutput) -> generation_pb2.Gene
     )
     if output.finish_reason is not None:
         response.finish_reason = _FINISH_REASONS[output.finish_reason]
+    if output.finish_reason is not None or sequence.num_dropped_assignments or sequence.num_degraded_steps:
         response.usage.num_prompt_tokens = sequence.num_prompt_tokens
         response.usage.num_completion_tokens = sequence.num_output_tokens
         response.usage.num_dropped_assignments = sequence.num_dropped_assignments

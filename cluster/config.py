@@ -221,6 +221,7 @@ class AdmissionConfig(StrictModel):
 class GatewayConfig(StrictModel):
     """The front door."""
 
+    count: Annotated[int, Field(ge=1, le=64)] = 1  # those on one machine share `port`; each has its own calls
     host: str = "127.0.0.1"  # "0.0.0.0" to be reachable from other machines
     port: Port = 50051  # 0 takes a free one
     health_port: FixedPort | None = None  # health alone, in plaintext: for probes that speak no TLS; unset: none

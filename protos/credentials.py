@@ -21,8 +21,9 @@ _LIMITS = [  # of every server; messages have their own, by what they carry (pro
 
 
 def make_server(options: Options, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
-    """A server with the limits of all. For implementations of ServerCredentials."""
-    return grpc.aio.server(interceptors=list(interceptors), options=[*_LIMITS, *options])
+    """A server with the limits of all where `options` has no other. For implementations of ServerCredentials."""
+    chosen = {**dict(_LIMITS), **dict(options)}  # of two values gRPC would take the first
+    return grpc.aio.server(interceptors=list(interceptors), options=list(chosen.items()))
 
 
 class PeerRole(StrEnum):

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from protos import generation_pb2 as protos_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/worker.proto\x12\tmobula.v1\x1a\x17protos/generation.proto\"]\n\x0eRelayedRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x06\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r2N\n\x06Worker\x12\x44\n\x08Generate\x12\x19.mobula.v1.RelayedRequest\x1a\x1b.mobula.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/worker.proto\x12\tmobula.v1\x1a\x17protos/generation.proto\"\x9a\x01\n\x0eRelayedRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x06\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12\x1f\n\x17num_dropped_assignments\x18\x05 \x01(\x04\x12\x1a\n\x12num_degraded_steps\x18\x06 \x01(\r2N\n\x06Worker\x12\x44\n\x08Generate\x12\x19.mobula.v1.RelayedRequest\x1a\x1b.mobula.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RELAYEDREQUEST']._serialized_start=59
-  _globals['_RELAYEDREQUEST']._serialized_end=152
-  _globals['_WORKER']._serialized_start=154
-  _globals['_WORKER']._serialized_end=232
+  _globals['_RELAYEDREQUEST']._serialized_start=60
+  _globals['_RELAYEDREQUEST']._serialized_end=214
+  _globals['_WORKER']._serialized_start=216
+  _globals['_WORKER']._serialized_end=294
 # @@protoc_insertion_point(module_scope)

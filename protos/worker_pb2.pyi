@@ -8,13 +8,17 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RelayedRequest(_message.Message):
-    __slots__ = ("request", "request_id", "seed", "output_token_ids")
+    __slots__ = ("request", "request_id", "seed", "output_token_ids", "num_dropped_assignments", "num_degraded_steps")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DROPPED_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEGRADED_STEPS_FIELD_NUMBER: _ClassVar[int]
     request: bytes
     request_id: str
     seed: int
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request: _Optional[bytes] = ..., request_id: _Optional[str] = ..., seed: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    num_dropped_assignments: int
+    num_degraded_steps: int
+    def __init__(self, request: _Optional[bytes] = ..., request_id: _Optional[str] = ..., seed: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., num_dropped_assignments: _Optional[int] = ..., num_degraded_steps: _Optional[int] = ...) -> None: ...

@@ -31,7 +31,11 @@ class CutLink:
             writer.transport.abort()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        target_reader, target_writer = await asyncio.open_connection(HOST, self._target_port)
+        try:
+            target_reader, target_writer = await asyncio.open_connection(HOST, self._target_port)
+        except ConnectionError:
+            writer.transport.abort()
+            return
         self._writers += [writer, target_writer]
         await asyncio.gather(_pass_on(reader, target_writer), _pass_on(target_reader, writer))
 

@@ -293,7 +293,9 @@ class Controller:
 
     def _metrics_addresses(self) -> dict[str, str]:
         addresses = {
-            p.name: p.health.metrics_address for p in self._processes if p.is_ready and p.role is not RoleName.GATEWAY
+            p.name: p.health.metrics_address
+            for p in self._processes
+            if p.is_ready and (p.role is not RoleName.GATEWAY or p.rank > 0)  # gateway 0 is who asks
         }
         return addresses | ({"controller": self.metrics_address} if self.metrics_address else {})
 

@@ -89,6 +89,8 @@ class GatewayServicer:
             while True:
                 worker = self._pool.choose(tried)
                 tried.append(worker)
+                if not await worker.connect():
+                    continue
                 try:
                     return await worker.unary(method)(request, timeout=METHOD_TIMEOUT_S)  # type: ignore[no-any-return]
                 except grpc.aio.AioRpcError as error:
@@ -138,7 +140,8 @@ class Gateway:
         self._front = front
         self._metrics = metrics
         self.health = health_aio.HealthServicer()
-        self._server = front.server((), rpc.front_options(), guards)
+        shares_port = settings.count > 1 and settings.port != 0
+        self._server = front.server((), [*rpc.front_options(), ("grpc.so_reuseport", int(shares_port))], guards)
 
     @property
     def pool(self) -> WorkerPool:
@@ -185,7 +188,9 @@ class Gateway:
 
     def _num_places(self) -> int:
         num_places = self._pool.num_places(self._admission.costs.mean_tokens)
-        return self._settings.max_concurrent_requests if num_places is None else num_places
+        if num_places is None:
+            return self._settings.max_concurrent_requests
+        return -(-num_places // self._settings.count)  # other gateways have as many
 
     def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         inference = GatewayServicer(self._settings, self._pool, self._admission, self._metrics)

@@ -106,6 +106,9 @@ class Generation:
         self._has_begun = True
         self._has_ended = message.HasField("finish_reason")
         self.usage = message.usage if self._has_ended else None
+        if message.HasField("usage"):
+            self._relayed.num_dropped_assignments = message.usage.num_dropped_assignments
+            self._relayed.num_degraded_steps = message.usage.num_degraded_steps
         if self._lost_s is not None:
             self._metrics.observe_pause(self._clock() - self._lost_s)
             self._lost_s = None

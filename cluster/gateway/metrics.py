@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from cluster.gateway.http_server import get
 from protos.credentials import PeerRole
@@ -67,7 +68,7 @@ class ProcessCollector(Collector):
             is_up.add_metric([process], 0.0 if page is None else 1.0)
             for family in text_string_to_metric_families(page or ""):
                 families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                families[family.name].samples.extend(family.samples)
+                families[family.name].samples.extend(_told_apart(process, family.samples))
         yield is_up
         yield from families.values()
 
@@ -83,6 +84,14 @@ class ProcessCollector(Collector):
         except (OSError, HTTPException, UnicodeDecodeError) as error:
             logger.debug("no metrics from %s: %s", address, error)
             return None
+
+
+def _told_apart(process: str, samples: list[Sample]) -> list[Sample]:
+    """Another gateway's series have the names of this one's: they get its rank. The others' labels differ already."""
+    role, _, rank = process.rpartition("-")
+    if role != "gateway":
+        return samples
+    return [sample._replace(labels={**sample.labels, "gateway": rank}) for sample in samples]
 
 
 @unique

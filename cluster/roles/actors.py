@@ -206,7 +206,7 @@ def _proposer(config: MobulaConfig, request: PlacementRequest) -> Proposer:
 def booked_cpus(config: MobulaConfig) -> float:
     """CPUs that the system books with Ray."""
     return sum(actor.num_cpus for actor in [*_actors(config, RoleName.SHARD), *_actors(config, RoleName.WORKER)]) + (
-        2 * CONTROL_CPUS
+        (1 + config.gateway.count) * CONTROL_CPUS
     )
 
 
@@ -223,8 +223,9 @@ def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedPro
     for role in (RoleName.SHARD, RoleName.WORKER):
         actors = _actors(config, role)
         group = _place(role, actors, config)
-        # Shards come and go; they are created before workers, so that those found beside a worker are all there are.
-        are_all_found = role is RoleName.SHARD and found[RoleName.WORKER]
+        # Both come and go. Shards are created before workers, these before gateways: those found beside one of the next
+        # role are all there are.
+        are_all_found = found[RoleName.WORKER if role is RoleName.SHARD else RoleName.GATEWAY]
         for rank in found[role] if are_all_found else range(len(actors)):
             if rank < len(actors):
                 strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
@@ -234,7 +235,9 @@ def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedPro
             processes.append(_create_process(role, rank, options, config, host))
     labels = {"label_selector": config.gateway.labels or None}
     options = _options(ActorConfig(num_cpus=CONTROL_CPUS)) | labels | {"get_if_exists": True}
-    processes.append(_create_process(RoleName.GATEWAY, 0, options, config, host))
+    processes += [
+        _create_process(RoleName.GATEWAY, rank, options, config, host) for rank in range(config.gateway.count)
+    ]
     return processes
 
 

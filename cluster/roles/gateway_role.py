@@ -1,5 +1,6 @@
 """A gateway's process: the front door, the Prometheus endpoint of the whole system, and the dashboard."""
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from wsgiref.types import WSGIApplication
@@ -23,11 +24,12 @@ from router.expert_map import ExpertMap
 
 
 class GatewayRole(Role):
-    """The front door."""
+    """The front door. Gateway 0 shows the series of every process, others only their own."""
 
-    def __init__(self, config: MobulaConfig, host: str | None) -> None:
+    def __init__(self, config: MobulaConfig, host: str | None, rank: int = 0) -> None:
         listens_everywhere = config.gateway.host in ("0.0.0.0", "::")
-        super().__init__(config, PeerRole.GATEWAY, 0, host if listens_everywhere else config.gateway.host)
+        super().__init__(config, PeerRole.GATEWAY, rank, host if listens_everywhere else config.gateway.host)
+        self._rank = rank
         self._bind_host = config.gateway.host
         self._metrics = GatewayMetrics()
         self._registry = self._metrics.registry
@@ -62,7 +64,7 @@ class GatewayRole(Role):
     ) -> None:
         """The workers that serve, by dp_rank; every process's Prometheus endpoint, by name; the controller's server."""
         assert self._gateway
-        self._metrics.processes.targets = dict(metrics_addresses)
+        self._metrics.processes.targets = dict(metrics_addresses) if self._rank == 0 else {}
         self._loop.run(self._gateway.update_admin(admin_address), CONTROL_TIMEOUT_S)
         self._loop.run(self._gateway.update_workers(dict(workers)), CONTROL_TIMEOUT_S)
 
@@ -88,4 +90,21 @@ class GatewayRole(Role):
             self._loop.run(self._gateway.stop(drain_timeout_s))
 
     def _ports(self) -> GatewayConfig:
-        return self._config.gateway
+        """Of several gateways on a machine each has its own, the next that is free, but for the one they share."""
+        settings = self._config.gateway
+        ports = {"metrics_port": settings.metrics_port, "health_port": settings.health_port}
+        free = {name: _first_free(self._bind_host, port, settings.count) for name, port in ports.items() if port}
+        return settings.model_copy(update=free)
+
+
+def _first_free(host: str, port: int, count: int) -> int:
+    """The first of `count` ports that nobody listens on; the last, where whoever listens then says so, if none is."""
+    for candidate in range(port, port + count - 1):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+            except OSError:
+                continue
+            return candidate
+    return port + count - 1

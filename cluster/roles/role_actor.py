@@ -54,4 +54,4 @@ class GatewayActor(RoleActor):
     def _create_role(self, config: MobulaConfig, rank: int, host: str | None) -> Role:
         from cluster.roles.gateway_role import GatewayRole
 
-        return GatewayRole(config, host)
+        return GatewayRole(config, host, rank)

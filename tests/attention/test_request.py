@@ -76,6 +76,9 @@ def test_tokens_that_the_client_has_count_as_output_and_are_not_told_again():
     sequence = make_reader().relayed_sequence(request)
     assert (sequence.prompt_token_ids, sequence.output_token_ids) == ([256, 97], [98, 99])
     assert sequence.max_num_tokens == 6
+    request.num_degraded_steps, request.num_dropped_assignments = 3, 4
+    again = make_reader().relayed_sequence(request)
+    assert (again.num_degraded_steps, again.num_dropped_assignments) == (3, 4)
     assert sequence.advance(100).text == ""  # may still become the stop string
     assert sequence.advance(102).text == "bcdf"
 

@@ -1,10 +1,8 @@
 """The gateway in front of workers whose answers are known, called by stock clients over real gRPC."""
 
-import asyncio
+import socket
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
 
 import grpc
 import grpc.aio
@@ -18,144 +16,9 @@ from grpc_status import rpc_status
 from cluster.config import GatewayConfig
 from cluster.gateway.gateway import SERVICE, Gateway
 from cluster.gateway.metrics import GatewayMetrics
-from cluster.gateway.worker_pool import WORKER
-from protos import errors, generation_pb2, generation_pb2_grpc, rpc, worker_pb2
+from protos import errors, generation_pb2, generation_pb2_grpc
 from protos.loop_thread import LoopThread
-from tests.cut_link import CutLink
-
-HOST = "127.0.0.1"
-
-
-class FakeWorker:
-    """Answers with its rank; fails with `error` if that is set; streams for ever if the prompt is "endless".
-
-    A prompt "count to N" is answered with the tokens 0 to N - 1 that are missing; the link to the worker is cut after
-    `num_until_cut` of them.
-    """
-
-    def __init__(self, dp_rank: int, loop: LoopThread) -> None:
-        self.dp_rank = dp_rank
-        self.error: errors.MobulaError | None = None
-        self.num_until_cut: int | None = None
-        self.relayed: list[worker_pb2.RelayedRequest] = []
-        self.num_calls = 0
-        self.num_running = 0
-        self._loop = loop
-        self.link = CutLink(loop.run(self._start()), loop)
-
-    async def _start(self) -> int:
-        self._server = grpc.aio.server()
-        handlers = {
-            "GetExpertLoad": rpc.unary_handler(self.get_expert_load),
-            "GetModelInfo": rpc.unary_handler(self.get_model_info),
-        }
-        worker_handlers = {"Generate": rpc.stream_handler(self.generate)}
-        self._server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(SERVICE, handlers),
-                grpc.method_handlers_generic_handler(WORKER, worker_handlers),
-            )
-        )
-        port = self._server.add_insecure_port(f"{HOST}:0")
-        await self._server.start()
-        return port
-
-    def stop(self) -> None:
-        self.link.cut()
-        self._loop.run(self._server.stop(None))
-
-    async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes, None]:
-        self.num_calls += 1
-        if self.error:
-            raise self.error
-        self.relayed.append(worker_pb2.RelayedRequest.FromString(request))
-        message = generation_pb2.GenerateRequest.FromString(self.relayed[-1].request)
-        self.num_running += 1
-        try:
-            if message.text.startswith("count to "):
-                async for response in self._count(len(self.relayed[-1].output_token_ids), int(message.text[9:])):
-                    yield response
-                return
-            yield generation_pb2.GenerateResponse(text=str(self.dp_rank)).SerializeToString()
-            while message.text == "flood":
-                yield generation_pb2.GenerateResponse(text="." * 10_000).SerializeToString()
-            while message.text == "endless":
-                await asyncio.sleep(0.01)
-                yield generation_pb2.GenerateResponse(text=".").SerializeToString()
-        finally:
-            self.num_running -= 1
-
-    async def _count(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
-        for token_id in range(start, stop):
-            await self._cut_after(token_id - start)
-            answer = generation_pb2.GenerateResponse(text=f"{token_id} ", token_ids=[token_id])
-            if token_id == stop - 1:
-                answer.finish_reason = generation_pb2.FINISH_REASON_LENGTH
-            yield answer.SerializeToString()
-        await self._cut_after(stop - start)
-
-    async def _cut_after(self, num_answers: int) -> None:
-        if num_answers == self.num_until_cut:
-            await asyncio.sleep(0.05)  # what was written is on its way
-            await self.link._cut()
-            await asyncio.sleep(60.0)
-
-    async def get_expert_load(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        response = generation_pb2.GetExpertLoadResponse()
-        response.layers.add(layer_id=1, num_tokens=[4, 2])
-        response.dispatch.num_tokens_by_ranks.extend([0] + [self.dp_rank + 1] * (self.dp_rank + 1))
-        response.dispatch.sent_bytes = 100
-        response.dispatch.num_dropped_assignments = 3
-        return response.SerializeToString()
-
-    async def get_model_info(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        return generation_pb2.GetModelInfoResponse(model_id=str(self.dp_rank)).SerializeToString()
-
-
-class Front:
-    """A gateway with workers behind it."""
-
-    def __init__(self, loop: LoopThread, num_workers: int = 2, **settings: Any) -> None:
-        """settings: of GatewayConfig."""
-        self.workers = [FakeWorker(rank, loop) for rank in range(num_workers)]
-        self._loop = loop
-        self.metrics = GatewayMetrics()
-
-        async def start() -> tuple[Gateway, int]:
-            gateway = Gateway(GatewayConfig(**settings), self.metrics)
-            return gateway, await gateway.start(HOST, 0)
-
-        self.gateway, self.port = loop.run(start())
-        self.channel = grpc.insecure_channel(f"{HOST}:{self.port}")
-        self.stub = generation_pb2_grpc.InferenceStub(self.channel)
-
-    def connect(self) -> None:
-        addresses = {worker.dp_rank: worker.link.address for worker in self.workers}
-        self._loop.run(self.gateway.update_workers(addresses))
-
-    def disconnect(self) -> None:
-        self._loop.run(self.gateway.update_workers({}))
-
-    def generate(self, text: str = "x") -> Iterator[generation_pb2.GenerateResponse]:
-        return self.stub.Generate(generation_pb2.GenerateRequest(text=text), timeout=10.0)
-
-    def close(self) -> None:
-        self.channel.close()
-        self._loop.run(self.gateway.stop(0.0))
-        for worker in self.workers:
-            worker.stop()
-
-
-@contextmanager
-def front(**settings: Any) -> Iterator[Front]:
-    loop = LoopThread("test")
-    opened = Front(loop, **settings)
-    opened.connect()
-    try:
-        yield opened
-    finally:
-        opened.close()
-        loop.stop()
+from tests.gateway_front import HOST, Front, front
 
 
 def test_concurrent_calls_go_to_the_worker_with_the_fewest() -> None:
@@ -169,54 +32,6 @@ def test_a_worker_that_is_gone_costs_a_retry_on_another_one() -> None:
         opened.workers[0].stop()
         assert [answer.text for answer in opened.generate()] == ["1"]
         assert opened.stub.GetModelInfo(generation_pb2.GetModelInfoRequest(), timeout=10.0).model_id == "1"
-
-
-def test_an_answer_goes_on_with_another_worker_when_its_own_is_lost() -> None:
-    with front() as opened:
-        opened.workers[0].num_until_cut = 3
-        answers = list(opened.generate("count to 6"))
-        assert "".join(answer.text for answer in answers) == "0 1 2 3 4 5 "
-        assert [token_id for answer in answers for token_id in answer.token_ids] == [0, 1, 2, 3, 4, 5]
-        first, second = opened.workers[0].relayed[0], opened.workers[1].relayed[0]
-        assert list(second.output_token_ids) == [0, 1, 2]
-        assert (first.request, first.seed, first.request_id) == (second.request, second.seed, second.request_id)
-        registry = opened.metrics.registry
-        assert registry.get_sample_value("mobula_gateway_resumes_total", {"reason": "lost"}) == 1
-        assert registry.get_sample_value("mobula_gateway_resume_pause_seconds_count") == 1
-
-
-def test_a_worker_that_is_lost_after_the_last_answer_is_not_missed() -> None:
-    with front() as opened:
-        opened.workers[0].num_until_cut = 2
-        assert [answer.text for answer in opened.generate("count to 2")] == ["0 ", "1 "]
-        assert not opened.workers[1].relayed
-
-
-def test_an_answer_that_has_begun_waits_for_a_worker_and_ends_when_none_comes() -> None:
-    with front(num_workers=1, resume_timeout_s=0.5) as opened:
-        opened.workers[0].num_until_cut = 1
-        answers = opened.generate("count to 3")
-        assert next(answers).text == "0 "
-        with pytest.raises(grpc.RpcError) as raised:
-            next(answers)
-        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-
-
-def test_a_request_that_loses_worker_after_worker_is_given_up() -> None:
-    with front(num_workers=4) as opened:
-        for worker in opened.workers:
-            worker.num_until_cut = 1
-        answers = opened.generate("count to 9")
-        with pytest.raises(grpc.RpcError) as raised:
-            list(answers)
-        assert "3 attention workers were lost" in raised.value.details()
-        assert not opened.workers[3].relayed
-
-
-def test_a_worker_that_stops_hands_its_requests_over() -> None:
-    with front() as opened:
-        opened.workers[0].error = errors.WorkerStopping("the worker has stopped")
-        assert [answer.text for answer in opened.generate("count to 2")] == ["0 ", "1 "]
 
 
 def test_a_worker_that_is_no_longer_listed_gets_no_new_calls_and_those_in_flight_go_on() -> None:
@@ -338,6 +153,56 @@ def test_a_stock_client_needs_nothing_but_reflection() -> None:
         )
         answers = list(call(request_class(text="hello"), timeout=10.0))
         assert [answer.text for answer in answers] == ["0"]
+
+
+def test_several_gateways_share_a_port_and_one_that_ends_costs_only_its_own_calls() -> None:
+    with front() as opened:
+        settings = GatewayConfig(count=2, port=free_port())
+        addresses = {worker.dp_rank: worker.link.address for worker in opened.workers}
+        loop = LoopThread("two gateways")
+
+        async def start() -> Gateway:
+            gateway = Gateway(settings, GatewayMetrics())
+            await gateway.start(HOST, settings.port)
+            await gateway.update_workers(addresses)
+            return gateway
+
+        first, second = loop.run(start()), loop.run(start())
+        # Without connections that are shared, so that the kernel chooses for each.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [grpc.insecure_channel(f"{HOST}:{settings.port}", options) for _ in range(12)]
+        stubs = [generation_pb2_grpc.InferenceStub(channel) for channel in channels]
+        request = generation_pb2.GenerateRequest(text="endless")
+        calls = [stub.Generate(request, timeout=10.0) for stub in stubs]
+        for call in calls:
+            next(call)
+        num_of_first = first.pool.num_in_flight
+        assert first.pool.num_in_flight + second.pool.num_in_flight == len(calls)
+        assert 0 < num_of_first < len(calls)
+        loop.run(first.stop(0.0))
+        ended = [call for call in calls if not goes_on(call)]
+        assert len(ended) == num_of_first
+        for stub in stubs:  # a client tries again, and finds the other one
+            assert next(stub.Generate(request, timeout=10.0, wait_for_ready=True))
+        loop.run(second.stop(0.0))
+        for channel in channels:
+            channel.close()
+        loop.stop()
+
+
+def goes_on(call: Iterator[generation_pb2.GenerateResponse]) -> bool:
+    try:
+        for _ in range(3):
+            next(call)
+    except grpc.RpcError:
+        return False
+    return True
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
 
 
 def test_a_taken_port_is_an_error_that_says_so() -> None:

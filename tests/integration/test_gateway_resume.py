@@ -1,0 +1,55 @@
+"""A gateway goes on with an answer when its worker is lost."""
+
+import grpc
+import pytest
+
+from protos import errors
+from tests.gateway_front import front
+
+
+def test_an_answer_goes_on_with_another_worker_when_its_own_is_lost() -> None:
+    with front() as opened:
+        opened.workers[0].num_until_cut = 3
+        answers = list(opened.generate("count to 6"))
+        assert "".join(answer.text for answer in answers) == "0 1 2 3 4 5 "
+        assert [token_id for answer in answers for token_id in answer.token_ids] == [0, 1, 2, 3, 4, 5]
+        first, second = opened.workers[0].relayed[0], opened.workers[1].relayed[0]
+        assert list(second.output_token_ids) == [0, 1, 2]
+        assert (first.request, first.seed, first.request_id) == (second.request, second.seed, second.request_id)
+        registry = opened.metrics.registry
+        assert registry.get_sample_value("mobula_gateway_resumes_total", {"reason": "lost"}) == 1
+        assert registry.get_sample_value("mobula_gateway_resume_pause_seconds_count") == 1
+
+
+def test_a_worker_that_is_lost_after_the_last_answer_is_not_missed() -> None:
+    with front() as opened:
+        opened.workers[0].num_until_cut = 2
+        assert [answer.text for answer in opened.generate("count to 2")] == ["0 ", "1 "]
+        assert not opened.workers[1].relayed
+
+
+def test_an_answer_that_has_begun_waits_for_a_worker_and_ends_when_none_comes() -> None:
+    with front(num_workers=1, resume_timeout_s=0.5) as opened:
+        opened.workers[0].num_until_cut = 1
+        answers = opened.generate("count to 3")
+        assert next(answers).text == "0 "
+        with pytest.raises(grpc.RpcError) as raised:
+            next(answers)
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_request_that_loses_worker_after_worker_is_given_up() -> None:
+    with front(num_workers=4) as opened:
+        for worker in opened.workers:
+            worker.num_until_cut = 1
+        answers = opened.generate("count to 9")
+        with pytest.raises(grpc.RpcError) as raised:
+            list(answers)
+        assert "3 attention workers were lost" in raised.value.details()
+        assert not opened.workers[3].relayed
+
+
+def test_a_worker_that_stops_hands_its_requests_over() -> None:
+    with front() as opened:
+        opened.workers[0].error = errors.WorkerStopping("the worker has stopped")
+        assert [answer.text for answer in opened.generate("count to 2")] == ["0 ", "1 "]
