@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from cluster.chaos.deployment import LocalDeployment
+from cluster.chaos.deployment import LocalDeployment, Surroundings
 from cluster.chaos.faults.link import through
 from cluster.chaos.load import Answer, Load, cases
 from cluster.chaos.proxy import LinkProxy
@@ -24,6 +24,7 @@ from tests.soak.schedule import faults
 
 NUM_CLIENTS = 8
 MAX_TOKENS = 24
+SETTINGS = {"attention_workers": {"engine": {"cache_gib": 0.06}}}  # all of it is used soon, and grows no more
 RESTORE_S = 60.0
 IDLE_S = 30.0
 POLL_S = 0.1
@@ -57,7 +58,8 @@ def soak(config: SoakConfig, say: Say) -> SoakResult:
     result = SoakResult()
     proxy = LinkProxy(config.seed)
     with closing(proxy), LocalDeployment() as deployment:
-        with deployment.start(through(proxy), {}) as system:
+        surroundings = Surroundings(environment=through(proxy).environment)  # rings too, whose lifeline is a link
+        with deployment.start(surroundings, SETTINGS) as system:
             metrics = f"127.0.0.1:{deployment.config['gateway']['metrics_port']}"
             say("the system serves; undisturbed load")
             known = _load(system, config.seed, until=Load.has_answered_every_case)
