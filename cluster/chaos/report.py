@@ -39,6 +39,11 @@ class Timeline:
     def fault_end_s(self) -> float:
         return self.restored_s if self.restored_s is not None else self.ended_s
 
+    @property
+    def window_end_s(self) -> float:
+        """Until when tokens are counted."""
+        return min(max(self.fault_end_s, self.injected_s + MIN_WINDOW_S), self.ended_s)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
@@ -133,15 +138,20 @@ def _stalls(answers: Sequence[Answer], timeline: Timeline, waits: Waits) -> Iter
             yield max(0.0, *excess)
 
 
+def tokens_per_s(answers: Sequence[Answer], timeline: Timeline) -> tuple[float | None, float | None]:
+    """Undisturbed, and from the injection until redundancy was back, MIN_WINDOW_S at least; None of no time."""
+    return _rate(answers, timeline.steady_s, timeline.injected_s), _rate(
+        answers, timeline.injected_s, timeline.window_end_s
+    )
+
+
 def _throughput_ratio(
     answers: Sequence[Answer], timeline: Timeline, startup_cpu_s: float, num_cores: int
 ) -> float | None:
-    calm_rate = _rate(answers, timeline.steady_s, timeline.injected_s)
-    end_s = min(max(timeline.fault_end_s, timeline.injected_s + MIN_WINDOW_S), timeline.ended_s)
-    rate = _rate(answers, timeline.injected_s, end_s)
+    calm_rate, rate = tokens_per_s(answers, timeline)
     if not calm_rate or rate is None:
         return None
-    left = 1.0 - startup_cpu_s / (num_cores * (end_s - timeline.injected_s))
+    left = 1.0 - startup_cpu_s / (num_cores * (timeline.window_end_s - timeline.injected_s))
     return rate / (calm_rate * left) if left > 0 else None
 
 

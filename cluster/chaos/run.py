@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from cluster.chaos.fault import Fault
 from cluster.chaos.load import Load, cases
-from cluster.chaos.report import Report, Timeline, make_report
+from cluster.chaos.report import Report, Timeline, make_report, tokens_per_s
 from cluster.chaos.system import ChaosRefused, System
 
 MIN_CALM_S = 4.0
@@ -94,7 +94,7 @@ class _Run:
         )
         cores = len(os.sched_getaffinity(0))
         report = make_report(self._load.answers, timeline, startup_cpu_s=startup_cpu_s, num_cores=cores)
-        return RunResult(report=report, notes=self._notes(restored_s, startup_cpu_s))
+        return RunResult(report=report, notes=self._notes(timeline, startup_cpu_s))
 
     def _calm(self) -> float:
         """Since when the load was steady; returns when enough was seen."""
@@ -132,9 +132,11 @@ class _Run:
     def _tell(self, what: str) -> None:
         self._show(what, min(1.0, (time.monotonic() - self._begun_s) / self._expected_s))
 
-    def _notes(self, restored_s: float | None, startup_cpu_s: float) -> tuple[str, ...]:
+    def _notes(self, timeline: Timeline, startup_cpu_s: float) -> tuple[str, ...]:
         notes = [*self._fault.notes]
-        if restored_s is None:
+        calm, during = tokens_per_s(self._load.answers, timeline)
+        notes.append(f"{calm or 0.0:.0f} tokens/s undisturbed, {during or 0.0:.0f} until redundancy was back")
+        if timeline.restored_s is None:
             notes.append(f"redundancy was not back {MAX_RESTORE_S:.0f} s after the fault")
         if startup_cpu_s >= 0.1:
             notes.append(f"processes that started meanwhile took {startup_cpu_s:.1f} s of CPU")
