@@ -28,6 +28,10 @@ PROMPTS = (
 )
 REQUEST_TIMEOUT_S = 45.0  # a client's patience: longer than any fault may last
 PAUSE_S = 0.2  # of a client whose request failed
+BROKEN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+)  # of a connection that ends, and of a server that does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +176,7 @@ class Load:
                         answer.error = f"token {num_seen} is another one when asked again"
                         return False
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE and not _was_answered(error):
+            if error.code() in BROKEN and not _was_answered(error):
                 return True
             answer.error = f"{error.code().name}: {error.details()}"
         return False
