@@ -12,8 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from attention.sequence import FinishReason
 from protos import errors
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_SECONDS = (0.001, 0.003, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+_WHOLE_SECONDS = (0.01, 0.05, 0.25, 1.0, 2.5, 10.0, 30.0, 120.0, 600.0)  # of a whole request
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
 
 class EngineMetrics:
@@ -44,10 +45,10 @@ class EngineMetrics:
             "mobula_inter_token_latency_seconds", "Between two tokens of a request.", _SECONDS
         )
         self.e2e_request_latency = histogram(
-            "mobula_e2e_request_latency_seconds", "From submission to the last token.", _SECONDS
+            "mobula_e2e_request_latency_seconds", "From submission to the last token.", _WHOLE_SECONDS
         )
         self.request_queue_time = histogram(
-            "mobula_request_queue_time_seconds", "From submission to the first step.", _SECONDS
+            "mobula_request_queue_time_seconds", "From submission to the first step.", _WHOLE_SECONDS
         )
         self.iteration_tokens = histogram("mobula_iteration_tokens", "Tokens computed in one step.", _TOKENS)
         successes = Counter(

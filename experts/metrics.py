@@ -9,10 +9,8 @@ from prometheus_client.registry import Collector
 
 from protos.histogram import TallyHistogram
 
-_SECONDS_BUCKETS = (
-    0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
-)  # fmt: skip
-_BATCHED_CALLS_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+_SECONDS_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
+_BATCHED_CALLS_BUCKETS = (1, 2, 4, 8, 16, 64)
 
 
 class ShardMetrics(Collector):

@@ -18,9 +18,7 @@ from protos.histogram import TallyHistogram
 from router.completions import Carrier
 from router.unit_trust import WrongUnit
 
-_LATENCY_BUCKETS_S = (
-    0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
-)  # fmt: skip
+_LATENCY_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 10.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,21 +206,19 @@ class RouterMetrics(Collector):
         yield late
         quarantined = GaugeMetricFamily(
             "mobula_shard_is_quarantined",
-            "1: answers are late so often that the worker asks others where it can.",
+            "1: answers are late so often that the worker asks others where it can; others have no series.",
             labels=("dp_rank", "ep_rank"),
         )
-        suspects = self._quarantined()
-        for ep_rank in sorted({rank for rank, _ in self._seconds.copy()} | set(suspects)):
-            quarantined.add_metric((dp_rank, str(ep_rank)), float(ep_rank in suspects))
+        for ep_rank in sorted(self._quarantined()):
+            quarantined.add_metric((dp_rank, str(ep_rank)), 1.0)
         yield quarantined
         wrong = GaugeMetricFamily(
             "mobula_quarantined_units",
-            "Units whose sums by this shard were wrong; the worker asks others where it can.",
+            "Units whose sums by this shard were wrong; the worker asks others where it can; missing where none.",
             labels=("dp_rank", "ep_rank"),
         )
-        num_wrong = Tally(unit.ep_rank for unit in self._wrong_units())
-        for ep_rank in sorted({rank for rank, _ in self._seconds.copy()} | set(num_wrong)):
-            wrong.add_metric((dp_rank, str(ep_rank)), num_wrong[ep_rank])
+        for ep_rank, num_wrong in sorted(Tally(unit.ep_rank for unit in self._wrong_units()).items()):
+            wrong.add_metric((dp_rank, str(ep_rank)), num_wrong)
         yield wrong
 
     def _ranks_per_token(self) -> Metric:

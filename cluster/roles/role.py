@@ -15,7 +15,7 @@ from wsgiref.types import WSGIApplication
 import grpc.aio
 import psutil
 from grpc_health.v1.health import aio as health_aio
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
 
 from cluster.config import ActorConfig, GatewayConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
@@ -49,6 +49,7 @@ class Role(ABC):
         self._credentials = PLAINTEXT
         self._loop = LoopThread("loop")
         self._registry = CollectorRegistry()
+        disable_created_metrics()  # a series more for each counter and histogram, for when it was made
         self._must_leave = False  # once said, not taken back
         self._health_server: grpc.aio.Server | None = None  # it ends when nothing refers to it
 

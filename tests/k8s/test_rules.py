@@ -95,7 +95,8 @@ CASES = [
         {'mobula_shard_is_quarantined{ep_rank="2",dp_rank="0"}': "0x2 1x20"},
         {"ep_rank": "2"},
     ),
-    Case("MobulaShardQuarantined", "10m", {'mobula_shard_is_quarantined{ep_rank="2",dp_rank="0"}': "0x20"}, None),
+    Case("MobulaShardQuarantined", "10m", {'mobula_quarantined_units{ep_rank="3"}': "2x20"}, {"ep_rank": "3"}),
+    Case("MobulaShardQuarantined", "10m", {'mobula_shard_is_quarantined{ep_rank="2"}': "1x3"}, None),
     Case(
         "MobulaRedundancyLost",
         "15m",

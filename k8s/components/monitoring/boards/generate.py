@@ -127,7 +127,10 @@ EXPERTS = [
         text="On the shard (queue, compute) or between (wire).",
     ),
     Panel(
-        "Quarantined", [("max by (ep_rank) (mobula_shard_is_quarantined)", "shard {{ep_rank}}")], kind="bars", maximum=1
+        "Quarantined",
+        [("max by (ep_rank) (mobula_shard_is_quarantined) or vector(0)", "{{ep_rank}}")],
+        kind="bars",
+        maximum=1,
     ),
     Panel(
         "Placement version",
