@@ -18,6 +18,7 @@ Example: one layer (layer 1 of the model), four experts in two units, two shards
     units_of(1)      (PlacementUnit(layer_id=1, unit_id=1, expert_ids=(2, 3)),)
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -128,6 +129,11 @@ class ExpertMap:
                 expert_ids = np.flatnonzero(self.expert_to_unit[row] == unit_id).tolist()
                 held.append(PlacementUnit(layer_id, unit_id, tuple(expert_ids)))
         return tuple(held)
+
+    def is_complete_on(self, ep_ranks: Collection[int]) -> bool:
+        """Whether these shards together hold every expert."""
+        has_shard = np.isin(self.unit_to_ep_ranks, list(ep_ranks)).any(axis=2)
+        return bool(np.take_along_axis(has_shard, self.expert_to_unit, axis=1).all())
 
     def max_ranks_per_token(self, gate: GateConfig) -> int:
         """The most shards that a token can visit in a layer, whichever experts the gate chooses.

@@ -179,11 +179,14 @@ class Router:
                     transport.close()
 
     def wait_until_connected(self, timeout_s: float) -> list[int]:
-        """Waits until every shard can be reached, at most `timeout_s`; the shards that still cannot be."""
+        """Waits until every shard with an address can be reached, at most `timeout_s`; all that still cannot be."""
         give_up_at_s = time.monotonic() + timeout_s
-        while (down := self._routing.down()) and time.monotonic() < give_up_at_s:
+        routing = self._routing
+        while time.monotonic() < give_up_at_s and any(
+            routing.transports[ep_rank] is not None for ep_rank in routing.down()
+        ):
             time.sleep(_CONNECT_POLL_S)
-        return down
+        return routing.down()
 
     def quarantined_shards(self) -> list[int]:
         """Those that are late too often to be asked while others have the units. From any thread."""

@@ -4,8 +4,9 @@ One round of the loop, the same at start, after a process died and when nothing 
   1. observe: ask every process for its health; one that does not answer is DOWN; a worker that knows a newer placement
      than the controller was told of it by a controller before this one, which died: that placement goes on;
   2. load: tell every NEW process to load; a FAILED one is restarted after a while, and is NEW again like one that died;
-  3. connect: tell every ready worker where the shards are, if that changed since it was told; then the shards to serve
-     that placement alone, so that nothing stays of a rebalance whose controller died;
+  3. connect: tell every ready worker where the shards are or were last, if that changed since it was told and no unit
+     is without one; then the shards to serve that placement alone, so that nothing stays of a rebalance whose
+     controller died;
   4. publish: tell the gateway which workers serve, which endpoints hold metrics and who answers admin calls;
   5. balance: watch the experts' load and move them while requests run (balance.py), also when shards come or leave;
   6. scale: have more or fewer shards where the configuration lets their load decide (shard_scaling.py);
@@ -188,12 +189,12 @@ class Controller:
         is_settled = self._balance.is_idle and not self._balance.membership.is_changing
         self._scaling.round(is_settled=self._status.is_serving and is_settled)
         self._inbox.answer()
-        in_use = self._expert_map.ep_ranks
-        shards = {p.rank: p.health.address for p in self._members(RoleName.SHARD) if p.is_ready and p.rank in in_use}
-        has_all_shards = len(shards) == len(in_use)
-        if has_all_shards:
-            placement = (self._expert_map.placement_version, shards)
-            self._tell(RoleName.WORKER, placement, "update_placement", self._expert_map, shards)
+        shards = {p.rank: p for p in self._members(RoleName.SHARD) if p.rank in self._expert_map.ep_ranks}
+        # Also of those that are away: a worker that knows one's old address uses its replicas until it is back.
+        addresses = {rank: shard.address for rank, shard in shards.items() if shard.address}
+        if self._expert_map.is_complete_on(addresses):
+            placement = (self._expert_map.placement_version, addresses)
+            self._tell(RoleName.WORKER, placement, "update_placement", self._expert_map, addresses)
         if self._balance.is_idle and self._is_placement_used_alone():
             self._tell(RoleName.SHARD, self._expert_map.placement_version, "serve_only", self._expert_map)
         workers = {
@@ -203,7 +204,7 @@ class Controller:
         self._tell(RoleName.GATEWAY, members, "update_members", *members)
         self._departures.round()
         self._replica_check.round()
-        self._publish_status(has_all_shards)
+        self._publish_status({rank for rank, shard in shards.items() if shard.is_ready})
 
     def _begin_rebalance(self) -> RebalancePlan:
         plan = self._balance.plan()
@@ -227,6 +228,7 @@ class Controller:
         for process in self._processes:
             before = process.health
             process.health = _answer(process)
+            process.address = process.health.address or process.address
             if before.state is not process.health.state:
                 logger.info("%s: %s -> %s %s", process.name, before.state, process.health.state, process.health.detail)
 
@@ -299,8 +301,8 @@ class Controller:
         }
         return addresses | ({"controller": self.metrics_address} if self.metrics_address else {})
 
-    def _publish_status(self, has_all_shards: bool) -> None:
-        is_serving = has_all_shards and all(
+    def _publish_status(self, ready_ranks: set[int]) -> None:
+        is_serving = ready_ranks >= set(self._expert_map.ep_ranks) and all(
             process.is_connected for process in self._processes if process.role is not RoleName.SHARD
         )
         self._status = ClusterStatus(

@@ -127,6 +127,7 @@ class ManagedProcess:
     rank: int
     handle: ProcessHandle
     health: ProcessHealth = STARTING
+    address: str = ""  # host:port of the latest generation that was ready; stays known while the process is away
     loading: Future[Any] | None = None
     restart_at_s: float = 0.0  # if it has failed; a moment of the controller's clock
     pending_health: Future[ProcessHealth] | None = None

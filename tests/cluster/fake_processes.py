@@ -117,11 +117,12 @@ def system(
     proposer: Proposer = PROPOSER,
     rebalancing: RebalancingConfig | None = None,
     scaling: ShardScalingConfig | None = None,
+    num_replicas: int = 1,
 ) -> tuple[Controller, dict[str, FakeProcess]]:
     names = [(RoleName.SHARD, rank) for rank in range(num_shards)]
     names += [(RoleName.WORKER, rank) for rank in range(num_workers)] + [(RoleName.GATEWAY, 0)]
     fakes = {f"{role}-{rank}": FakeProcess(f"{role}-{rank}") for role, rank in names}
-    controller = controller_of(fakes, num_shards, clock, proposer, rebalancing, scaling)
+    controller = controller_of(fakes, num_shards, clock, proposer, rebalancing, scaling, num_replicas)
     return controller, fakes
 
 
@@ -132,6 +133,7 @@ def controller_of(
     proposer: Proposer = PROPOSER,
     rebalancing: RebalancingConfig | None = None,
     scaling: ShardScalingConfig | None = None,
+    num_replicas: int = 1,
 ) -> Controller:
     """One that has just started, over processes that may have run before."""
 
@@ -145,7 +147,7 @@ def controller_of(
 
     return Controller(
         [process(name) for name in fakes],
-        placed(grouped_gate(), num_shards),
+        placed(grouped_gate(), num_shards, num_replicas),
         proposer,
         rebalancing or RebalancingConfig(),
         create_shard,

@@ -27,6 +27,17 @@ def test_the_documented_example_says_what_its_docstring_says():
     assert (expert_map.n_routed_experts, expert_map.num_units, expert_map.max_replicas) == (4, 2, 2)
 
 
+def test_shards_are_complete_when_every_expert_is_on_one_of_them():
+    expert_map = example()
+    assert [expert_map.is_complete_on(ranks) for ranks in ([0], [1], [0, 1], [])] == [True, False, True, False]
+    other_layer = {
+        "moe_layer_ids": (1, 2),
+        "expert_to_unit": np.array([[0, 0, 1, 1], [0, 0, 0, 0]]),  # has no unit 1
+        "unit_to_ep_ranks": np.array([[[0, -1], [0, 1]], [[0, 1], [-1, -1]]]),
+    }
+    assert example(**other_layer).is_complete_on([0])
+
+
 def test_row_of_a_layer_without_routed_experts_is_refused_by_name():
     assert example().row(1) == 0
     with pytest.raises(ExpertMapError, match="layer 0 has no routed experts"):

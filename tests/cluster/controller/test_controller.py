@@ -82,20 +82,31 @@ def test_a_process_that_could_not_load_is_replaced_after_a_while() -> None:
     assert controller.status().is_serving
 
 
-def test_a_restarted_worker_serves_only_when_it_knows_the_shards() -> None:
+def test_a_worker_learns_where_a_shard_is_now_while_another_one_is_away() -> None:
     controller, fakes = system()
     run(controller, 4)
-    fakes["shard-1"].die()
+    away = f"{fakes['shard-0'].generation}:1"
+    fakes["shard-0"].die()
+    fakes["shard-1"].restart()
     fakes["worker-0"].restart()
     run(controller, 4)
-    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {1}
-    fakes["shard-1"].restart()
-    run(controller, 4)
+    assert not controller.status().is_serving
+    back = f"{fakes['shard-1'].generation}:1"
+    for worker in ("worker-0", "worker-1"):
+        assert fakes[worker].told("update_placement")[-1][1] == {0: away, 1: back}
     assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {0, 1}
-    assert controller.status().is_serving
 
 
-def test_workers_wait_until_every_shard_is_ready() -> None:
+def test_a_controller_that_never_saw_a_shard_does_with_its_replicas() -> None:
+    controller, fakes = system(num_shards=2, num_replicas=2)
+    fakes["shard-1"].die()
+    run(controller, 4)
+    assert fakes["worker-0"].told("update_placement")[-1][1] == {0: "shard-0.0:1"}
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {0, 1}
+    assert not controller.status().is_serving
+
+
+def test_workers_wait_until_every_unit_has_a_shard() -> None:
     controller, fakes = system()
     fakes["shard-1"].die()
     run(controller, 3)
