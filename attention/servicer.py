@@ -60,7 +60,8 @@ class InferenceServicer:
             "GetExpertLoad": rpc.unary_handler(self.get_expert_load),
             "GetPlacement": rpc.unary_handler(self.get_placement),
         }
-        worker_methods = {"Generate": rpc.stream_handler(self.generate_relayed)}
+        # The gateway gives its client time to read, and ends the call of one that does not.
+        worker_methods = {"Generate": rpc.stream_handler(self.generate_relayed, read_timeout_s=None)}
         return (
             grpc.method_handlers_generic_handler(SERVICE, methods),
             grpc.method_handlers_generic_handler(WORKER_SERVICE, worker_methods),

@@ -137,12 +137,15 @@ def unary_handler(method: UnaryMethod) -> grpc.RpcMethodHandler:
 
 
 def stream_handler(
-    method: StreamMethod, *, read_timeout_s: float = READ_TIMEOUT_S, on_cut_off: Callable[[], None] = lambda: None
+    method: StreamMethod,
+    *,
+    read_timeout_s: float | None = READ_TIMEOUT_S,
+    on_cut_off: Callable[[], None] = lambda: None,
 ) -> grpc.RpcMethodHandler:
     """A server-streaming method over raw bytes whose exceptions become statuses.
 
-    read_timeout_s: for the client to make room for a message. Then `method` is closed, so that what it holds is free,
-    `on_cut_off` is called, and the client is told, should it ever read on.
+    read_timeout_s: for the client to make room for a message; None: as long as it likes. Then `method` is closed, so
+    that what it holds is free, `on_cut_off` is called, and the client is told, should it ever read on.
     """
 
     async def handle(request: bytes, context: grpc.aio.ServicerContext) -> None:
@@ -164,7 +167,7 @@ def stream_handler(
     return grpc.unary_stream_rpc_method_handler(handle)
 
 
-async def _write(context: grpc.aio.ServicerContext, response: bytes, timeout_s: float) -> None:
+async def _write(context: grpc.aio.ServicerContext, response: bytes, timeout_s: float | None) -> None:
     """Returns when the transport, which holds so many bytes at most, has taken it. Raises ClientTooSlow."""
     try:
         async with asyncio.timeout(timeout_s):

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn, TypeVar
 
 import grpc
+import grpc.aio
 from google.protobuf.message import Message
 
 ResponseT = TypeVar("ResponseT", bound=Message)
 
 
-class LocalCallFailed(Exception):
-    """The method ended with a status other than OK."""
+class LocalCallFailed(grpc.aio.AbortError):  # type: ignore[misc]  # grpc has no types
+    """The method ended with a status other than OK. Handlers let it pass, as they do the error of an aborted call."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(f"{code.name}: {details}")

@@ -36,6 +36,8 @@ def exposures(config: MobulaConfig) -> list[str]:
     if not _is_loopback(config.gateway.host):
         if not config.gateway.keys and not config.tls.require_client_certificate:
             found.append(f"whoever reaches {config.gateway.host} may generate and rebalance; set gateway.keys")
+        if config.gateway.keys and not config.gateway.http_key:
+            found.append("whoever reaches the gateway's HTTP port may see the dashboard; set gateway.http_key")
         if not config.tls.clients:
             found.append("clients' requests, and keys, can be read on their way; set tls.clients")
     if config.ray.address is not None and not config.tls.processes:

@@ -247,13 +247,16 @@ EXPORT void mobula_choose_replicas(const ChoiceCall* call) {
   }
 }
 
-// Adds each row's partial sums in ascending order, from +0.0; 0 when one is missing.
+// Adds each row's partial sums in ascending order, from +0.0; 0 when one is missing, or not of the plan.
 EXPORT int mobula_sum_partials(const SumCall* call) {
   const size_t row_bytes = static_cast<size_t>(call->hidden_size) * (call->is_bfloat16 ? 2 : 4);
   std::vector<const char*> where(call->num_partial_sums, nullptr);
   for (int answer = 0; answer < call->num_answers; ++answer)
-    for (int64_t i = 0; i < call->answer_sizes[answer]; ++i)
-      where[call->partial_sums[answer][i]] = static_cast<const char*>(call->answers[answer]) + i * row_bytes;
+    for (int64_t i = 0; i < call->answer_sizes[answer]; ++i) {
+      const int64_t p = call->partial_sums[answer][i];
+      if (p < 0 || p >= call->num_partial_sums) return 0;
+      where[p] = static_cast<const char*>(call->answers[answer]) + i * row_bytes;
+    }
   std::vector<int32_t> starts(call->num_tokens + 1, 0), of_rows(call->num_partial_sums);
   for (int p = 0; p < call->num_partial_sums; ++p) {
     if (where[p] == nullptr) return 0;

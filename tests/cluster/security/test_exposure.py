@@ -22,9 +22,15 @@ def test_an_open_port_without_keys_and_tls_is_told() -> None:
     ]
 
 
+def test_an_open_dashboard_beside_keys_is_told() -> None:
+    told = exposures(parse_config({"gateway": {"host": "0.0.0.0", "keys": "keys.json"}, "tls": {"clients": "x"}}))
+    assert told == ["whoever reaches the gateway's HTTP port may see the dashboard; set gateway.http_key"]
+
+
 def test_a_protected_system_is_not_told_anything(tmp_path: Path) -> None:
     tls = {"processes": str(tmp_path), "clients": str(tmp_path / "public")}
-    data = {"gateway": {"host": "0.0.0.0", "keys": "keys.json"}, "ray": {"address": "auto"}, "tls": tls}
+    gateway = {"host": "0.0.0.0", "keys": "keys.json", "http_key": True}
+    data = {"gateway": gateway, "ray": {"address": "auto"}, "tls": tls}
     assert exposures(parse_config(data)) == []
 
 
