@@ -14,10 +14,12 @@ import grpc
 import grpc.aio
 
 from attention.engine import Engine
+from attention.layer_sampler import LayerSample, LayerSampler
 from attention.metrics import EngineMetrics
 from attention.request import RequestReader
 from attention.sequence import FinishReason, Sequence, SequenceOutput, TokenLogprobs
 from protos import generation_pb2, rpc, worker_pb2
+from protos.tracing import NO_TRACING, Span, Tracing, Value
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 WORKER_SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
@@ -44,12 +46,21 @@ class InferenceServicer:
     """Over raw bytes, so that a malformed request is the client's error."""
 
     def __init__(
-        self, engine: Engine, request_reader: RequestReader, cluster_info: ClusterInfo, metrics: EngineMetrics
+        self,
+        engine: Engine,
+        request_reader: RequestReader,
+        cluster_info: ClusterInfo,
+        metrics: EngineMetrics,
+        tracing: Tracing = NO_TRACING,
+        layers: LayerSampler | None = None,
     ) -> None:
+        """layers: shows traced requests one of theirs."""
         self._engine = engine
         self._request_reader = request_reader
         self._cluster_info = cluster_info
         self._metrics = metrics
+        self._tracing = tracing
+        self._layers = layers
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """For grpc.aio.Server.add_generic_rpc_handlers."""
@@ -80,12 +91,28 @@ class InferenceServicer:
     async def _generate(self, read: Callable[[], Sequence], context: grpc.aio.ServicerContext) -> rpc.Responses:
         remaining_s = context.time_remaining()
         deadline_s = math.inf if remaining_s is None else time.monotonic() + remaining_s
-        with self._metrics.counted_errors():
+        with (
+            self._metrics.counted_errors(),
+            self._tracing.span("worker.Generate", context.invocation_metadata() or ()) as span,
+        ):
             sequence = await asyncio.to_thread(read)
             sequence.deadline_s = deadline_s
             context.add_done_callback(lambda _: self._engine.abort(sequence))
+            submitted_s = time.monotonic()
+            num_outputs = 0
             async for output in self._outputs(sequence):
+                num_outputs += 1
+                if num_outputs == 1 and span.is_recorded:
+                    self._trace_first_token(span, sequence, submitted_s)
                 yield _response(sequence, output).SerializeToString()
+            span.note("mobula.num_completion_tokens", sequence.num_output_tokens)
+
+    def _trace_first_token(self, span: Span, sequence: Sequence, submitted_s: float) -> None:
+        span.note("mobula.request_id", sequence.request_id)
+        span.note("mobula.num_prompt_tokens", sequence.num_prompt_tokens)
+        span.add("first token", submitted_s, time.monotonic(), {})
+        if self._layers:
+            self._layers.ask(lambda sample: trace_layer(span, sample))
 
     async def tokenize(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         message = rpc.parse(generation_pb2.TokenizeRequest, request)
@@ -120,6 +147,15 @@ class InferenceServicer:
                 raise output.error
             yield output
             is_final = output.is_final
+
+
+def trace_layer(span: Span, sample: LayerSample) -> None:
+    """Adds a layer with a part for each shard that it asked."""
+    values: dict[str, Value] = {"mobula.layer_id": sample.layer_id, "mobula.num_rows": sample.num_rows}
+    layer = span.add("layer", sample.begin_s, sample.end_s, values)
+    for shard in sample.shards:
+        times: dict[str, Value] = {"mobula.queue_s": shard.queue_s, "mobula.compute_s": shard.compute_s}
+        layer.add(f"shard {shard.ep_rank}", shard.sent_s, shard.answered_s, times)
 
 
 def _response(sequence: Sequence, output: SequenceOutput) -> generation_pb2.GenerateResponse:

@@ -268,6 +268,13 @@ class MetricsConfig(StrictModel):
     vllm_names: bool = False  # workers' request series also as vllm:..., for boards and pickers that know those
 
 
+class TracingConfig(StrictModel):
+    """Spans of requests, for OpenTelemetry. Wants the extra `tracing`."""
+
+    endpoint: str | None = None  # host:port of an OTLP collector, gRPC in plaintext; unset: no tracing
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01  # of requests that come without a traceparent
+
+
 class RayConfig(StrictModel):
     """Which Ray cluster to run on."""
 
@@ -291,6 +298,7 @@ class MobulaConfig(StrictModel):
     tls: TlsConfig = Field(default_factory=TlsConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    tracing: TracingConfig = Field(default_factory=TracingConfig)
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0  # at shutdown, for requests in flight
     leave_file: str | None = None  # on a node that has it, processes hand over what they do: `mobula leave` writes it
 

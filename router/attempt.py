@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ class LayerInput:
     hidden_states: Tensor
     topk_weights: Tensor
     topk_ids: Tensor
+
+
+class ShardTiming(NamedTuple):
+    """When a message was sent and answered, and what of it the shard says it took; seconds."""
+
+    ep_rank: int
+    sent_s: float
+    answered_s: float
+    queue_s: float
+    compute_s: float
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -33,7 +33,7 @@ from protos.errors import (
     Unavailable,
     UnitQuarantined,
 )
-from router.attempt import Attempt, LayerInput, forward_call, out_of_time, read_partial_sums
+from router.attempt import Attempt, LayerInput, ShardTiming, forward_call, out_of_time, read_partial_sums
 from router.completions import ForwardAnswer, Outcome
 from router.expert_map import Int64Array
 from router.finite_check import confirmed_wrong, doubtful, is_finite, units_of
@@ -66,6 +66,7 @@ class DispatchHandle:
         self.device = device
         self.started_s = context.clock()
         self.is_combined = False
+        self.timings: list[ShardTiming] = []
         self._layer = layer
         self._context = context
         self._limit = limit
@@ -299,7 +300,9 @@ class DispatchHandle:
         """What an answer says of its shard."""
         context, message, timing = self._context, attempt.message, answer.header.timing
         assert attempt.call
-        seconds, queue_s, compute_s = context.clock() - attempt.sent_s, timing.queue_ns / 1e9, timing.compute_ns / 1e9
+        now_s, queue_s, compute_s = context.clock(), timing.queue_ns / 1e9, timing.compute_ns / 1e9
+        seconds = now_s - attempt.sent_s
+        self.timings.append(ShardTiming(message.ep_rank, attempt.sent_s, now_s, queue_s, compute_s))
         num_bytes = answer.header.ByteSize() + answer.payload.nbytes
         context.metrics.count_received(message.ep_rank, num_bytes, attempt.call.carrier)
         context.metrics.count_times(message.ep_rank, seconds, queue_s, compute_s)

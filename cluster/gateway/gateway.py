@@ -29,6 +29,7 @@ from cluster.security.caller import current_caller
 from protos import errors, generation_pb2, rpc
 from protos.credentials import PLAINTEXT, Credentials, ServerCredentials
 from protos.guard import Guard
+from protos.tracing import NO_TRACING, Tracing
 
 METHOD_TIMEOUT_S = 10.0  # for everything but Generate, which lives as long as its client
 
@@ -37,12 +38,18 @@ class GatewayServicer:
     """The Inference service over raw bytes."""
 
     def __init__(
-        self, settings: GatewayConfig, pool: WorkerPool, admission: Admission, metrics: GatewayMetrics
+        self,
+        settings: GatewayConfig,
+        pool: WorkerPool,
+        admission: Admission,
+        metrics: GatewayMetrics,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._settings = settings
         self._admission = admission
         self._pool = pool
         self._metrics = metrics
+        self._tracing = tracing
 
     def handlers(self) -> grpc.GenericRpcHandler:
         methods = {
@@ -57,7 +64,10 @@ class GatewayServicer:
 
     async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """Inference.Generate."""
-        with self._metrics.request() as outcome:
+        with (
+            self._metrics.request() as outcome,
+            self._tracing.span("gateway.Generate", context.invocation_metadata() or ()) as span,
+        ):
             costs = self._admission.costs
             try:
                 async with self._admission.place(
@@ -73,6 +83,7 @@ class GatewayServicer:
                         self._settings.resume_timeout_s,
                         ticket.cost,
                         costs.mean_tokens,
+                        span,
                     )
                     async for response in generation.answers(context):
                         yield response
@@ -131,6 +142,7 @@ class Gateway:
         credentials: Credentials = PLAINTEXT,
         front: ServerCredentials = PLAINTEXT,
         guards: Sequence[Guard] = (),
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """credentials: towards workers and controller; front: what clients see; guards: whom they let through."""
         self._settings = settings
@@ -139,6 +151,7 @@ class Gateway:
         self._admin = AdminRelay(credentials=credentials)
         self._front = front
         self._metrics = metrics
+        self._tracing = tracing
         self.health = health_aio.HealthServicer()
         shares_port = settings.count > 1 and settings.port != 0
         self._server = front.server((), [*rpc.front_options(), ("grpc.so_reuseport", int(shares_port))], guards)
@@ -193,7 +206,7 @@ class Gateway:
         return -(-num_places // self._settings.count)  # other gateways have as many
 
     def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
-        inference = GatewayServicer(self._settings, self._pool, self._admission, self._metrics)
+        inference = GatewayServicer(self._settings, self._pool, self._admission, self._metrics, self._tracing)
         return inference.handlers(), self._admin.handlers()
 
     async def _set_serving(self, is_serving: bool) -> None:

@@ -22,6 +22,7 @@ from cluster.gateway.relay import error_reason, forwarded, is_client_gone, was_a
 from cluster.gateway.request_cost import RequestCost
 from cluster.gateway.worker_pool import WorkerChannel, WorkerPool
 from protos import errors, generation_pb2, rpc, worker_pb2
+from protos.tracing import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Generation:
         resume_timeout_s: float,
         cost: RequestCost,
         mean_tokens: float,
+        span: Span = NO_SPAN,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """request: a GenerateRequest. cost: what it is expected to cost; mean_tokens: what requests cost on average.
@@ -54,6 +56,7 @@ class Generation:
         self._resume_timeout_s = resume_timeout_s
         self._cost = cost
         self._mean_tokens = mean_tokens
+        self._span = span
         self.usage: generation_pb2.Usage | None = None  # once it has ended well
         self._clock = clock
         self._has_begun = False  # the client has had an answer
@@ -79,9 +82,10 @@ class Generation:
 
     async def _answers_of(self, worker: WorkerChannel, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """What the worker answers, until it is lost. Raises as `answers`."""
-        call = worker.generate()(
-            self._relayed.SerializeToString(), timeout=context.time_remaining(), metadata=forwarded(context)
-        )
+        self._span.note("mobula.request_id", self._relayed.request_id)
+        self._span.note("mobula.dp_rank", worker.dp_rank)
+        metadata = self._span.passed_on(forwarded(context))
+        call = worker.generate()(self._relayed.SerializeToString(), timeout=context.time_remaining(), metadata=metadata)
         try:
             async for response in call:
                 self._note(response)

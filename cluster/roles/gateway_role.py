@@ -52,7 +52,7 @@ class GatewayRole(Role):
             guards.append(Guard(self._keys))
 
         async def start() -> tuple[Gateway, int]:
-            gateway = Gateway(settings, self._metrics, self._credentials, front, guards)
+            gateway = Gateway(settings, self._metrics, self._credentials, front, guards, self._tracing)
             return gateway, await gateway.start(self._bind_host, settings.port)
 
         self._gateway, port = self._loop.run(start())

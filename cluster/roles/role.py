@@ -24,6 +24,7 @@ from cluster.roles.metrics import ProcessMetrics
 from cluster.security.http_tls import server_contexts
 from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
+from cluster.tracing import tracing_of
 from protos.credentials import PLAINTEXT, PeerRole
 from protos.health_server import serve_health
 from protos.loop_thread import LoopThread
@@ -49,6 +50,7 @@ class Role(ABC):
         self._credentials = PLAINTEXT
         self._loop = LoopThread("loop")
         self._registry = CollectorRegistry()
+        self._tracing = tracing_of(config.tracing, self._name)
         disable_created_metrics()  # a series more for each counter and histogram, for when it was made
         self._must_leave = False  # once said, not taken back
         self._health_server: grpc.aio.Server | None = None  # it ends when nothing refers to it

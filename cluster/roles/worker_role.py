@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from attention.decoder import Decoder, DecoderWeights
 from attention.engine import Engine, EngineStats
 from attention.latent_cache import LatentCache
+from attention.layer_sampler import LayerSampler
 from attention.metrics import EngineMetrics
 from attention.model_runner import ModelRunner
 from attention.request import GenerationDefaults, RequestReader
@@ -91,12 +92,13 @@ class WorkerRole(Role):
         shape = model_shape(model.model_id, model.config, model.dtype.itemsize)
         sampler = ChoiceSampler(router, shape)
         self._sampler = None if valve else (sampler, shape)
+        layers = LayerSampler(sampler) if self._config.tracing.endpoint else None
         cache = LatentCache(cache_config(self._config, model))
         runner = ModelRunner(
             Decoder(
                 decoder_config,
                 weights,
-                sampler,
+                layers or sampler,
                 cache,
                 mla_form=workers.mla_form,
                 num_micro_batches=workers.num_micro_batches,
@@ -121,7 +123,7 @@ class WorkerRole(Role):
         report = WorkerReport(router, decoder_config.gate, info, self._credentials)
         engine.start()
         self._router, self._report, self._engine = router, report, engine
-        port = self._loop.run(self._serve(InferenceServicer(engine, reader, report, metrics)))
+        port = self._loop.run(self._serve(InferenceServicer(engine, reader, report, metrics, self._tracing, layers)))
         self._serve_health(self._health_servicer)
         return f"{self._host}:{port}", weights.weight_bytes
 
