@@ -35,7 +35,7 @@ FOLDER_VARIABLE = "RAY_TMPDIR"  # where Ray puts its sessions
 SETTINGS: Mapping[str, Any] = {
     "attention_workers": {"count": 2, "num_cpus": 0.5, "num_threads": 1, "engine": {"cache_gib": 0.25}},
     "expert_shards": {"count": 3, "num_cpus": 0.5, "num_threads": 1, "num_replicas": 2},
-    "gateway": {"host": "127.0.0.1"},
+    "gateway": {"host": "127.0.0.1", "count": 2},
     "drain_timeout_s": 2.0,
 }
 

@@ -148,8 +148,8 @@ class Load:
         self.answers.append(answer)
         try:
             while await self._is_cut_off(stub, answer):
+                await asyncio.sleep(PAUSE_S if answer.num_repeats else 0.0)
                 answer.num_repeats += 1
-                await asyncio.sleep(PAUSE_S)
         except asyncio.CancelledError:
             answer.error = "not answered when the run ended"
             raise
