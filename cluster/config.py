@@ -140,7 +140,7 @@ class RebalancingConfig(StrictModel):
     min_gain: Annotated[float, Field(ge=0, le=1)] = 0.05  # of the experts' expected time, for a move to be worth it
     min_interval_s: Annotated[float, Field(ge=0)] = 300.0  # between two by itself
     min_assignments: Annotated[int, Field(ge=0)] = 10_000  # that the load must count
-    max_mib_per_s: Annotated[float, Field(gt=0)] = 64.0  # that a shard reads meanwhile
+    max_mib_per_s: Annotated[float, Field(gt=0)] = 32.0  # that a shard reads meanwhile; on CPUs more is felt
     copy_from_peers: bool = True  # units that another shard has; false reads all of them from the checkpoint
 
 

@@ -88,6 +88,6 @@ class PeerWeights:
         return method(request.SerializeToString(), timeout=self._timeout_s)
 
 
-async def _next_frame(call: grpc.aio.UnaryStreamCall) -> expert_pb2.CopyExpertResponse | None:
+async def _next_frame(call: grpc.aio.UnaryStreamCall) -> bytes | None:
     data = await call.read()
-    return None if data is grpc.aio.EOF else expert_pb2.CopyExpertResponse.FromString(data)
+    return None if data is grpc.aio.EOF else bytes(data)

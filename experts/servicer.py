@@ -79,7 +79,7 @@ class ExpertServicer:
         if expert is None:
             raise StalePlacement(f"expert {asked.expert_id} of layer {asked.layer_id} is not held here (any more)")
         for frame in frames(expert):
-            yield bytes(frame.SerializeToString())
+            yield frame
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """For grpc.aio.Server.add_generic_rpc_handlers; without (de)serializers, so that frames are not copied."""

@@ -4,7 +4,6 @@ What is copied is what the kernels read: nothing is unpacked, converted or packe
 Knows nothing of gRPC.
 """
 
-import zlib
 from collections.abc import Iterator
 
 import torch
@@ -16,8 +15,10 @@ from experts.kernels.library import Format
 from experts.kernels.packed_matrix import PANEL_OUTPUTS, PackedMatrix, empty
 from experts.weight_store import Expert, ExpertModel
 from protos import expert_pb2
+from protos.codec import decode_frame, join_frame
+from protos.errors import MobulaError
 
-FRAME_BYTES = 256 * 1024  # so that a frame holds up neither end's event loop
+FRAME_BYTES = 512 * 1024  # so that a frame holds up neither end's event loop
 
 _FORMATS = {format_: getattr(expert_pb2, f"WEIGHT_FORMAT_{format_.name}") for format_ in Format}
 _DTYPES = {torch.float32: Format.FLOAT32, torch.bfloat16: Format.BFLOAT16}
@@ -28,16 +29,21 @@ class CopyError(Exception):
     """A copy did not arrive as it should; the weights can still be read from the checkpoint."""
 
 
-def frames(expert: Expert) -> Iterator[expert_pb2.CopyExpertResponse]:
-    """The messages of CopyExpert."""
-    crc32 = 0
-    yield expert_pb2.CopyExpertResponse(matrices=[_described(matrix) for matrix in (expert.w13, expert.w2)])
+def frames(expert: Expert) -> Iterator[bytes]:
+    """The CopyExpertResponses, each with its checksum; a small expert is one."""
+    header = expert_pb2.CopyExpertHeader(matrices=[_described(matrix) for matrix in (expert.w13, expert.w2)])
+    parts: list[memoryview] = []
+    room = FRAME_BYTES
     for memory in _memory(expert):
-        for start in range(0, len(memory), FRAME_BYTES):
-            data = bytes(memory[start : start + FRAME_BYTES])
-            crc32 = zlib.crc32(data, crc32)
-            yield expert_pb2.CopyExpertResponse(data=data)
-    yield expert_pb2.CopyExpertResponse(crc32=crc32)
+        left = memory
+        while left:
+            parts.append(left[:room])
+            left, room = left[len(parts[-1]) :], room - len(parts[-1])
+            if not room:
+                yield join_frame(header.SerializeToString(), parts)
+                header, parts, room = expert_pb2.CopyExpertHeader(), [], FRAME_BYTES
+    if parts:
+        yield join_frame(header.SerializeToString(), parts)
 
 
 class ExpertCopy:
@@ -47,35 +53,34 @@ class ExpertCopy:
         self._model = model
         self._expert: Expert | None = None
         self._left: list[memoryview] = []  # memory that is not written yet
-        self._crc32 = 0
-        self._is_whole = False
 
-    def add(self, frame: expert_pb2.CopyExpertResponse) -> int:
+    def add(self, frame: bytes) -> int:
         """Takes a frame; the number of bytes of weights in it. Raises CopyError."""
+        try:
+            header, payload = decode_frame(expert_pb2.CopyExpertHeader, frame)
+        except MobulaError as error:
+            raise CopyError(str(error)) from error
+        if not header.HasField("crc32"):
+            raise CopyError("a frame of weights has no checksum")
         if self._expert is None:
-            self._expert = _allocated(frame, self._model)
+            self._expert = _allocated(header, self._model)
             self._left = list(_memory(self._expert))
-        data = memoryview(frame.data)
-        self._crc32 = zlib.crc32(data, self._crc32)
-        while data:
+        num_bytes = len(payload)
+        while payload:
             if not self._left:
-                raise CopyError(f"{len(data)} bytes come after the expert's last one")
-            count = min(len(data), len(self._left[0]))
-            self._left[0][:count] = data[:count]
-            data, self._left[0] = data[count:], self._left[0][count:]
+                raise CopyError(f"{len(payload)} bytes come after the expert's last one")
+            count = min(len(payload), len(self._left[0]))
+            self._left[0][:count] = payload[:count]
+            payload, self._left[0] = payload[count:], self._left[0][count:]
             if not self._left[0]:
                 del self._left[0]
-        if frame.HasField("crc32"):
-            if self._left or frame.crc32 != self._crc32:
-                missing = sum(map(len, self._left))
-                raise CopyError(f"{missing} bytes are missing, the CRC-32 is {self._crc32}, not {frame.crc32}")
-            self._is_whole = True
-        return len(frame.data)
+        return num_bytes
 
     def expert(self) -> Expert:
         """Once the last frame was taken. Raises CopyError before."""
-        if self._expert is None or not self._is_whole:
-            raise CopyError("the stream of an expert's weights ended before its last frame")
+        if self._expert is None or self._left:
+            missing = sum(map(len, self._left))
+            raise CopyError(f"the stream of an expert's weights ended early: {missing or 'all'} bytes are missing")
         return self._expert
 
 
@@ -93,15 +98,15 @@ def _described(matrix: PackedMatrix | Tensor) -> expert_pb2.WeightMatrix:
     )
 
 
-def _allocated(frame: expert_pb2.CopyExpertResponse, model: ExpertModel) -> Expert:
+def _allocated(header: expert_pb2.CopyExpertHeader, model: ExpertModel) -> Expert:
     """Memory for what the first frame describes. Raises CopyError where that is no expert of the model."""
     inner, hidden = model.moe_intermediate_size, model.hidden_size
     padded = -(-inner // PANEL_OUTPUTS) * PANEL_OUTPUTS
-    if len(frame.matrices) != 2:
-        raise CopyError(f"the first frame describes {len(frame.matrices)} matrices, an expert has 2")
-    is_packed = frame.matrices[0].is_packed
+    if len(header.matrices) != 2:
+        raise CopyError(f"the first frame describes {len(header.matrices)} matrices, an expert has 2")
+    is_packed = header.matrices[0].is_packed
     shapes = (((padded if is_packed else inner) + inner, hidden), (hidden, inner))
-    for matrix, shape in zip(frame.matrices, shapes, strict=True):
+    for matrix, shape in zip(header.matrices, shapes, strict=True):
         group_size = matrix.group_size
         if (
             (matrix.num_outputs, matrix.num_inputs) != shape
@@ -119,7 +124,7 @@ def _allocated(frame: expert_pb2.CopyExpertResponse, model: ExpertModel) -> Expe
                 num_inputs=matrix.num_inputs,
                 group_size=matrix.group_size,
             )
-            for matrix in frame.matrices
+            for matrix in header.matrices
         )
         return PackedExpert(w13=w13, w2=w2)
     return ExpertWeights(

@@ -117,15 +117,21 @@ class WeightMatrix(_message.Message):
     is_packed: bool
     def __init__(self, format: _Optional[_Union[WeightFormat, str]] = ..., num_outputs: _Optional[int] = ..., num_inputs: _Optional[int] = ..., group_size: _Optional[int] = ..., is_packed: _Optional[bool] = ...) -> None: ...
 
-class CopyExpertResponse(_message.Message):
-    __slots__ = ("matrices", "data", "crc32")
+class CopyExpertHeader(_message.Message):
+    __slots__ = ("matrices", "crc32")
     MATRICES_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
     matrices: _containers.RepeatedCompositeFieldContainer[WeightMatrix]
-    data: bytes
     crc32: int
-    def __init__(self, matrices: _Optional[_Iterable[_Union[WeightMatrix, _Mapping]]] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+    def __init__(self, matrices: _Optional[_Iterable[_Union[WeightMatrix, _Mapping]]] = ..., crc32: _Optional[int] = ...) -> None: ...
+
+class CopyExpertResponse(_message.Message):
+    __slots__ = ("header", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: CopyExpertHeader
+    payload: bytes
+    def __init__(self, header: _Optional[_Union[CopyExpertHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class GetShardLoadRequest(_message.Message):
     __slots__ = ()

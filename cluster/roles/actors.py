@@ -2,6 +2,7 @@
 passes through it.
 """
 
+import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -39,6 +40,7 @@ from router.placement.members import ShardTraits, place_on
 PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find room on a cluster of ours
 NAME_PREFIX = "mobula-"  # of every actor
 CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
+NICENESS = 5  # of the controller: a placement is computed beside requests that run on the same cores
 ACTOR_THREADS = 4  # so that health is answered while weights are read
 ACTOR_CLASSES: Mapping[RoleName, type[RoleActor]] = {
     RoleName.SHARD: ShardActor,
@@ -77,6 +79,7 @@ class ControllerActor:
         self, owner: str, config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None
     ) -> None:
         """owner: who may stop the system."""
+        os.nice(NICENESS)
         self._config = config
         self._expert_map = expert_map
         self._request = request

@@ -9,6 +9,7 @@ from experts.kernels.library import native
 from experts.weight_frames import FRAME_BYTES, CopyError, ExpertCopy, frames
 from experts.weight_store import Expert, ExpertModel, Unit, WeightStore
 from protos import expert_pb2
+from protos.codec import decode_frame, join_frame
 from tests.fake_experts import RandomReader, small_model
 
 LARGE = replace(small_model(torch.bfloat16), hidden_size=512, moe_intermediate_size=512)
@@ -22,10 +23,10 @@ def stored(model: ExpertModel, *, use_kernels: bool = True) -> Expert:
     return expert
 
 
-def copied(model: ExpertModel, sent: list[expert_pb2.CopyExpertResponse]) -> Expert:
+def copied(model: ExpertModel, sent: list[bytes]) -> Expert:
     copy = ExpertCopy(model)
     for frame in sent:
-        copy.add(expert_pb2.CopyExpertResponse.FromString(frame.SerializeToString()))
+        copy.add(frame)
     return copy.expert()
 
 
@@ -44,39 +45,43 @@ def test_a_copy_has_the_same_bits(use_kernels, dtype) -> None:
             assert mine.num_outputs == theirs.num_outputs
 
 
-def test_frames_are_bounded_whatever_the_expert_weighs() -> None:
+def test_frames_are_bounded_and_valid_messages_and_a_small_expert_is_one() -> None:
     sent = list(frames(stored(LARGE)))
-    assert max(len(frame.data) for frame in sent) == FRAME_BYTES
-    assert len(sent) > 6
-    assert max(frame.ByteSize() for frame in sent) < FRAME_BYTES + 64
+    messages = [expert_pb2.CopyExpertResponse.FromString(frame) for frame in sent]
+    assert [len(message.payload) for message in messages] == [FRAME_BYTES] * 3
+    assert max(map(len, sent)) < FRAME_BYTES + 64
+    assert len(list(frames(stored(small_model())))) == 1
 
 
-def without(place: int):
-    return lambda sent: sent[:place] + sent[place + 1 :]
+def flipped(sent: list[bytes]) -> list[bytes]:
+    spoiled = bytearray(sent[1])
+    spoiled[-1] ^= 1
+    return [sent[0], bytes(spoiled), *sent[2:]]
 
 
-def flipped(sent):
-    data = bytearray(sent[1].data)
-    data[0] ^= 1
-    return [sent[0], expert_pb2.CopyExpertResponse(data=bytes(data)), *sent[2:]]
+def of_another_size(sent: list[bytes]) -> list[bytes]:
+    header, payload = decode_frame(expert_pb2.CopyExpertHeader, sent[0])
+    header.ClearField("crc32")
+    header.matrices[0].num_inputs *= 2**20
+    return [join_frame(header.SerializeToString(), [payload]), *sent[1:]]
 
 
-def of_another_size(sent):
-    first = expert_pb2.CopyExpertResponse()
-    first.CopyFrom(sent[0])
-    first.matrices[0].num_inputs *= 2**20
-    return [first, *sent[1:]]
+def without_checksum(sent: list[bytes]) -> list[bytes]:
+    message = expert_pb2.CopyExpertResponse.FromString(sent[0])
+    message.header.ClearField("crc32")
+    return [message.SerializeToString(), *sent[1:]]
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (flipped, "CRC-32"),
-        (without(2), "are missing"),
-        (lambda sent: sent[:-1], "ended before"),
-        (without(0), "describes 0 matrices"),
+        (flipped, "was damaged on its way"),
+        (lambda sent: sent[:-1], f"{FRAME_BYTES} bytes are missing"),
+        (lambda sent: [], "all bytes are missing"),
+        (lambda sent: sent[1:], "describes 0 matrices"),
         (of_another_size, "the model's are"),
-        (lambda sent: [*sent[:-1], *sent[1:]], "after the expert's last one"),
+        (without_checksum, "no checksum"),
+        (lambda sent: [*sent, *sent[1:]], "after the expert's last one"),
     ],
 )
 def test_what_is_not_whole_is_not_taken(spoil, words) -> None:
