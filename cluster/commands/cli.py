@@ -61,6 +61,17 @@ ApiKeyFile = Annotated[
 Tls = Annotated[bool, typer.Option("--tls", envvar=client_access.TLS, help="Protect the connection to a gateway.")]
 
 
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        console.print(f"mobula {VERSION}", highlight=False)
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+]
+
+
 @app.callback()
 def main(
     tls: Tls = False,
@@ -68,6 +79,7 @@ def main(
     cert: CertificateFile = None,
     key: KeyFile = None,
     api_key_file: ApiKeyFile = None,
+    version: Version = False,
 ) -> None:
     """Serves DeepSeek-V2-class models with attention and experts in separate processes.
 
@@ -85,21 +97,6 @@ def main(
         client_access.ClientAccess.from_environment()
     except client_access.AccessError as error:
         fail(str(error))
-
-
-def _show_version(is_wanted: bool) -> None:
-    if is_wanted:
-        console.print(f"mobula {VERSION}", highlight=False)
-        raise typer.Exit
-
-
-@app.callback()
-def mobula(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """What every command has."""
 
 
 @app.command()

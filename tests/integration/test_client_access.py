@@ -79,6 +79,27 @@ def test_who_lacks_one_of_them_is_not(address: str, authority: Authority, key_fi
     assert ("UNAUTHENTICATED: no key" if missing == "api_key_file" else "UNAVAILABLE") in result.output
 
 
+@pytest.mark.parametrize("fault", ["expired", "another authority"])
+def test_a_clients_certificate_that_is_not_valid_does_not_get_in(
+    address: str, authority: Authority, key_file: Path, tmp_path: Path, fault: str
+) -> None:
+    ann = authority.folder / "clients" / "ann"
+    signer = authority if fault == "expired" else Authority.open(tmp_path / "other")
+    signer.issue(tmp_path / "ann", "ann", (), days=-1 if fault == "expired" else 1)
+    for name in ("tls.crt", "tls.key"):
+        (ann / name).write_bytes((tmp_path / "ann" / name).read_bytes())
+    result = status(address, **shown(authority, key_file))
+    assert result.exit_code == 1
+    assert "UNAVAILABLE" in result.output
+
+
+def test_a_gateway_of_another_authority_is_not_talked_to(address: str, key_file: Path, tmp_path: Path) -> None:
+    other = make_authority(tmp_path / "other")
+    result = status(address, tls_ca=other.folder / "public" / "ca.crt", api_key_file=key_file)
+    assert result.exit_code == 1
+    assert "CERTIFICATE_VERIFY_FAILED" in result.output
+
+
 def test_a_revoked_client_is_refused(address: str, authority: Authority, key_file: Path) -> None:
     authority.revoke(x509.load_pem_x509_certificate((authority.folder / "clients" / "ann" / "tls.crt").read_bytes()))
     result = status(address, **shown(authority, key_file))
