@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +20,7 @@ from cluster.config import ConfigError, MobulaConfig
 from cluster.controller.controller import StartError
 from cluster.roles.launch import Deployment
 from cluster.security.exposure import exposures
+from protos.certificates import AUTHORITY
 from router.placement import PlacementError
 
 WATCH_S = 2.0  # how often it looks whether the controller is there
@@ -52,16 +54,28 @@ def serve_until_stopped(config: MobulaConfig, console: Console) -> bool:
 
 
 def _print_banner(deployment: Deployment, console: Console) -> None:
-    address, model, mobula = deployment.address, escape(deployment.config.model), _command()
+    address, model = deployment.address, escape(deployment.config.model)
+    mobula = f"{_command()}{_access_options(deployment.config)}"
+    scheme = "https" if deployment.config.tls.metrics else "http"
     option = "" if address == DEFAULT_ADDRESS else f" --address {address}"
     console.print(f"\n[bold green]serving[/bold green] {model} at [bold]{address}[/bold]", highlight=False)
     console.print(f"  try:      {mobula} generate 'def main():'{option}", highlight=False)
     console.print(f"  experts:  {mobula} experts{option}", highlight=False)
     console.print(f"  status:   {mobula} status{option}", highlight=False)
     if deployment.config.gateway.dashboard:
-        console.print(f"  watch:    http://{deployment.metrics_address}/", highlight=False)
-    console.print(f"  metrics:  http://{deployment.metrics_address}/metrics", highlight=False)
+        console.print(f"  watch:    {scheme}://{deployment.metrics_address}/", highlight=False)
+    console.print(f"  metrics:  {scheme}://{deployment.metrics_address}/metrics", highlight=False)
     console.print("  stop:     Ctrl-C\n")
+
+
+def _access_options(config: MobulaConfig) -> str:
+    """What clients need to show or believe, as options of the command."""
+    options = ""
+    if config.tls.clients:
+        options += f" --tls-ca {Path(config.tls.clients) / AUTHORITY}"
+    if config.tls.require_client_certificate:
+        options += " --cert FILE --key FILE"
+    return options + (" --api-key-file FILE" if config.gateway.keys else "")
 
 
 def _command() -> str:
