@@ -4,8 +4,10 @@ gets them back, and ends.
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -20,6 +22,7 @@ from cluster.config import parse_config
 from cluster.controller.process import ProcessHealth
 from cluster.roles.launch import Deployment
 from cluster.security.keys import KeyFile, Right, new_key, write_keys
+from protos import admin_pb2
 from protos import generation_pb2 as pb
 from tests.certificates import make_authority
 from tests.checkpoints import write_checkpoint
@@ -69,6 +72,13 @@ def wait_until_serving(deployment: Deployment) -> None:
     give_up_s = time.monotonic() + TIMEOUT_S
     while not (status := deployment.status()) or not status.is_serving:
         assert time.monotonic() < give_up_s, status
+        time.sleep(0.1)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < give_up_s
         time.sleep(0.1)
 
 
@@ -158,6 +168,35 @@ def test_a_killed_worker_comes_back_and_the_other_one_goes_on_with_its_answers_m
         assert generate(deployment) == expected
     wait_until_replaced(deployment, "worker-0", killed.generation)
     assert generate(deployment) == expected
+
+
+def test_a_shard_is_added_and_one_drained_while_requests_run(deployment: Deployment) -> None:
+    text = generate(deployment)
+    status = deployment.status()
+    assert status
+    stopping = threading.Event()
+    with ThreadPoolExecutor(max_workers=1) as pool, AdminClient(deployment.address) as client:
+        texts = pool.submit(lambda: [generate(deployment) for _ in iter(stopping.is_set, True)])
+        try:
+            for ep_ranks, ask in (
+                ([0, 1, 2], lambda: client.scale_shards(3)),
+                ([0, 2], lambda: client.drain(admin_pb2.PROCESS_ROLE_SHARD, 1)),
+                ([0, 1], lambda: (client.scale_shards(3), client.drain(admin_pb2.PROCESS_ROLE_SHARD, 2))),
+            ):
+                version = client.status().placement_version
+                ask()
+                wait_until(lambda ranks=ep_ranks, old=version: is_placed_on(client, ranks, old))
+        finally:
+            stopping.set()
+        assert set(texts.result(TIMEOUT_S)) == {text}
+
+
+def is_placed_on(client: AdminClient, ep_ranks: list[int], old_version: int) -> bool:
+    """Whether exactly these shards are left, under a newer placement, and everything serves."""
+    status = client.status()
+    names = [process.name for process in status.processes if process.name.startswith("shard")]
+    is_new = status.placement_version > old_version
+    return status.is_serving and is_new and names == [f"shard-{rank}" for rank in ep_ranks]
 
 
 def test_what_runs_goes_on_without_the_controller_and_the_next_one_takes_it_over(deployment: Deployment) -> None:
