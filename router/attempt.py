@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from protos import expert_pb2
@@ -76,9 +75,18 @@ class Attempt:
         return min(self.late_at_s, self.give_up_at_s)
 
 
+class Answer(NamedTuple):
+    """What an attempt brought; the values lie in the answer's payload."""
+
+    attempt: Attempt
+    sums: PartialSums
+    answer: ForwardAnswer
+
+
 def forward_call(
     message: ShardMessage,
     layer: LayerInput,
+    hidden_bytes: Bytes,
     *,
     sequence_number: int,
     timeout_s: float,
@@ -86,7 +94,10 @@ def forward_call(
     completions: Completions,
     tell: Callable[[Outcome], None],
 ) -> ForwardCall:
-    """The call that carries a message. timeout_s: how long its answer will be waited for."""
+    """The call that carries a message.
+
+    hidden_bytes: the layer's hidden states. timeout_s: how long the answer will be waited for.
+    """
     hidden_states = layer.hidden_states
     header = expert_pb2.ForwardHeader(
         sequence_number=sequence_number,
@@ -98,7 +109,6 @@ def forward_call(
         dtype=dtype_to_wire(hidden_states.dtype),
         timeout_ms=min(max(1, int(1000 * timeout_s)), MAX_TIMEOUT_MS),
     )
-    hidden_bytes: Bytes = hidden_states.view(torch.uint8).numpy()  # numpy knows no bfloat16
     is_every_row = message.num_rows == len(hidden_states)  # ascending and distinct, so in place already
     return ForwardCall(
         sequence_number=sequence_number,

@@ -16,7 +16,6 @@ A handle's life:
 import math
 import random
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,13 +32,13 @@ from protos.errors import (
     Unavailable,
     UnitQuarantined,
 )
-from router.attempt import Attempt, LayerInput, ShardTiming, forward_call, out_of_time, read_partial_sums
-from router.completions import ForwardAnswer, Outcome
+from router.attempt import Answer, Attempt, LayerInput, ShardTiming, forward_call, out_of_time, read_partial_sums
+from router.completions import Bytes, ForwardAnswer, Outcome
 from router.expert_map import Int64Array
 from router.finite_check import confirmed_wrong, doubtful, is_finite, units_of
 from router.handle_context import HandleContext
-from router.missing_experts import LeftOut, leave_out, renormalised
-from router.plan import DispatchPlan, PartialSums, ShardMessage, plan_again
+from router.missing_experts import BoolArray, LeftOut, leave_out, renormalised
+from router.plan import DispatchPlan, ShardMessage, copy_for, plan_again
 from router.plan_kernels import plan_layer, sum_partials
 from router.router_config import MissingExperts
 from router.routing import Routing
@@ -49,14 +48,6 @@ MIN_RETRY_WAIT_S = 0.005  # the first retry goes out at once, the second after a
 MAX_RETRY_WAIT_S = 0.1
 WANTED_POLL_S = 0.1  # how often a layer that waits asks whether anybody waits for it
 DOWN_POLL_S = 0.01  # how often a message looks whether its shard is back
-
-
-class _Answer(NamedTuple):
-    """What an attempt brought; the values lie in the answer's payload."""
-
-    attempt: Attempt
-    sums: PartialSums
-    answer: ForwardAnswer
 
 
 class DispatchHandle:
@@ -77,9 +68,10 @@ class DispatchHandle:
         self._version: int | None = None
         self._expert_to_unit: Int64Array
         self._plan: DispatchPlan
-        self._answers: list[_Answer] = []
-        self._is_missing: np.typing.NDArray[np.bool_]  # by partial sum of the plan
-        self._num_missing = 0
+        self._answers: list[Answer] = []
+        self._hidden_bytes: Bytes = layer.hidden_states.view(torch.uint8).numpy()  # numpy knows no bfloat16
+        self._num_missing = 0  # partial sums of the plan
+        self._is_missing: BoolArray | None = None  # each of them; kept only once something was asked for twice
         self._left_out: LeftOut | None = None
 
     @property
@@ -98,7 +90,7 @@ class DispatchHandle:
         candidates, queues = self._context.candidates.to_plan(routing, row)
         self._plan = plan_layer(layer.topk_ids, layer.topk_weights, self._expert_to_unit, candidates, ep_size, queues)
         self._num_missing = self._plan.num_partial_sums
-        self._is_missing = np.ones(self._num_missing, dtype=np.bool_)
+        self._is_missing = None
         for message in self._plan.messages:
             self._send(message, routing, number=1)
         if routing.expert_map.max_replicas > 1:
@@ -138,10 +130,19 @@ class DispatchHandle:
             return
         messages = [attempt.message for attempt in (*self._in_flight, *self._failed)]
         hidden_states = self._layer.hidden_states
-        self._left_out = leave_out(messages, self._is_missing, len(hidden_states), hidden_states)
+        self._left_out = leave_out(messages, self._missing(), len(hidden_states), hidden_states)
         self._num_missing = 0
         self._context.metrics.count_missing(self._left_out.num_assignments)
         limit.on_missing_experts()
+
+    def _missing(self) -> BoolArray:
+        """Which partial sums are."""
+        if self._is_missing is not None:
+            return self._is_missing
+        is_missing = np.ones(self._plan.num_partial_sums, dtype=np.bool_)
+        for _, sums, _ in self._answers:
+            is_missing[sums.partial_sums] = False
+        return is_missing
 
     def _sum(self) -> Tensor:
         """Of answers that came twice the newest counts."""
@@ -194,16 +195,14 @@ class DispatchHandle:
                 del counts[held]
 
     def _probe(self, routing: Routing, row: int) -> None:
-        """Sends a quarantined shard a copy of some rows, when it is time, to see whether it is punctual again."""
-        ep_rank = self._context.health.probe_due()
-        if ep_rank is None or ep_rank in routing.down():
+        """Sends a quarantined shard a copy of some rows, when it is time, to see how punctual it is."""
+        ep_rank = self._context.candidates.to_probe(routing)
+        if ep_rank is None:
             return
         holds = (routing.expert_map.unit_to_ep_ranks[row] == ep_rank).any(axis=1)  # [num_units]
-        for message in self._plan.messages:
-            for part in plan_again(message, self._expert_to_unit, np.where(holds, ep_rank, -1)):
-                if part.ep_rank == ep_rank and message.ep_rank != ep_rank:
-                    self._send(part, routing, number=1, is_probe=True)
-                    return
+        message = copy_for(ep_rank, self._plan.messages, self._expert_to_unit, holds)
+        if message is not None:
+            self._send(message, routing, number=1, is_probe=True)
 
     def _send(
         self, message: ShardMessage, routing: Routing, number: int, *, is_probe: bool = False, is_check: bool = False
@@ -227,6 +226,7 @@ class DispatchHandle:
         attempt.call = call = forward_call(
             message,
             self._layer,
+            self._hidden_bytes,
             sequence_number=next(self._context.sequence_numbers),
             timeout_s=attempt.give_up_at_s - now_s,
             placement_version=routing.expert_map.placement_version,
@@ -286,15 +286,20 @@ class DispatchHandle:
             raise
         self._learn(attempt, answer)
         if attempt.is_check:
-            self._answers.append(_Answer(attempt, sums, answer))
+            self._answers.append(Answer(attempt, sums, answer))
             return
-        new = self._is_missing[sums.partial_sums]
-        if attempt.is_probe or not new.any():
+        if attempt.is_probe:
             answer.release()
             return
-        self._num_missing -= int(new.sum())
-        self._is_missing[sums.partial_sums] = False
-        self._answers.append(_Answer(attempt, sums, answer))
+        num_new = attempt.message.num_partial_sums
+        if self._is_missing is not None:
+            num_new = int(self._is_missing[sums.partial_sums].sum())
+            self._is_missing[sums.partial_sums] = False
+        if not num_new:
+            answer.release()
+            return
+        self._num_missing -= num_new
+        self._answers.append(Answer(attempt, sums, answer))
 
     def _learn(self, attempt: Attempt, answer: ForwardAnswer) -> None:
         """What an answer says of its shard."""
@@ -338,8 +343,8 @@ class DispatchHandle:
             return
         self._failed = [attempt for attempt in self._failed if attempt.resend_at_s > now_s]
         for attempt in due:
-            if not self._is_missing[attempt.message.partial_sums].any():  # another one was faster
-                continue
+            if self._is_missing is not None and not self._is_missing[attempt.message.partial_sums].any():
+                continue  # another one was faster
             if now_s >= self._deadline_s:
                 raise out_of_time(attempt, self._layer.layer_id, now_s, self._context.config, self._limit)
             ep_ranks = self._context.candidates.to_retry(routing, row, attempt.ep_rank)
@@ -387,6 +392,7 @@ class DispatchHandle:
         if not np.array_equal(routing.expert_map.expert_to_unit[row], self._expert_to_unit):
             return
         ep_ranks = self._context.candidates.to_hedge(routing, row, attempt.ep_rank)
+        self._is_missing = self._missing()
         for message in plan_again(attempt.message, self._expert_to_unit, ep_ranks):
             if message.ep_rank >= 0:
                 self._context.metrics.count_retry(reason)

@@ -5,7 +5,6 @@ The engine thread counts; a scrape may see a dispatch half counted, never a wron
 """
 
 from collections import Counter as Tally
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from protos.histogram import TallyHistogram
 from router.completions import Carrier
 from router.unit_trust import WrongUnit
 
+_PARTS = ("queue", "compute", "wire")  # of a forward's time
 _LATENCY_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 10.0, 60.0)
 
 
@@ -47,7 +47,7 @@ class RouterMetrics(Collector):
         self._rows: Tally[int] = Tally()
         self._retries: Tally[str] = Tally()
         self._late: Tally[int] = Tally()
-        self._seconds: defaultdict[tuple[int, str], float] = defaultdict(float)
+        self._seconds: dict[int, list[float]] = {}  # by ep_rank, of each of _PARTS
         self._quarantined: Callable[[], list[int]] = list
         self._wrong_units: Callable[[], list[WrongUnit]] = list
         self._num_violations = 0
@@ -108,9 +108,12 @@ class RouterMetrics(Collector):
 
     def count_times(self, ep_rank: int, seconds: float, queue_s: float, compute_s: float) -> None:
         """Where an answered forward's time went: all of it here, the parts on the shard's clock."""
-        self._seconds[ep_rank, "queue"] += queue_s
-        self._seconds[ep_rank, "compute"] += compute_s
-        self._seconds[ep_rank, "wire"] += max(0.0, seconds - queue_s - compute_s)
+        parts = self._seconds.get(ep_rank)
+        if parts is None:
+            parts = self._seconds[ep_rank] = [0.0, 0.0, 0.0]
+        parts[0] += queue_s
+        parts[1] += compute_s
+        parts[2] += max(0.0, seconds - queue_s - compute_s)
 
     def observe_latency(self, seconds: float) -> None:
         """Of one layer."""
@@ -193,8 +196,9 @@ class RouterMetrics(Collector):
             "Time of answered forwards: queue and compute as the shard says, wire is the rest that the worker saw.",
             labels=("dp_rank", "ep_rank", "part"),
         )
-        for (ep_rank, part), total in sorted(self._seconds.copy().items()):
-            seconds.add_metric((dp_rank, str(ep_rank), part), total)
+        for ep_rank, totals in sorted(self._seconds.copy().items()):
+            for part, total in zip(_PARTS, totals, strict=True):
+                seconds.add_metric((dp_rank, str(ep_rank), part), total)
         yield seconds
         late = CounterMetricFamily(
             "mobula_late_forwards",

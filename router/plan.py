@@ -141,6 +141,22 @@ def plan_again(
     )
 
 
+def copy_for(
+    ep_rank: int, messages: Sequence[ShardMessage], expert_to_unit: Int64Array, holds: npt.NDArray[np.bool_]
+) -> ShardMessage | None:
+    """Some of the work of a message to another shard, as one to this; None where it has no unit of any.
+
+    holds: [num_units], whether it has each.
+    """
+    unit_ep_ranks: Int64Array = np.where(holds, ep_rank, -1)
+    for message in messages:
+        if message.ep_rank != ep_rank:
+            for part in plan_again(message, expert_to_unit, unit_ep_ranks):
+                if part.ep_rank == ep_rank:
+                    return part
+    return None
+
+
 def _messages(assignments: _Assignments, unit_ep_ranks: Int64Array) -> tuple[ShardMessage, ...]:
     ep_ranks = unit_ep_ranks[assignments.units]  # [A]
     messages = []

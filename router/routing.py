@@ -66,7 +66,7 @@ class Candidates:
             return choose_replicas(usable, next(self._turns))[:, None], None
         queues = self._queues.expected(routing.expert_map.ep_size)
         delays = self._health.delays(routing.expert_map.ep_size, self._late_after_s)
-        return usable, queues._replace(waits_s=queues.waits_s + delays)
+        return usable, queues if delays is None else queues._replace(waits_s=queues.waits_s + delays)
 
     def to_retry(self, routing: Routing, row: int, failed: int) -> Int64Array:
         """A shard for each unit, where another than `failed` has it: [num_units]."""
@@ -78,6 +78,11 @@ class Candidates:
         avoid = {*routing.down(), *self._health.avoided(), late}
         others = others_only(self._right(routing, row), avoid)
         return choose_replicas(others, next(self._turns))
+
+    def to_probe(self, routing: Routing) -> int | None:
+        """A shard that is not trusted, can be reached, and is to be tried now; None for none."""
+        ep_rank = self._health.probe_due()
+        return None if ep_rank is None or ep_rank in routing.down() else ep_rank
 
     def _usable(self, routing: Routing, row: int) -> Int64Array:
         """Wrong numbers are worse than none, and a shard that is down worse than one that is late."""

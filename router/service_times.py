@@ -5,7 +5,6 @@ measured against its peers too, or one that became slow would soon count as punc
 """
 
 import statistics
-from typing import NamedTuple
 
 SMOOTHING = 0.125  # weight of the newest time in a mean
 SPREAD_SMOOTHING = 0.25  # and in its spread
@@ -13,20 +12,23 @@ MEAN_FACTOR, SPREAD_FACTOR = 2.0, 4.0  # an answer is late after so many means a
 PEER_FACTOR = 4.0  # and after so many times what is late at a shard's median peer
 
 
-class _Estimate(NamedTuple):
-    mean_s: float
-    spread_s: float  # mean absolute deviation
+class _Estimate:
+    """Of one kind of forwards at one shard."""
+
+    __slots__ = ("mean_s", "spread_s")
+
+    def __init__(self, seconds: float) -> None:
+        self.mean_s = seconds
+        self.spread_s = seconds / 2  # mean absolute deviation
+
+    def update(self, seconds: float) -> None:
+        deviation_s = seconds - self.mean_s
+        self.mean_s += SMOOTHING * deviation_s
+        self.spread_s += SPREAD_SMOOTHING * (abs(deviation_s) - self.spread_s)
 
     @property
     def late_after_s(self) -> float:
         return MEAN_FACTOR * self.mean_s + SPREAD_FACTOR * self.spread_s
-
-    def updated(self, seconds: float) -> "_Estimate":
-        deviation = abs(seconds - self.mean_s)
-        return _Estimate(
-            self.mean_s + SMOOTHING * (seconds - self.mean_s),
-            self.spread_s + SPREAD_SMOOTHING * (deviation - self.spread_s),
-        )
 
 
 class ServiceTimes:
@@ -42,8 +44,11 @@ class ServiceTimes:
         """A forward's answer came so long after it was sent."""
         mine = self._estimates.setdefault(ep_rank, {})
         size = num_assignments.bit_length()
-        before = mine.get(size)
-        mine[size] = _Estimate(seconds, seconds / 2) if before is None else before.updated(seconds)
+        known = mine.get(size)
+        if known is None:
+            mine[size] = _Estimate(seconds)
+        else:
+            known.update(seconds)
 
     def late_after_s(self, ep_rank: int, num_assignments: int) -> float:
         """Seconds after it was sent from which on a forward's answer is late."""

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 SMOOTHING = 0.2  # weight of the newest answer in the share of late ones
 MAX_LATE_SHARE = 0.5  # beyond, a shard is quarantined: after four late answers in a row, coming from none
+FORGOTTEN_SHARE = 0.01  # below, a shard is as one that never was late
 NUM_PUNCTUAL = 3  # answers in a row, for a shard to be back
 MIN_PROBE_INTERVAL_S = 0.5
 MAX_PROBE_INTERVAL_S = 30.0  # probes get rarer from one that is late to the next
@@ -65,6 +66,8 @@ class ShardHealth:
             return
         shard.late_share -= SMOOTHING * shard.late_share
         if not shard.is_quarantined:
+            if shard.late_share < FORGOTTEN_SHARE and not shard.outstanding:
+                del self._shards[ep_rank]
             return
         shard.num_punctual += 1
         if shard.num_punctual >= NUM_PUNCTUAL:
@@ -73,7 +76,8 @@ class ShardHealth:
 
     def ended(self, ep_rank: int, sequence_number: int) -> None:
         """A late forward has its end after all: its answer, or that of its connection."""
-        self._shards[ep_rank].outstanding.discard(sequence_number)
+        if (shard := self._shards.get(ep_rank)) is not None:
+            shard.outstanding.discard(sequence_number)
 
     def avoided(self) -> list[int]:
         """Shards that get no rows while others have the unit."""
@@ -91,8 +95,10 @@ class ShardHealth:
                 return ep_rank
         return None
 
-    def delays(self, ep_size: int, seconds: float) -> npt.NDArray[np.float64]:
-        """What a late answer costs, `seconds`, times how often each shard's are: [ep_size]."""
+    def delays(self, ep_size: int, seconds: float) -> npt.NDArray[np.float64] | None:
+        """What a late answer costs, `seconds`, times how often each shard's are: [ep_size]; None where none is late."""
+        if not self._shards:
+            return None
         shares = np.zeros(ep_size)
         for ep_rank, shard in self._shards.items():
             if ep_rank < ep_size:
