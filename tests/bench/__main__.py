@@ -26,7 +26,19 @@ from tests.bench.table import table_of
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("wire", "kernels", "layers", "decode", "prefill", "startup", "memory", "context", "placement", "rebalance")
+PARTS = (
+    "wire",
+    "kernels",
+    "layers",
+    "decode",
+    "prefill",
+    "startup",
+    "memory",
+    "context",
+    "placement",
+    "rebalance",
+    "overload",
+)
 NOT_BUILT = {"cache": "the prefix cache is not built yet"}
 PLAIN_WIDTH = 160  # of a table that is not for a terminal
 MODELS = ("lite4", "tiny")
