@@ -261,8 +261,10 @@ class Engine:
             self._fail(sequences, error)
         except Exception:
             internal_error = _internal_error()
-            request_ids = ", ".join(sequence.request_id for sequence in sequences)
-            logger.exception("a step of requests %s: %s", request_ids, internal_error)
+            request_ids = [sequence.request_id for sequence in sequences]
+            logger.exception(
+                "a step of requests %s: %s", ", ".join(request_ids), internal_error, extra={"request_ids": request_ids}
+            )
             self._fail(sequences, internal_error)
         else:
             self._scheduler.commit(batch)
@@ -280,14 +282,14 @@ class Engine:
             error = NonFiniteLogits(
                 f"the logits of output position {position} are not finite; the weights may be damaged"
             )
-            logger.error("request %s: %s", sequence.request_id, error)
+            logger.error("request %s: %s", sequence.request_id, error, extra=_log_fields(sequence))
             self._fail([sequence], error)
             return
         try:
             output = sequence.advance(token.token_id, token.logprobs)
         except Exception:
             internal_error = _internal_error()
-            logger.exception("request %s: %s", sequence.request_id, internal_error)
+            logger.exception("request %s: %s", sequence.request_id, internal_error, extra=_log_fields(sequence))
             self._fail([sequence], internal_error)
             return
         timeline = self._requests[sequence].timeline
@@ -314,7 +316,9 @@ class Engine:
         try:
             on_output(output)
         except Exception:
-            logger.exception("request %s: its listener failed, it is aborted", sequence.request_id)
+            logger.exception(
+                "request %s: its listener failed, it is aborted", sequence.request_id, extra=_log_fields(sequence)
+            )
             self.abort(sequence)
 
     def _forget_waiting(self) -> None:
@@ -358,6 +362,10 @@ def _overdue(sequence: Sequence) -> errors.DeadlineExceeded:
     return errors.DeadlineExceeded(
         f"the deadline passed after {sequence.num_output_tokens} tokens; give the call more time or lower max_tokens"
     )
+
+
+def _log_fields(sequence: Sequence) -> dict[str, str]:
+    return {"request_id": sequence.request_id}
 
 
 def _internal_error() -> errors.InternalError:

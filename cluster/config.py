@@ -268,6 +268,22 @@ class MetricsConfig(StrictModel):
     vllm_names: bool = False  # workers' request series also as vllm:..., for boards and pickers that know those
 
 
+class LogLevel(StrEnum):
+    """The least that is written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LoggingConfig(StrictModel):
+    """What processes write to stderr, which Ray keeps in its folder of logs."""
+
+    json_lines: bool = False  # a JSON object a line, with process, placement version and request, for log collectors
+    level: LogLevel = Field(default=LogLevel.WARNING, strict=False)
+
+
 class TracingConfig(StrictModel):
     """Spans of requests, for OpenTelemetry. Wants the extra `tracing`."""
 
@@ -299,6 +315,7 @@ class MobulaConfig(StrictModel):
     ray: RayConfig = Field(default_factory=RayConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     tracing: TracingConfig = Field(default_factory=TracingConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0  # at shutdown, for requests in flight
     leave_file: str | None = None  # on a node that has it, processes hand over what they do: `mobula leave` writes it
 

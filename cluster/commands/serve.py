@@ -1,6 +1,5 @@
 """`mobula serve`: starts the system, says how to call it, and ends it in order."""
 
-import logging
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from cluster.commands.plan_view import plan_view
 from cluster.commands.progress import StartProgress
 from cluster.config import ConfigError, MobulaConfig
 from cluster.controller.controller import StartError
+from cluster.logs import log_to_stderr
 from cluster.roles.launch import Deployment
 from cluster.security.exposure import exposures
 from protos.certificates import AUTHORITY
@@ -29,7 +29,7 @@ START_ERRORS = (ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError
 
 def serve_until_stopped(config: MobulaConfig, console: Console) -> bool:
     """Runs until Ctrl-C or SIGTERM. Returns whether the system came up."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_to_stderr(config.logging, "serve", lambda: None)
     _treat_sigterm_as_ctrl_c()
     try:
         for exposure in exposures(config):

@@ -143,6 +143,7 @@ class Generation:
             reason,
             len(self._relayed.output_token_ids),
             detail,
+            extra={"request_id": self._relayed.request_id},
         )
         self._num_losses += reason is ResumeReason.LOST
         if self._num_losses >= MAX_LOSSES:

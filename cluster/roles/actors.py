@@ -25,6 +25,7 @@ from cluster.controller.metrics import ControllerMetrics
 from cluster.controller.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
 from cluster.controller.rebalance import Float64Array
 from cluster.gateway.http_server import serve_http
+from cluster.logs import log_to_stderr
 from cluster.roles.role import node_address
 from cluster.roles.role_actor import GatewayActor, RoleActor, ShardActor, WorkerActor
 from cluster.security.http_tls import server_contexts
@@ -86,9 +87,13 @@ class ControllerActor:
         self._host = host
         self._controller: Controller | None = None
         self._admin: AdminServer | None = None
+        log_to_stderr(config.logging, "controller", self._placement_version)
         self._lease = Lease(owner)
         # Not in a call: nobody would make it when Ray starts this actor again.
         self._starting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="start").submit(self._start)
+
+    def _placement_version(self) -> int | None:
+        return self._controller.status().placement_version if self._controller else None
 
     def start(self, owner: str, config: MobulaConfig) -> None:
         """Waits until every actor is created or found.

@@ -55,6 +55,16 @@ class Role(ABC):
         self._must_leave = False  # once said, not taken back
         self._health_server: grpc.aio.Server | None = None  # it ends when nothing refers to it
 
+    @property
+    def name(self) -> str:
+        """As the controller calls it: "shard-0"."""
+        return self._name
+
+    @property
+    def placement_version(self) -> int | None:
+        """The newest that it serves or is told of; None for a process without, or before it has loaded."""
+        return None
+
     def health(self) -> ProcessHealth:
         """This process about itself."""
         self._must_leave = self._must_leave or self._is_node_ending()

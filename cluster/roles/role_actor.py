@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from cluster.config import MobulaConfig
+from cluster.logs import log_to_stderr
 from cluster.roles.role import Role
 
 SWITCH_INTERVAL_S = 0.0005  # a thread that wakes for a forward waits so long at most for one that computes in Python
@@ -20,7 +21,8 @@ class RoleActor(ABC):
 
     def __init__(self, config: MobulaConfig, rank: int, host: str | None) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._role = self._create_role(config, rank, host)
+        role = self._role = self._create_role(config, rank, host)
+        log_to_stderr(config.logging, role.name, lambda: role.placement_version)
 
     def call(self, method: str, *args: Any) -> Any:
         """A method of the role."""

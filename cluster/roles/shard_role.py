@@ -36,6 +36,10 @@ class ShardRole(Role):
         self._metrics = ShardMetrics(self._registry, ep_rank)
         self._placement_lock = threading.Lock()  # the weights change in one call at a time
 
+    @property
+    def placement_version(self) -> int | None:
+        return max(self._shard.placement_versions, default=None) if self._shard else None
+
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
         shards = self._config.expert_shards
         compute_with(shards.num_threads or share_of_cores(shards.count))

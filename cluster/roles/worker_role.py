@@ -63,6 +63,10 @@ class WorkerRole(Role):
         self._sampler: tuple[ChoiceSampler, ModelShape] | None = None
         self._is_stopping = False
 
+    @property
+    def placement_version(self) -> int | None:
+        return self._router.expert_map.placement_version if self._router else None
+
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
         workers = self._config.attention_workers
         compute_with(workers.num_threads or share_of_cores(workers.count))
