@@ -118,6 +118,7 @@ def test_plain_cluster_is_that_of_the_service_with_mobula_serve_beside_the_head(
     assert spec["workerGroupSpecs"] == original["workerGroupSpecs"]
     ray_head, serve = spec["headGroupSpec"]["template"]["spec"]["containers"]
     assert serve["command"][:2] == ["mobula", "serve"]
+    assert spec["headGroupSpec"]["template"]["spec"]["shareProcessNamespace"] is True
     ours = {mount["mountPath"]: mount["name"] for mount in serve["volumeMounts"]}
     assert {mount["mountPath"]: mount["name"] for mount in ray_head["volumeMounts"]}.items() <= ours.items()
     assert ours[str(Path(serve["command"][-1]).parent)] == "config"
