@@ -102,9 +102,8 @@ class WeightStore:
         self._reader = reader
         self._use_kernels = use_kernels and native() is not None
         self._units: dict[Unit, UnitWeights] = {}  # this and the next are the control thread's
-        self._experts: dict[
-            tuple[int, int], Expert
-        ] = {}  # of all units, and of one that is being read; any thread reads
+        # Of all units, and of one that is being read; any thread reads.
+        self._experts: dict[tuple[int, int], Expert] = {}
         self._units_of_version: dict[int, tuple[Unit, ...]] = {}
         self._served: Mapping[int, Mapping[int, LayerWeights]] = MappingProxyType({})  # by version and layer
 
