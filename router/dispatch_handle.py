@@ -128,9 +128,8 @@ class DispatchHandle:
             return
         if self._context.clock() < self.started_s + config.missing_after_s:
             return
-        messages = [attempt.message for attempt in (*self._in_flight, *self._failed)]
-        hidden_states = self._layer.hidden_states
-        self._left_out = leave_out(messages, self._missing(), len(hidden_states), hidden_states)
+        messages, like = [a.message for a in (*self._in_flight, *self._failed)], self._layer.hidden_states
+        self._left_out = leave_out(messages, self._missing(), len(like), like)
         self._num_missing = 0
         self._context.metrics.count_missing(self._left_out.num_assignments)
         limit.on_missing_experts()
@@ -374,26 +373,28 @@ class DispatchHandle:
 
     def _look_whether_late(self, attempt: Attempt, now_s: float) -> None:
         context, message = self._context, attempt.message
-        late_at_s = attempt.sent_s + context.times.late_after_s(message.ep_rank, message.num_assignments)
-        if late_at_s > now_s:
-            attempt.late_at_s = late_at_s
-            return
-        attempt.late_at_s, attempt.is_late = math.inf, True
-        context.metrics.count_late(message.ep_rank)
-        assert attempt.call
-        context.health.late(message.ep_rank, attempt.call.sequence_number)
-        if not attempt.is_probe:
-            self._send_to_others(attempt, "late", is_check=attempt.is_check)
+        if not attempt.is_late:
+            late_at_s = attempt.sent_s + context.times.late_after_s(message.ep_rank, message.num_assignments)
+            if late_at_s > now_s:
+                attempt.late_at_s = late_at_s
+                return
+            attempt.is_late = True
+            context.metrics.count_late(message.ep_rank)
+            assert attempt.call
+            context.health.late(message.ep_rank, attempt.call.sequence_number)
+        has_asked = attempt.is_probe or self._send_to_others(attempt, "late", is_check=attempt.is_check)
+        attempt.late_at_s = math.inf if has_asked else now_s + context.config.late_after_s  # somebody may be there
 
-    def _send_to_others(self, attempt: Attempt, reason: str, *, is_check: bool) -> None:
-        """Asks other replicas for an attempt's partial sums, as far as there are any to be trusted."""
+    def _send_to_others(self, attempt: Attempt, reason: str, *, is_check: bool) -> bool:
+        """Asks other replicas for an attempt's partial sums, if any can be reached and trusted; whether any can."""
         routing = self._context.routing()
         row = routing.expert_map.row(self._layer.layer_id)
         if not np.array_equal(routing.expert_map.expert_to_unit[row], self._expert_to_unit):
-            return
+            return False
         ep_ranks = self._context.candidates.to_hedge(routing, row, attempt.ep_rank)
-        self._is_missing = self._missing()
-        for message in plan_again(attempt.message, self._expert_to_unit, ep_ranks):
-            if message.ep_rank >= 0:
-                self._context.metrics.count_retry(reason)
-                self._send(message, routing, attempt.number + 1, is_check=is_check)
+        others = [part for part in plan_again(attempt.message, self._expert_to_unit, ep_ranks) if part.ep_rank >= 0]
+        self._is_missing = self._missing() if others else self._is_missing
+        for message in others:
+            self._context.metrics.count_retry(reason)
+            self._send(message, routing, attempt.number + 1, is_check=is_check)
+        return bool(others)

@@ -74,10 +74,13 @@ class Candidates:
         return choose_replicas(usable, next(self._turns), avoid=[failed])
 
     def to_hedge(self, routing: Routing, row: int, late: int) -> Int64Array:
-        """A shard for each unit that another than `late` has who can be reached and trusted, else -1: [num_units]."""
-        avoid = {*routing.down(), *self._health.avoided(), late}
-        others = others_only(self._right(routing, row), avoid)
-        return choose_replicas(others, next(self._turns))
+        """A shard for each unit that another than `late` has, else -1: [num_units].
+
+        One that can be reached and that nobody waits for too long, for else an overload would double itself; one that
+        is quarantined only where there is no other.
+        """
+        others = others_only(self._right(routing, row), {*routing.down(), *self._health.suspects(), late})
+        return choose_replicas(usable_replicas(others, self._health.quarantined()), next(self._turns))
 
     def to_probe(self, routing: Routing) -> int | None:
         """A shard that is not trusted, can be reached, and is to be tried now; None for none."""

@@ -83,6 +83,10 @@ class ShardHealth:
         """Shards that get no rows while others have the unit."""
         return [ep_rank for ep_rank, shard in self._shards.items() if shard.is_quarantined or shard.outstanding]
 
+    def suspects(self) -> list[int]:
+        """Those of them that are waited for now."""
+        return [ep_rank for ep_rank, shard in self._shards.items() if shard.outstanding]
+
     def quarantined(self) -> list[int]:
         """Those of them that stay so until they have shown otherwise. From any thread."""
         return [ep_rank for ep_rank, shard in list(self._shards.items()) if shard.is_quarantined]

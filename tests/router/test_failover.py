@@ -98,6 +98,28 @@ def test_a_shard_that_is_always_late_is_quarantined_and_probed_until_it_is_punct
     assert len(transport.calls) > num_probes + NUM_PUNCTUAL
 
 
+def test_a_quarantined_shard_is_asked_when_the_only_other_one_is_late(shards):
+    slow = slow_of(shards)
+    shards.transports[slow].seconds = 0.2
+    while not shards.router.quarantined_shards():
+        combine(shards)
+    shards.transports[slow].seconds = 0.01
+    shards.clock.now_s += 1.0  # the answers to late ones arrive
+    combine(shards)
+    next(transport for transport in shards.transports if transport is not shards.transports[slow]).seconds = None
+    assert max(combine(shards) for _ in range(3)) < 0.3
+
+
+def test_a_late_answer_is_asked_of_another_as_soon_as_one_is_there(shards):
+    silent = slow_of(shards)
+    others = [transport for transport in shards.transports if transport is not shards.transports[silent]]
+    shards.transports[silent].seconds = None
+    for transport in others:
+        transport.is_connected = False
+    shards.clock.after(1.0, lambda: [setattr(transport, "is_connected", True) for transport in others])
+    assert 1.0 < combine(shards) < 1.2
+
+
 def test_probes_are_rare_and_delay_nobody(shards):
     slow = slow_of(shards)
     shards.transports[slow].seconds = 0.2
