@@ -43,7 +43,9 @@ SCENARIOS: Mapping[str, Scenario] = {
     "kill-worker": Scenario("kill -9 an attention worker", lambda seed: Kill(RoleName.WORKER, seed)),
     "kill-gateway": Scenario("kill -9 a gateway", lambda seed: Kill(RoleName.GATEWAY, seed)),
     "kill-controller": Scenario("kill -9 the controller", lambda seed: Kill(CONTROLLER, seed)),
-    "kill-raylet": Scenario("kill -9 a node's raylet and so all that runs there; another node joins", KillRaylet),
+    "kill-raylet": Scenario(
+        "kill -9 a node's raylet and so all that runs there; another node joins", lambda seed: KillRaylet()
+    ),
     "stop-shard": Scenario(
         "SIGSTOP an expert shard for 8 s: it hangs, its connections stand", lambda seed: Stop(RoleName.SHARD, seed)
     ),

@@ -136,7 +136,11 @@ class Load:
 
     async def _client(self) -> None:
         # Of its own, as a client of its own has: with several gateways not all go to one.
-        options = [*rpc.client_options(), ("grpc.use_local_subchannel_pool", 1)]
+        options = [
+            *rpc.client_options(),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+        ]
         async with self._access.aio_channel(self._address, options) as channel:
             stub = generation_pb2_grpc.InferenceStub(channel)
             while not self._is_draining:
