@@ -1,7 +1,7 @@
 """The controller's gRPC server: an operator's calls, which the gateway relays. No logic.
 
 A plan takes seconds for a large model, so it is computed in a thread of its own, one call after another; the status is
-answered meanwhile. Knows nothing of Ray; the calls have no right of their own yet, so it listens where data does.
+answered meanwhile. Knows nothing of Ray, nor of rights: gateways check them, and under mutual TLS only they may call.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """The gateway's side of the admin calls: passes them on to the controller as raw bytes, so that clients talk to one
 port. Knows nothing of what they say.
 
-The calls have no right of their own yet: whoever may generate may also rebalance. That comes with keys; until then the
-gateway's port belongs in a trusted network.
+The right `admin` is checked before this, by cluster/security/key_guard.py; without `gateway.keys` whoever may generate
+may also rebalance.
 """
 
 import asyncio
