@@ -37,6 +37,11 @@ def histogram(name: str, bound: str, slow: int) -> Series:
     return {f'{name}_bucket{{le="{bound}"}}': f"0+{100 - slow}x160", f"{name}_count": "0+100x160"}
 
 
+def left_out(**totals: str) -> Series:
+    """Of worker 0."""
+    return {f'mobula_{kind}_assignments_total{{dp_rank="0"}}': values for kind, values in totals.items()}
+
+
 TTFT, ITL = "mobula_time_to_first_token_seconds", "mobula_inter_token_latency_seconds"
 UNEVEN, EVEN = "0.5+0x160", "0.9+0x160"
 CASES = [
@@ -51,13 +56,9 @@ CASES = [
         {"dp_rank": "1"},
     ),
     Case("MobulaDeviceLimitViolated", "6m", {'mobula_device_limit_violations_total{dp_rank="1"}': "0+0x20"}, None),
-    Case(
-        "MobulaDroppedAssignments",
-        "20m",
-        {'mobula_dropped_assignments_total{dp_rank="0"}': "0+60x100"},
-        {"dp_rank": "0"},
-    ),
-    Case("MobulaDroppedAssignments", "20m", {'mobula_dropped_assignments_total{dp_rank="0"}': "7+0x100"}, None),
+    Case("MobulaDroppedAssignments", "20m", left_out(dropped="0+60x30", missing="0x30"), {"dp_rank": "0"}),
+    Case("MobulaDroppedAssignments", "20m", left_out(dropped="0x30", missing="0+60x30"), {"dp_rank": "0"}),
+    Case("MobulaDroppedAssignments", "20m", left_out(dropped="7x30", missing="7x30"), None),
     Case("MobulaNoSuccessfulRebalance", "150m", {"mobula_expert_load_total_balancedness": UNEVEN}, {}),
     Case(
         "MobulaNoSuccessfulRebalance",
