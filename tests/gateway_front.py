@@ -33,6 +33,7 @@ class FakeWorker:
         self.relayed: list[worker_pb2.RelayedRequest] = []
         self.num_calls = 0
         self.num_running = 0
+        self.max_num_seqs = 0  # that it says it computes at once; 0: says nothing
         self._loop = loop
         self.link = CutLink(loop.run(self._start()), loop)
 
@@ -102,7 +103,9 @@ class FakeWorker:
         return response.SerializeToString()
 
     async def get_model_info(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        return generation_pb2.GetModelInfoResponse(model_id=str(self.dp_rank)).SerializeToString()
+        return generation_pb2.GetModelInfoResponse(
+            model_id=str(self.dp_rank), max_num_seqs=self.max_num_seqs
+        ).SerializeToString()
 
 
 class Front:

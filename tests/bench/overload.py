@@ -88,6 +88,7 @@ def _measure(model: MeasuredModel, address: str, vocab_size: int, options: Optio
     for factor, outcome in outcomes.items():
         p99 = statistics.quantiles(outcome.first_token_s, n=100, method="inclusive")[-1]
         at = params | {"load": f"{factor}x"}
+        yield Row.of(NAME, at | {"what": "asked"}, [outcome.num_requests / SECONDS], "req/s")
         yield Row.of(NAME, at | {"what": "answered in time"}, [outcome.per_s], "req/s")
         yield Row.of(NAME, at | {"what": "refused at once"}, [100 * outcome.num_refused / outcome.num_requests], "%")
         yield Row.of(NAME, at | {"what": "late or failed"}, [outcome.num_late], "")
@@ -113,9 +114,11 @@ class _Load:
 
         async def arrivals(stub: generation_pb2_grpc.InferenceStub, outcome: Outcome, end_s: float) -> None:
             async with asyncio.TaskGroup() as group:
-                while time.monotonic() < end_s:
+                next_s = time.monotonic()
+                while next_s < end_s:
+                    await asyncio.sleep(max(0.0, next_s - time.monotonic()))
                     group.create_task(self._request(stub, outcome))
-                    await asyncio.sleep(self._rng.expovariate(per_s))
+                    next_s += self._rng.expovariate(per_s)  # also where this process was late
 
         return await self._phase(seconds, [arrivals])
 

@@ -1,8 +1,9 @@
 """The gateway in front of workers whose answers are known, called by stock clients over real gRPC."""
 
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 import grpc.aio
@@ -96,6 +97,33 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_worker_is_free_again() -
         assert "nothing was read for 0.3 s" in raised.value.details()
 
 
+def test_a_call_without_a_place_waits_until_one_comes_free() -> None:
+    loop = LoopThread("test")
+    opened = Front(loop, num_workers=1)
+    opened.workers[0].max_num_seqs = 1  # and one more is sent, so that it need not wait for the next
+    opened.connect()
+    worker = next(iter(opened.gateway.pool.workers.values()))
+    until(lambda: worker.max_num_seqs == 1)
+    running = [opened.generate("endless") for _ in range(2)]
+    for call in running:
+        next(call)
+    waiting = opened.generate("count to 1")
+    until(lambda: opened.metrics.registry.get_sample_value("mobula_gateway_requests_waiting") == 1)
+    assert opened.workers[0].num_calls == 2
+    running[0].cancel()
+    assert next(waiting).text == "0 "
+    assert opened.metrics.registry.get_sample_value("mobula_gateway_requests_waiting") == 0
+    opened.close()
+    loop.stop()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    give_up_s = time.monotonic() + 5.0
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+
+
 def test_calls_in_flight_end_with_a_status_when_the_gateway_stops() -> None:
     with front(num_workers=1) as opened:
         running = opened.generate("endless")
@@ -179,24 +207,29 @@ def test_several_gateways_share_a_port_and_one_that_ends_costs_only_its_own_call
         num_of_first = first.pool.num_in_flight
         assert first.pool.num_in_flight + second.pool.num_in_flight == len(calls)
         assert 0 < num_of_first < len(calls)
+        ended: list[grpc.StatusCode] = []
+        readers = [threading.Thread(target=read_to_the_end, args=(call, ended)) for call in calls]
+        for reader in readers:
+            reader.start()
         loop.run(first.stop(0.0))
-        ended = [call for call in calls if not goes_on(call)]
-        assert len(ended) == num_of_first
+        until(lambda: len(ended) == num_of_first)
+        assert second.pool.num_in_flight == len(calls) - num_of_first
         for stub in stubs:  # a client tries again, and finds the other one
             assert next(stub.Generate(request, timeout=10.0, wait_for_ready=True))
         loop.run(second.stop(0.0))
+        for reader in readers:
+            reader.join()
         for channel in channels:
             channel.close()
         loop.stop()
 
 
-def goes_on(call: Iterator[generation_pb2.GenerateResponse]) -> bool:
+def read_to_the_end(call: Iterator[generation_pb2.GenerateResponse], ended: list[grpc.StatusCode]) -> None:
     try:
-        for _ in range(3):
-            next(call)
-    except grpc.RpcError:
-        return False
-    return True
+        for _ in call:
+            pass
+    except grpc.RpcError as error:
+        ended.append(error.code())
 
 
 def free_port() -> int:
