@@ -84,6 +84,7 @@ class KillRaylet(Fault):
     def _ray_start(self, *options: str) -> "subprocess.Popen[bytes]":
         """Ends when the node runs."""
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, f"--node-ip-address={HOST}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0"]  # any free ones: the nodes share an address
         command += [f"--num-cpus={NODE_CPUS}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]
         environment = {**os.environ, **self._environment, FOLDER_VARIABLE: str(self._folder)}
         return subprocess.Popen(
