@@ -88,6 +88,7 @@ class ControllerActor:
         self._controller: Controller | None = None
         self._admin: AdminServer | None = None
         log_to_stderr(config.logging, "controller", self._placement_version)
+        self._creator = owner
         self._lease = Lease(owner)
         # Not in a call: nobody would make it when Ray starts this actor again.
         self._starting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="start").submit(self._start)
@@ -95,8 +96,8 @@ class ControllerActor:
     def _placement_version(self) -> int | None:
         return self._controller.status().placement_version if self._controller else None
 
-    def start(self, owner: str, config: MobulaConfig) -> None:
-        """Waits until every actor is created or found.
+    def start(self, owner: str, config: MobulaConfig) -> bool:
+        """Waits until every actor is created or found. Whether the system is the caller's own and not taken over.
 
         Raises StartError when the Ray cluster has no room, and when this controller serves another configuration or
         obeys another owner.
@@ -109,6 +110,7 @@ class ControllerActor:
         if not self._lease.take(owner):
             raise StartError(f"another process serves Mobula in namespace {config.ray.namespace}; set ray.namespace")
         self._starting.result()
+        return owner == self._creator
 
     def _start(self) -> None:
         self._controller = Controller(

@@ -46,6 +46,7 @@ class Deployment:
         self._controller: Any = None
         self._owner = secrets.token_hex(8)
         self._is_owner = False  # known once the controller has started for us
+        self._has_taken_over = False  # a system that somebody else started
         self._has_joined_ray = False
         self._is_local = config.ray.address is None
 
@@ -66,17 +67,27 @@ class Deployment:
     def wait_until_serving(self, show: Callable[[ClusterStatus | None], None]) -> ClusterStatus:
         """Shows the status again and again until every process serves.
 
-        Raises StartError naming each process that failed, or those that are late after ray.start_timeout_s.
+        Raises StartError naming each process that failed, or those that are late after ray.start_timeout_s. A system
+        that ran before is then left as it is, and its controller waits for another owner; nor is it an error that one
+        of its processes has failed: the controller starts that again.
         """
+        try:
+            return self._wait_until_serving(show)
+        except StartError:
+            if self._has_taken_over:
+                self._controller = None
+            raise
+
+    def _wait_until_serving(self, show: Callable[[ClusterStatus | None], None]) -> ClusterStatus:
         started = self._controller.start.remote(self._owner, self.config)
         deadline = time.monotonic() + self.config.ray.start_timeout_s
         while True:
             if not self._is_owner and ray.wait([started], timeout=0)[0]:
-                _raise_if_failed(started)
+                self._has_taken_over = not _has_created(started)
                 self._is_owner = True
             status = self.status()
             show(status)
-            if status and status.failures:
+            if self._is_owner and not self._has_taken_over and status and status.failures:
                 raise StartError("; ".join(status.failures))
             if self._is_owner and status and status.is_serving:
                 return status
@@ -179,10 +190,10 @@ def _check_port(host: str, port: int, key: str) -> None:
             raise ConfigError(f"{key}: cannot listen on {host}:{port}: {error.strerror}; set another one") from error
 
 
-def _raise_if_failed(started: "ray.ObjectRef[Any]") -> None:
-    """Raises StartError with what the controller said, without Ray's account of where it said it."""
+def _has_created(started: "ray.ObjectRef[Any]") -> bool:
+    """What the controller said. Raises StartError with it, without Ray's account of where it was said."""
     try:
-        ray.get(started)
+        return bool(ray.get(started))
     except ray.exceptions.RayTaskError as error:
         raise StartError(str(error.cause)) from error
     except ray.exceptions.RayError as error:
