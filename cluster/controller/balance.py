@@ -221,6 +221,8 @@ class Balance:
         self._place(self._tracker.estimate(self._expert_map.placement_version, self._clock()).decayed, ep_ranks)
 
     def _place(self, load: Float64Array, ep_ranks: Collection[int]) -> ExpertMap:
+        if not ep_ranks:
+            raise RebalanceRefused("every shard is gone; ask again when one is ready", retry_after_s=5.0)
         try:
             newest = max(self._newest_version, self._expert_map.placement_version)
             return self._proposer.place(load, self._expert_map, newest + 1, self._traits(ep_ranks))

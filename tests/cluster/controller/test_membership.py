@@ -225,6 +225,23 @@ def test_units_of_a_shard_that_stays_away_are_given_to_the_others_and_it_gets_un
     assert fakes["shard-1"].told("stage")[0][1] < URGENT_BYTES_PER_S
 
 
+def test_when_all_shards_stay_away_the_rest_is_looked_after_until_they_are_back(cluster, now) -> None:
+    controller, fakes = cluster
+    for name in SHARDS:
+        fakes[name].die()
+    for _ in range(3):
+        now[0] += 61.0
+        controller.reconcile()
+    fakes["worker-0"].die()
+    run(controller, 1)
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {1}
+    fakes["worker-0"].restart()
+    for name in SHARDS:
+        fakes[name].restart()
+    run(controller, 6)
+    assert controller.status().is_serving
+
+
 def test_a_shard_that_loads_is_waited_for_however_long_it_takes(cluster, now) -> None:
     controller, fakes = cluster
     fakes["shard-1"].restart()
