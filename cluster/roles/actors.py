@@ -2,7 +2,9 @@
 passes through it.
 """
 
+import logging
 import os
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -38,10 +40,13 @@ from router.expert_map import ExpertMap
 from router.placement import PlacementRequest
 from router.placement.members import ShardTraits, place_on
 
+logger = logging.getLogger(__name__)
+
 PLACEMENT_TIMEOUT_S = 60.0  # for Ray to find room on a cluster of ours
 NAME_PREFIX = "mobula-"  # of every actor
 CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
 NICENESS = 5  # of the controller: a placement is computed beside requests that run on the same cores
+FAILED_END_S = 10.0  # for who waits for the controller's start to be told why it failed, and to end everything
 ACTOR_THREADS = 4  # so that health is answered while weights are read
 ACTOR_CLASSES: Mapping[RoleName, type[RoleActor]] = {
     RoleName.SHARD: ShardActor,
@@ -91,7 +96,7 @@ class ControllerActor:
         self._creator = owner
         self._lease = Lease(owner)
         # Not in a call: nobody would make it when Ray starts this actor again.
-        self._starting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="start").submit(self._start)
+        self._starting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="start").submit(self._start_or_end)
 
     def _placement_version(self) -> int | None:
         return self._controller.status().placement_version if self._controller else None
@@ -111,6 +116,17 @@ class ControllerActor:
             raise StartError(f"another process serves Mobula in namespace {config.ray.namespace}; set ray.namespace")
         self._starting.result()
         return owner == self._creator
+
+    def _start_or_end(self) -> None:
+        """Where it could not start, whoever waits is told; then the process ends, and Ray starts it again."""
+        try:
+            self._start()
+        except Exception:
+            logger.exception("the controller could not start; its process ends in %g s", FAILED_END_S)
+            end = threading.Timer(FAILED_END_S, _end_process)
+            end.daemon = True
+            end.start()
+            raise
 
     def _start(self) -> None:
         self._controller = Controller(
@@ -325,6 +341,10 @@ def _options(config: ActorConfig) -> dict[str, Any]:
         "max_task_retries": 0,  # the controller repeats what must be repeated
         "max_concurrency": ACTOR_THREADS,
     }
+
+
+def _end_process() -> None:
+    os._exit(os.EX_UNAVAILABLE)
 
 
 def _settle(answer: Future[Any], done: Future[Any]) -> None:
