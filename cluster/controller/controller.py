@@ -209,6 +209,7 @@ class Controller:
     def _begin_rebalance(self) -> RebalancePlan:
         plan = self._balance.plan()
         self._balance.begin(plan, is_serving=self._status.is_serving)
+        self._status = replace(self._status, rebalance=self._balance.status())  # who asked for it sees it from now on
         return plan
 
     def _members(self, role: RoleName) -> list[ManagedProcess]:
