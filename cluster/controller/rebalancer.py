@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from cluster.controller.process import ManagedProcess, ProcessDied, RoleName
+from cluster.controller.process import ManagedProcess, RoleName
 from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, StagePart, parts_to_stage
 from cluster.controller.unit_sources import NO_SOURCES, UnitSources
 from router.expert_map import ExpertMap
@@ -172,8 +172,8 @@ class Rebalancer:
     def _drain(self, plan: RebalancePlan) -> None:
         if not self._all_done():
             return
-        oldest = [call.result() for call in self._calls.values() if not _is_dead(call)]
-        if any(version < plan.new.placement_version for version in oldest):
+        # One that has ended is not asked again, for it is not ready.
+        if any(call.exception() or call.result() < plan.new.placement_version for call in self._calls.values()):
             self._ask_workers()
             return
         self._calls = {
@@ -201,10 +201,6 @@ class Rebalancer:
 
     def _all_done(self) -> bool:
         return all(call.done() for call in self._calls.values())
-
-
-def _is_dead(call: Future[Any]) -> bool:
-    return isinstance(call.exception(), ProcessDied)
 
 
 def _knows(worker: ManagedProcess, placement_version: int) -> bool:

@@ -101,6 +101,18 @@ def test_nothing_is_released_while_a_worker_has_forwards_under_the_old_version()
     assert fakes["shard-0"].told("release") == [(1,)]
 
 
+def test_a_worker_that_cannot_say_what_it_needs_is_asked_again() -> None:
+    controller, fakes = serving()
+    fakes["worker-1"].answers["oldest_placement_version"] = RuntimeError("the answer could not be read")
+    asked(controller)
+    run(controller, 10)
+    assert state(controller) is RebalanceState.DRAINING
+    fakes["worker-1"].answers["oldest_placement_version"] = 2
+    run(controller, 4)
+    assert state(controller) is RebalanceState.IDLE
+    assert fakes["shard-0"].told("release") == [(1,)]
+
+
 @pytest.mark.parametrize("at", [RebalanceState.STAGING, RebalanceState.ACTIVATING])
 @pytest.mark.parametrize("comes_back", [False, True])
 def test_a_shard_that_dies_before_workers_are_told_ends_it_and_the_old_version_goes_on(at, comes_back) -> None:
