@@ -214,7 +214,7 @@ class Balance:
             if self.is_idle:
                 self.membership.are_placed_on(members)
         else:
-            self.membership.remove_drained(self._expert_map, self._drain_timeout_s)
+            self.membership.remove_drained(self._expert_map, self._drain_timeout_s, self._clock())
 
     def _check_members(self, ep_ranks: Collection[int]) -> None:
         """Raises RebalanceRefused where no placement on these shards satisfies the configuration."""

@@ -94,7 +94,7 @@ class Controller:
         )
         self._scaling = ShardScaling(self._balance.membership, scaling or ShardScalingConfig(), clock)
         self._replica_check = ReplicaCheck(lambda: self._members(RoleName.SHARD), clock)
-        self._departures = Departures(processes, drain_timeout_s)
+        self._departures = Departures(processes, drain_timeout_s, clock)
         self._is_placed = False  # whether the placement that shards load is settled
         self._inbox = Inbox()
         self._stopping = threading.Event()

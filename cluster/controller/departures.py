@@ -4,10 +4,12 @@ controller's thread. Knows nothing of experts: a shard that leaves for good is m
 1. It is marked, and gateways are told of the workers without it, so that it gets no new requests.
 2. It is told to stop: what it computes may end for `drain_timeout_s`; then gateways go on with the rest elsewhere
    (cluster/gateway/generation.py), and forwards of a shard wait for the next one.
-3. It is killed; the one that is to be replaced is started again, and loads as after a crash.
+3. It is killed, also if it does not stop in that time; the one that is to be replaced is started again, and loads as
+   after a crash.
 """
 
 import logging
+from collections.abc import Callable
 
 from cluster.controller.process import ManagedProcess, RoleName
 from protos.errors import InvalidRequest, NotServing
@@ -18,8 +20,9 @@ logger = logging.getLogger(__name__)
 class Departures:
     """Changes the controller's records."""
 
-    def __init__(self, processes: list[ManagedProcess], drain_timeout_s: float) -> None:
+    def __init__(self, processes: list[ManagedProcess], drain_timeout_s: float, clock: Callable[[], float]) -> None:
         """drain_timeout_s: for requests that a process is computing."""
+        self._clock = clock
         self._processes = processes
         self._drain_timeout_s = drain_timeout_s
         self._killed: dict[str, str] = {}  # generations that others take the place of, by process
@@ -51,10 +54,7 @@ class Departures:
                 if process.health.generation not in ("", self._killed[process.name]):
                     process.is_replaced = False
                     del self._killed[process.name]
-            elif process.stopping is None:
-                logger.info("%s is told to stop", process.name)
-                process.stopping = process.handle.call("stop", self._drain_timeout_s)
-            elif process.stopping.done():
+            elif process.has_stopped(self._drain_timeout_s, self._clock()):
                 self._end(process)
 
     def _end(self, process: ManagedProcess) -> None:

@@ -132,14 +132,12 @@ class ShardMembership:
         is_coming = any(s.health.state in COMING for s in self.staying if s.rank not in self._placed_on)
         return not is_coming and self.members() != self._placed_on
 
-    def remove_drained(self, expert_map: ExpertMap, drain_timeout_s: float) -> None:
+    def remove_drained(self, expert_map: ExpertMap, drain_timeout_s: float, now_s: float) -> None:
         """Ends the shards that leave and hold nothing; call it while no rebalance is under way."""
         for shard in [shard for shard in self.shards if shard.is_leaving]:
             if shard.rank in expert_map.ep_ranks:
                 continue
-            if shard.stopping is None:
-                shard.stopping = shard.handle.call("stop", drain_timeout_s)
-            elif shard.stopping.done():
+            if shard.has_stopped(drain_timeout_s, now_s):
                 shard.handle.kill()
                 self._processes.remove(shard)
                 logger.info("%s has left", shard.name)

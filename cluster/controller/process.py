@@ -115,6 +115,9 @@ class ProcessHandle(Protocol):
         """Ends the process at once; it is not started again."""
 
 
+STOP_SLACK_S = 5.0  # that a process may take to stop beyond the time that its requests have
+
+
 class ProcessDied(Exception):
     """The process ended or cannot be reached; it may come back as another generation."""
 
@@ -137,6 +140,7 @@ class ManagedProcess:
     is_leaving: bool = False  # a shard that gives up its units, or a worker its requests, and then ends
     is_replaced: bool = False  # it is to end, and another generation to take its place
     stopping: Future[Any] | None = None  # once it was told to end
+    stop_by_s: float = 0.0  # else it is killed; a moment of the controller's clock
 
     @property
     def name(self) -> str:
@@ -150,6 +154,14 @@ class ManagedProcess:
     def is_ending(self) -> bool:
         """Whether nothing new should be given to it."""
         return self.is_leaving or self.is_replaced
+
+    def has_stopped(self, drain_timeout_s: float, now_s: float) -> bool:
+        """Whether it did what the first of these calls tells it, or has had its time."""
+        if self.stopping is None:
+            self.stopping = self.handle.call("stop", drain_timeout_s)
+            self.stop_by_s = now_s + drain_timeout_s + STOP_SLACK_S
+            return False
+        return self.stopping.done() or now_s >= self.stop_by_s
 
     @property
     def is_connected(self) -> bool:

@@ -39,6 +39,21 @@ def test_a_drained_worker_gets_nothing_new_before_it_is_told_to_stop_and_is_gone
     assert controller.status().is_serving
 
 
+def test_a_process_that_does_not_stop_is_killed_when_its_time_is_over() -> None:
+    now_s = 0.0
+    controller, fakes = system(clock=lambda: now_s)
+    run(controller, 4)
+    generation = fakes["worker-0"].generation
+    fakes["worker-0"].answers["stop"] = Future()
+    controller._departures.restart(RoleName.WORKER, 0, is_serving=True)
+    run(controller, 4)
+    assert fakes["worker-0"].generation == generation
+    now_s = 36.0  # 30 s for its requests, 5 s more
+    run(controller, 5)
+    assert fakes["worker-0"].generation != generation
+    assert controller.status().is_serving
+
+
 def test_the_last_worker_stays() -> None:
     controller, _ = serving()
     controller._departures.drain_worker(1)

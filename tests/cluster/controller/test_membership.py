@@ -1,5 +1,6 @@
 """Shards are added and drained by a controller whose processes are plain objects."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
@@ -97,6 +98,18 @@ def test_a_shard_that_is_drained_ends_when_the_others_have_its_units_and_they_ke
     answered(controller, lambda: controller.scale_shards(3))
     run(controller, 12)
     assert ranks_in_use(fakes) == ((0, 1, 2), [0, 1, 2])  # the free number is taken again
+
+
+def test_a_drained_shard_that_does_not_stop_is_killed_when_its_time_is_over(cluster, now) -> None:
+    controller, fakes = cluster
+    fakes["shard-1"].answers["stop"] = Future()
+    answered(controller, lambda: controller.drain_shard(1))
+    run(controller, 14)
+    assert names(controller) == SHARDS
+    now[0] += 36.0
+    run(controller, 2)
+    assert names(controller) == ["shard-0", "shard-2"]
+    assert not fakes["shard-1"].is_alive
 
 
 def test_a_shard_that_is_lost_for_good_is_drained_without_it(cluster) -> None:
