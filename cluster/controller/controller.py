@@ -133,7 +133,7 @@ class Controller:
         return self._inbox.ask(lambda: self._balance.membership.drain(ep_rank))
 
     def drain_worker(self, dp_rank: int) -> None:
-        """The worker hands its requests over and ends. From any other thread. Raises InvalidRequest."""
+        """The worker hands its requests over and ends. From any other thread. Raises InvalidRequest, NotServing."""
         self._inbox.ask(lambda: self._departures.drain_worker(dp_rank))
 
     def restart(self, role: RoleName, rank: int) -> None:

@@ -28,11 +28,16 @@ class Departures:
         self._killed: dict[str, str] = {}  # generations that others take the place of, by process
 
     def drain_worker(self, dp_rank: int) -> None:
-        """It ends and does not come back. Asking again changes nothing. Raises InvalidRequest."""
+        """It ends and does not come back. Asking again changes nothing. Raises InvalidRequest, NotServing."""
         worker = self._find(RoleName.WORKER, dp_rank)
         others = [p for p in self._processes if p.role is RoleName.WORKER and p is not worker and not p.is_leaving]
         if not others:
             raise InvalidRequest(f"worker {dp_rank} is the last one; nothing could go on with its requests")
+        if not any(other.is_ready and not other.is_replaced for other in others):
+            raise NotServing(
+                f"no other worker is ready to go on with the requests of worker {dp_rank}; ask again when one is",
+                retry_after_s=5.0,
+            )
         worker.is_leaving, worker.is_replaced = True, False
 
     def restart(self, role: RoleName, rank: int, *, is_serving: bool) -> None:

@@ -63,6 +63,19 @@ def test_the_last_worker_stays() -> None:
         controller._departures.drain_worker(7)
 
 
+def test_a_worker_stays_while_no_other_one_is_ready() -> None:
+    controller, fakes = serving()
+    fakes["worker-1"].die()
+    run(controller, 1)
+    with pytest.raises(NotServing, match="no other worker is ready"):
+        controller._departures.drain_worker(0)
+    fakes["worker-1"].restart()
+    run(controller, 4)
+    controller._departures.drain_worker(0)
+    run(controller, 3)
+    assert "worker-0" not in names(controller)
+
+
 @pytest.mark.parametrize("role", list(RoleName))
 def test_a_process_is_replaced_and_the_next_one_only_when_everything_serves_again(role: RoleName) -> None:
     controller, fakes = serving()
