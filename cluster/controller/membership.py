@@ -91,10 +91,16 @@ class ShardMembership:
         return ShardChange(drained=(rank,))
 
     def replace(self, rank: int) -> ShardChange:
-        """That shard gives up its units and ends, and another one is added. Raises as `drain` and `scale`."""
-        count = len(self.staying)
-        drained = self.drain(rank).drained
-        return ShardChange(added=self.scale(count).added, drained=drained)
+        """That shard gives up its units and ends, and another one is added. Raises as `drain` and `scale`.
+
+        Then it keeps its units: a shard that could not be added now would be missed by nobody later.
+        """
+        staying = [shard.rank for shard in self.staying]
+        if rank not in staying:
+            return self.drain(rank)
+        self._check([other for other in staying if other != rank])
+        added = self.scale(len(staying) + 1).added
+        return ShardChange(added=added, drained=self.drain(rank).drained)
 
     def members(self) -> frozenset[int]:
         """The shards that the next placement uses: all that stay and are not lost, new ones once they are ready."""

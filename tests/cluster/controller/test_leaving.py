@@ -1,8 +1,10 @@
 """Processes whose node is about to end hand over what they do, without Ray and without waiting."""
 
+import pytest
+
 from cluster.controller.balance import Proposer
 from cluster.controller.process import ProcessState
-from protos.errors import InvalidRequest
+from protos.errors import InvalidRequest, Unavailable
 from tests.cluster.controller.test_membership import cluster, drained_under, names, now, ranks_in_use
 from tests.cluster.fake_processes import run, system
 
@@ -34,6 +36,19 @@ def test_a_shard_whose_units_nobody_can_take_ends_with_them_and_comes_back() -> 
     assert fakes["shard-1"].generation != generation
     assert names(controller) == ["shard-0", "shard-1"]
     assert controller.status().is_serving
+
+
+def test_a_shard_whose_place_no_other_one_can_take_keeps_its_units(cluster) -> None:
+    controller, _ = cluster
+    membership = controller._balance.membership
+
+    def refuse(rank):
+        raise Unavailable("still ending", retry_after_s=1.0)
+
+    membership._create = refuse
+    with pytest.raises(Unavailable):
+        membership.replace(1)
+    assert [shard.rank for shard in membership.staying] == [0, 1, 2]
 
 
 def test_a_worker_leaves_the_gateways_first_and_what_starts_on_its_node_meanwhile_loads_nothing() -> None:
