@@ -113,9 +113,13 @@ class ShardMembership:
     def note_absences(self, now_s: float, lost_after_s: float | None) -> None:
         """A shard that was ready and has been gone for `lost_after_s` is lost until it is ready again.
 
-        One that loads is not gone: what it reads the others would have to read as well.
+        One that loads is not gone: what it reads the others would have to read as well. One that a controller before
+        this one lost is gone since this one started.
         """
+        is_adopted = any(shard.is_ready and shard.loading is None for shard in self.shards)
         for shard in self.shards:
+            if is_adopted and shard.ready_at_s is None and shard.rank in self._placed_on:
+                shard.ready_at_s = now_s
             if shard.is_ready:
                 shard.ready_at_s, shard.is_lost = now_s, False
             elif shard.ready_at_s is None or lost_after_s is None or shard.is_lost or shard.health.state in COMING:

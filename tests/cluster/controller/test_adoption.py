@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from cluster.controller.balance import Proposer
+from tests.cluster.controller.test_membership import drained_under, evenly
 from tests.cluster.fake_processes import controller_of, run, system
 from tests.fake_experts import grouped_gate, random_placement
 
@@ -33,6 +35,22 @@ def test_the_placement_that_a_worker_knows_goes_on() -> None:
     assert fakes["worker-0"].placement_version == 9
     ((told,),) = fakes["shard-0"].told("serve_only")[-1:]
     assert told.placement_version == 9
+
+
+def test_a_shard_that_nobody_saw_since_the_controller_was_replaced_is_lost_after_a_while_too() -> None:
+    now_s = 0.0
+    first, fakes = system(num_shards=3)
+    run(first, 4)
+    fakes["shard-1"].die()
+    drained_under(fakes, 2)
+    second = controller_of(fakes, 3, lambda: now_s, Proposer(evenly, expert_bytes=10))
+    run(second, 4)
+    now_s = 61.0
+    run(second, 8)
+    expert_map, addresses = fakes["worker-0"].told("update_placement")[-1]
+    assert expert_map.ep_ranks == (0, 2)
+    assert sorted(addresses) == [0, 2]
+    assert second.status().is_serving
 
 
 def test_shards_are_told_to_drop_what_a_dead_controller_staged_once_no_worker_needs_anything_else() -> None:
