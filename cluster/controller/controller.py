@@ -46,6 +46,7 @@ from router.trace.trace import ExpertIds
 
 logger = logging.getLogger(__name__)
 
+SILENT = (STARTING, DOWN)
 HEALTH_TIMEOUT_S = 5.0  # a process that takes longer is DOWN for this round; its answer is still awaited
 ROUND_S = 0.5  # between two rounds; calls through Ray cost some milliseconds of a core each
 BUSY_ROUND_S = 0.05  # while the system is not up, when each round may find something to do
@@ -223,8 +224,8 @@ class Controller:
         for process in self._processes:
             if process.pending_health is None:
                 process.pending_health = process.handle.call("health")
-        # One that has not started is not waited for: others would be told to load only once it has.
-        answering = [p.pending_health for p in self._processes if p.pending_health and p.health is not STARTING]
+        # One that did not answer the last time is not waited for: it would keep what the others need waiting each time.
+        answering = [p.pending_health for p in self._processes if p.pending_health and p.health not in SILENT]
         wait(answering, timeout=HEALTH_TIMEOUT_S)
         for process in self._processes:
             before = process.health

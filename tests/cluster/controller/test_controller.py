@@ -1,9 +1,11 @@
 """The controller against processes that are plain objects."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
 
+from cluster.controller import controller as controller_module
 from cluster.controller import inbox
 from cluster.controller.balance import Proposer
 from cluster.controller.process import ProcessState
@@ -30,6 +32,21 @@ def test_a_process_loads_while_another_one_has_not_started() -> None:
     run(controller, 2)
     assert len(fakes["shard-0"].told("load")) == 1
     assert dict(controller.status().processes)["shard-1"].state is ProcessState.STARTING
+
+
+def test_a_process_that_hangs_keeps_one_round_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, fakes = system()
+    run(controller, 4)
+    unanswered: list[int] = []
+
+    def wait(futures: list[Future[object]], timeout: float) -> None:
+        unanswered.append(sum(not future.done() for future in futures))
+
+    monkeypatch.setattr(controller_module, "wait", wait)
+    fakes["worker-0"].is_starting = True  # does not answer
+    run(controller, 3)
+    assert unanswered == [1, 0, 0]
+    assert dict(controller.status().processes)["worker-0"].state is ProcessState.DOWN
 
 
 def test_nothing_is_told_twice_while_nothing_changes() -> None:
