@@ -45,8 +45,11 @@ class PeerWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for channel in self._channels.values():
-            self._loop.run(channel.close(grace=0), FRAME_TIMEOUT_S)
+        for address, channel in self._channels.items():
+            try:
+                self._loop.run(channel.close(grace=0), FRAME_TIMEOUT_S)
+            except TimeoutError:  # what was read is whole all the same
+                logger.warning("the connection to %s does not close", address)
 
     def copy(self, unit: Unit, expert_id: int, on_read: OnRead | None) -> Expert | None:
         """The expert as the unit's source has it; None without one, or where it failed, which is then asked no more."""
@@ -77,7 +80,7 @@ class PeerWeights:
                 if on_read:
                     on_read(num_bytes)
         finally:
-            call.cancel()
+            self._loop.loop.call_soon_threadsafe(call.cancel)  # the call belongs to the loop's thread
         return whole.expert()
 
     async def _call(self, address: str, layer_id: int, expert_id: int) -> grpc.aio.UnaryStreamCall:
