@@ -3,7 +3,8 @@
 One round of the loop, the same at start, after a process died and when nothing happens:
   1. observe: ask every process for its health; one that does not answer is DOWN; a worker that knows a newer placement
      than the controller was told of it by a controller before this one, which died: that placement goes on;
-  2. load: tell every NEW process to load; a FAILED one is restarted after a while, and is NEW again like one that died;
+  2. load: tell every NEW process to load; one that FAILED or hangs is restarted after a while, and is NEW again like
+     one that died;
   3. connect: tell every ready worker where the shards are or were last, if that changed since it was told and no unit
      is without one; then the shards to serve that placement alone, so that nothing stays of a rebalance whose
      controller died;
@@ -52,6 +53,7 @@ ROUND_S = 0.5  # between two rounds; calls through Ray cost some milliseconds of
 BUSY_ROUND_S = 0.05  # while the system is not up, when each round may find something to do
 MOVE_ROUND_S = 0.2  # while experts move: requests run, and feel what rounds cost
 MAX_SAMPLE_BYTES = 2 * 2**20  # of expert ids in one answer, which must be a client's message
+HUNG_S = 120.0  # without an answer of a process that lives; longer than a machine that is out of breath takes
 RESTART_WAIT_S = 10.0  # after a process was told to load what it then could not
 
 
@@ -224,6 +226,7 @@ class Controller:
         for process in self._processes:
             if process.pending_health is None:
                 process.pending_health = process.handle.call("health")
+                process.asked_at_s = self._clock()
         # One that did not answer the last time is not waited for: it would keep what the others need waiting each time.
         answering = [p.pending_health for p in self._processes if p.pending_health and p.health not in SILENT]
         wait(answering, timeout=HEALTH_TIMEOUT_S)
@@ -278,6 +281,10 @@ class Controller:
                 process.restart_at_s = self._clock() + RESTART_WAIT_S
             elif process.health.state is ProcessState.FAILED and self._clock() >= process.restart_at_s:
                 process.restart_at_s = self._clock() + RESTART_WAIT_S
+                process.handle.restart()
+            elif process.health is DOWN and process.pending_health and self._clock() - process.asked_at_s >= HUNG_S:
+                logger.warning("%s has not answered for %.0f s, and is started again", process.name, HUNG_S)
+                process.asked_at_s = self._clock()
                 process.handle.restart()
 
     def _tell(self, role: RoleName, value: object, method: str, *args: object) -> None:

@@ -134,6 +134,7 @@ class ManagedProcess:
     loading: Future[Any] | None = None
     restart_at_s: float = 0.0  # if it has failed; a moment of the controller's clock
     pending_health: Future[ProcessHealth] | None = None
+    asked_at_s: float = 0.0  # for the health that is pending; a moment of the controller's clock
     told: tuple[str, object] | None = None  # its generation when it was last told something, and what
     ready_at_s: float | None = None  # when it was seen so last; a moment of the controller's clock
     is_lost: bool = False  # a shard that was ready and is gone for so long that others take over its units

@@ -8,9 +8,9 @@ import pytest
 from cluster.controller import controller as controller_module
 from cluster.controller import inbox
 from cluster.controller.balance import Proposer
-from cluster.controller.process import ProcessState
+from cluster.controller.process import ProcessDied, ProcessState
 from protos.errors import DeadlineExceeded
-from tests.cluster.fake_processes import run, system
+from tests.cluster.fake_processes import FakeProcess, run, system
 from tests.fake_experts import grouped_gate, random_placement
 
 
@@ -47,6 +47,32 @@ def test_a_process_that_hangs_keeps_one_round_waiting(monkeypatch: pytest.Monkey
     run(controller, 3)
     assert unanswered == [1, 0, 0]
     assert dict(controller.status().processes)["worker-0"].state is ProcessState.DOWN
+
+
+def test_a_process_that_hangs_for_long_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "HEALTH_TIMEOUT_S", 0.0)
+    now_s = 0.0
+    controller, fakes = system(clock=lambda: now_s)
+    run(controller, 4)
+    hung = fakes["worker-0"].generation
+    fakes["worker-0"].is_starting = True  # does not answer
+    now_s = 10.0
+    run(controller, 2)
+    assert fakes["worker-0"].generation == hung
+    num_restarts = 0
+
+    def restart() -> None:  # what waited for the process is told that it died
+        nonlocal num_restarts
+        num_restarts += 1
+        worker.pending_health.set_exception(ProcessDied("killed"))
+        FakeProcess.restart(fakes["worker-0"])
+
+    (worker,) = [process for process in controller._processes if process.name == "worker-0"]
+    fakes["worker-0"].restart = restart  # type: ignore[method-assign]
+    now_s = 131.0
+    run(controller, 5)
+    assert num_restarts == 1
+    assert controller.status().is_serving
 
 
 def test_nothing_is_told_twice_while_nothing_changes() -> None:
