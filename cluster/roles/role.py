@@ -53,6 +53,7 @@ class Role(ABC):
         self._tracing = tracing_of(config.tracing, self._name)
         disable_created_metrics()  # a series more for each counter and histogram, for when it was made
         self._must_leave = False  # once said, not taken back
+        self._node_started_s = _node_start_s()  # a leave file that is older is of a container before this one
         self._health_server: grpc.aio.Server | None = None  # it ends when nothing refers to it
 
     @property
@@ -68,7 +69,10 @@ class Role(ABC):
     def health(self) -> ProcessHealth:
         """This process about itself."""
         self._must_leave = self._must_leave or self._is_node_ending()
-        return replace(self._health, peak_rss_bytes=_peak_rss_bytes(), must_leave=self._must_leave)
+        health = replace(self._health, peak_rss_bytes=_peak_rss_bytes(), must_leave=self._must_leave)
+        if self._must_leave and health.state is ProcessState.NEW:
+            return replace(health, detail=f"loads nothing: {self._config.leave_file} says that its node ends")
+        return health
 
     def load(self, expert_map: ExpertMap) -> None:
         """From NEW to READY. What goes wrong is not raised but shown by `health`, as FAILED.
@@ -102,7 +106,13 @@ class Role(ABC):
         )
 
     def _is_node_ending(self) -> bool:
-        return self._config.leave_file is not None and Path(self._config.leave_file).exists()
+        if self._config.leave_file is None:
+            return False
+        try:
+            written_s = Path(self._config.leave_file).stat().st_mtime
+        except FileNotFoundError:
+            return False
+        return written_s >= self._node_started_s
 
     def _use_certificates(self) -> None:
         """Raises CertificateError."""
@@ -140,6 +150,12 @@ class Role(ABC):
         """On a port of its own too, if one is configured. Raises Unavailable."""
         if port := self._ports().health_port:
             self._health_server = self._loop.run(serve_health(health, self._bind_host, port), CONTROL_TIMEOUT_S)
+
+
+def _node_start_s() -> float:
+    """Seconds of the epoch at which this one's parent was started: Ray's process, which a container begins with."""
+    parent = psutil.Process().parent()
+    return parent.create_time() if parent else 0.0
 
 
 def _peak_rss_bytes() -> int:

@@ -1,9 +1,11 @@
 """`mobula leave` writes the file and waits until nobody listens."""
 
+import os
 import socket
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -43,6 +45,18 @@ def test_it_gives_up_after_its_time(tmp_path: Path) -> None:
         arguments = ["leave", str(tmp_path / "leave"), "--health-port", port, "--timeout-s", "0.05"]
         result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
+
+
+def test_the_file_of_a_container_before_means_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "leave"
+    file.touch()
+    before_s = psutil.Process(os.getppid()).create_time() - 5.0
+    os.utime(file, (before_s, before_s))
+    role = GatewayRole(parse_config({"leave_file": str(file)}), HOST)
+    assert not role.health().must_leave
+    file.touch()
+    assert role.health().must_leave
+    assert "says that its node ends" in role.health().detail
 
 
 def test_a_process_notices_the_file_and_does_not_take_it_back(tmp_path: Path) -> None:
