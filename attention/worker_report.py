@@ -29,6 +29,7 @@ class WorkerReport:
         model_info: generation_pb2.GetModelInfoResponse,
         credentials: Credentials = PLAINTEXT,
     ) -> None:
+        """model_info: without ep_size, which changes."""
         self._credentials = credentials
         self._router = router
         self._gate = gate
@@ -45,8 +46,10 @@ class WorkerReport:
             self._channels[address] = self._credentials.channel(address, PeerRole.SHARD, rpc.frame_options())
 
     async def model_info(self) -> generation_pb2.GetModelInfoResponse:
-        """What is served."""
-        return self._model_info
+        """What is served, and by how many shards now."""
+        info = generation_pb2.GetModelInfoResponse(ep_size=len(self._router.expert_map.ep_ranks))
+        info.MergeFrom(self._model_info)
+        return info
 
     async def expert_load(self) -> generation_pb2.GetExpertLoadResponse:
         """Counters of all shards and this worker's dispatch counters. Raises Unavailable if a shard does not answer."""

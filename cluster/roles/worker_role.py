@@ -247,7 +247,6 @@ def _model_info(
         eos_token_ids=sorted(tokenizer.eos_token_ids),
         has_chat_template=tokenizer.has_chat_template,
         dp_size=config.attention_workers.count,
-        ep_size=config.expert_shards.count,
         version=VERSION,
         max_num_seqs=config.attention_workers.engine.max_num_seqs,
         num_cache_tokens=num_blocks * config.attention_workers.engine.block_size,
