@@ -60,8 +60,6 @@ class ExpertCopy:
             header, payload = decode_frame(expert_pb2.CopyExpertHeader, frame)
         except MobulaError as error:
             raise CopyError(str(error)) from error
-        if not header.HasField("crc32"):
-            raise CopyError("a frame of weights has no checksum")
         if self._expert is None:
             self._expert = _allocated(header, self._model)
             self._left = list(_memory(self._expert))

@@ -68,7 +68,7 @@ def decode_frame(header_class: type[HeaderT], frame: bytes) -> tuple[HeaderT, me
     """The header and a view of the payload (empty if there is none).
 
     Raises InvalidRequest for a frame that is truncated, has other fields, or lengths that do not fit; CorruptFrame for
-    one whose checksum, if it has one, is not right.
+    one whose checksum is not right or not there: damage may hide it among other fields.
     """
     header_start, header_length = _field(frame, 0, _HEADER_TAG)
     if header_length > MAX_HEADER_BYTES:
@@ -85,15 +85,16 @@ def decode_frame(header_class: type[HeaderT], frame: bytes) -> tuple[HeaderT, me
         if payload_start + payload_length != len(frame):
             raise InvalidRequest(f"frame has {len(frame) - payload_start - payload_length} bytes after its payload")
         payload = memoryview(frame)[payload_start:]
-    if header.HasField("crc32"):
-        _check(header_bytes, payload)
+    _check(header_bytes, payload)
     return header, payload
 
 
 def _check(header: bytes, payload: memoryview) -> None:
-    tag, expected = _CHECKSUM.unpack(header[-_CHECKSUM.size :])
+    if len(header) < _CHECKSUM.size or header[-_CHECKSUM.size] != _CHECKSUM_TAG:
+        raise CorruptFrame("the frame's header does not end with a checksum; send crc32 last")
+    _, expected = _CHECKSUM.unpack(header[-_CHECKSUM.size :])
     found = zlib.crc32(payload, zlib.crc32(header[: -_CHECKSUM.size]))
-    if tag != _CHECKSUM_TAG or found != expected:
+    if found != expected:
         raise CorruptFrame(
             f"a frame of {len(header) + len(payload)} bytes was damaged on its way: its checksum is {found:#010x}, it "
             f"was sent with {expected:#010x}"

@@ -80,7 +80,7 @@ def without_checksum(sent: list[bytes]) -> list[bytes]:
         (lambda sent: [], "all bytes are missing"),
         (lambda sent: sent[1:], "describes 0 matrices"),
         (of_another_size, "the model's are"),
-        (without_checksum, "no checksum"),
+        (without_checksum, "does not end with a checksum"),
         (lambda sent: [*sent, *sent[1:]], "after the expert's last one"),
     ],
 )

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -266,6 +267,7 @@ def test_any_protobuf_client_can_call_a_shard_by_its_proto(host):
             )  # fmt: skip
             tensors = (torch.ones(MODEL.hidden_size), torch.ones(1), *torch.zeros(3, 1, dtype=torch.int32))
             payload = b"".join(tensor.numpy().tobytes() for tensor in tensors)
+            header.crc32 = zlib.crc32(payload, zlib.crc32(header.SerializeToString()))
             (answer,) = stub.Forward(iter([expert_pb2.ForwardRequest(header=header, payload=payload)]), timeout=30)
             assert (answer.header.sequence_number, answer.header.num_partial_sums) == (9, 1)
             load = stub.GetShardLoad(expert_pb2.GetShardLoadRequest(), timeout=30)

@@ -82,6 +82,13 @@ class FakeContext:
     def add_done_callback(self, callback: object) -> None:
         """The call is never cancelled."""
 
+    def time_remaining(self) -> None:
+        """It has no deadline."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        """It is not traced."""
+        return ()
+
 
 class Worker:
     """One worker over three shards, with the service but not its socket."""

@@ -1,3 +1,5 @@
+import zlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from protos import expert_pb2, tensor_pb2
 from protos.codec import PayloadReader, decode_frame, dtype_from_wire, dtype_to_wire, encode_frame
-from protos.errors import InvalidRequest
+from protos.errors import CorruptFrame, InvalidRequest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int32, torch.int64]
 shapes = st.lists(st.integers(0, 5), min_size=1, max_size=3).map(tuple)
@@ -49,11 +51,15 @@ def test_a_frame_is_a_valid_protobuf_message(header, specs):
 
 
 @given(header=headers, specs=tensors)
-def test_a_frame_written_by_protobuf_is_read(header, specs):
+def test_a_frame_written_by_protobuf_is_read_if_it_has_its_checksum(header, specs):
     payload = b"".join(bytes(tensor.view(torch.uint8).numpy().tobytes()) if tensor.numel() else b""
                        for tensor in random_tensors(specs))  # fmt: skip
-    frame = expert_pb2.ForwardRequest(header=header, payload=payload).SerializeToString()
-    read_header, read_payload = decode_frame(expert_pb2.ForwardHeader, frame)
+    message = expert_pb2.ForwardRequest(header=header, payload=payload)
+    with pytest.raises(CorruptFrame, match="does not end with a checksum"):
+        decode_frame(expert_pb2.ForwardHeader, message.SerializeToString())
+    message.header.crc32 = zlib.crc32(payload, zlib.crc32(header.SerializeToString()))
+    read_header, read_payload = decode_frame(expert_pb2.ForwardHeader, message.SerializeToString())
+    read_header.ClearField("crc32")
     assert read_header == header
     assert bytes(read_payload) == payload
 
