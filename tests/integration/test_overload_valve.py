@@ -180,7 +180,8 @@ def test_metrics_and_responses_say_what_a_recount_says(folder: Path, policy: Cap
     assert worker.recount is not None
     assert reported == worker.recount.num_dropped
     assert counter == stats.num_dropped_assignments == sum(reported.values()) > 0
-    assert not any(message.HasField("usage") for answer in answers for message in answer[:-1])
+    told = [message.usage for answer in answers for message in answer[:-1] if message.HasField("usage")]
+    assert all(usage.num_dropped_assignments for usage in told), "before the end only what is lacking is told"
 
 
 def test_without_a_policy_there_is_no_valve_and_nothing_is_dropped(folder: Path) -> None:
