@@ -164,7 +164,12 @@ class ControllerActor:
 
     def _create_shard(self, ep_rank: int) -> ManagedProcess:
         """One more. Ray starts it when it has room; an autoscaler makes some. Raises Unavailable."""
-        options = _added_shard_options(self._config, ep_rank)
+        actors = _actors(self._config, RoleName.SHARD)
+        if ep_rank < len(actors):  # its bundle is free since the one before it has left
+            group = get_placement_group(_group_name(RoleName.SHARD, self._config.ray.namespace))
+            options = _in_group(actors[ep_rank], group, ep_rank)
+        else:
+            options = _unbooked_options(self._config, ep_rank)
         try:
             return _create_process(RoleName.SHARD, ep_rank, options, self._config, self._host)
         except ValueError as error:  # Ray's word for a name that is taken
@@ -253,11 +258,8 @@ def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedPro
         # role are all there are.
         are_all_found = found[RoleName.WORKER if role is RoleName.SHARD else RoleName.GATEWAY]
         for rank in found[role] if are_all_found else range(len(actors)):
-            if rank < len(actors):
-                strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-                options = _options(actors[rank]) | {"scheduling_strategy": strategy, "get_if_exists": True}
-            else:
-                options = _added_shard_options(config, rank) | {"get_if_exists": True}
+            options = _in_group(actors[rank], group, rank) if rank < len(actors) else _unbooked_options(config, rank)
+            options["get_if_exists"] = True
             processes.append(_create_process(role, rank, options, config, host))
     labels = {"label_selector": config.gateway.labels or None}
     options = _options(ActorConfig(num_cpus=CONTROL_CPUS)) | labels | {"get_if_exists": True}
@@ -325,7 +327,12 @@ def _bundle(config: ActorConfig) -> dict[str, float]:
     return {name: amount for name, amount in amounts.items() if amount} or {"CPU": 0.001}
 
 
-def _added_shard_options(config: MobulaConfig, ep_rank: int) -> dict[str, Any]:
+def _in_group(actor: ActorConfig, group: PlacementGroup, rank: int) -> dict[str, Any]:
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+    return _options(actor) | {"scheduling_strategy": strategy}
+
+
+def _unbooked_options(config: MobulaConfig, ep_rank: int) -> dict[str, Any]:
     """Of a shard for which nothing was booked at the start."""
     actor = config.expert_shards.actor_config(ep_rank)
     return _options(actor) | ({"label_selector": actor.labels} if actor.labels else {})

@@ -3,12 +3,13 @@
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
 
 from cluster.client import AdminClient
-from cluster.config import parse_config
+from cluster.config import MobulaConfig, parse_config
 from cluster.controller.process import ManagedProcess, RoleName
 from cluster.roles import actors
 from cluster.roles.actors import ControllerActor
@@ -88,3 +89,25 @@ def test_a_controller_that_cannot_start_says_why_and_ends_so_that_ray_starts_it_
     assert has_ended.wait(10.0)  # also if nobody waits for it
     with pytest.raises(ConnectionError, match="head does not answer"):
         actor.start(OWNER, CONFIG)
+
+
+def test_a_shard_that_is_added_where_one_has_left_takes_what_was_booked_for_it(
+    actor: ControllerActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created: dict[int, dict[str, Any]] = {}
+
+    def create(role: RoleName, rank: int, options: dict[str, Any], config: MobulaConfig, host: str) -> ManagedProcess:
+        created[rank] = options
+        return ManagedProcess(role=role, rank=rank, handle=FakeProcess(f"{role}-{rank}"))
+
+    monkeypatch.setattr(actors, "get_placement_group", lambda name: f"the group {name}")
+    monkeypatch.setattr(actors, "_create_process", create)
+    count = CONFIG.expert_shards.count
+    actor._create_shard(count - 1)
+    actor._create_shard(count)
+    strategy = created[count - 1]["scheduling_strategy"]
+    assert (strategy.placement_group, strategy.placement_group_bundle_index) == (
+        "the group mobula/mobula-shards",
+        count - 1,
+    )
+    assert "scheduling_strategy" not in created[count]
