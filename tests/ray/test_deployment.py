@@ -192,11 +192,12 @@ def test_a_shard_is_added_and_one_drained_while_requests_run(deployment: Deploym
 
 
 def is_placed_on(client: AdminClient, ep_ranks: list[int], old_version: int) -> bool:
-    """Whether exactly these shards are left, under a newer placement, and everything serves."""
+    """Whether exactly these shards are left and have started, under a newer placement, and everything serves."""
     status = client.status()
     names = [process.name for process in status.processes if process.name.startswith("shard")]
     is_new = status.placement_version > old_version
-    return status.is_serving and is_new and names == [f"shard-{rank}" for rank in ep_ranks]
+    has_started = all(process.generation for process in status.processes)
+    return status.is_serving and has_started and is_new and names == [f"shard-{rank}" for rank in ep_ranks]
 
 
 def test_what_runs_goes_on_without_the_controller_and_the_next_one_takes_it_over(deployment: Deployment) -> None:
