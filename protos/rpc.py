@@ -27,11 +27,11 @@ READ_TIMEOUT_S = 30.0  # a client that takes nothing for so long is cut off
 MessageT = TypeVar("MessageT", bound=Message)
 
 
-_KEEPALIVE = [  # of both ends: calls to a peer that says nothing for so long end
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+_KEEPALIVE = [  # of both ends: calls to a peer that says nothing for so long end. A pong needs no Python, only a core
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
 ]
 
 _RECONNECT = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000)]
