@@ -1,6 +1,10 @@
 """Settings of every test."""
 
+import os
+import sys
 from collections.abc import Iterator
+
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else almost any call of Ray's starts a cluster that nobody ends
 
 import pytest
 import torch
@@ -21,6 +25,14 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     set_num_threads(request.param)
     yield request.param
     set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def only_marked_tests_join_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A cluster that one test leaves behind is what the next one would start its system on."""
+    yield
+    ray = sys.modules.get("ray")
+    assert request.node.get_closest_marker("ray") or ray is None or not ray.is_initialized()
 
 
 @pytest.fixture

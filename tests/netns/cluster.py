@@ -28,6 +28,7 @@ START_S = 90.0
 ACTOR_CPUS = 0.9  # a shard and a worker fit on a worker's two CPUs, neither on the head's one beside the controller
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 PYTHON = sys.executable
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_worker_niceness": "0",
+            "PYTHONPATH": str(ROOT),  # where `tests` is
             "grpc_proxy": f"http://127.0.0.1:{PROXY_PORT}",
         }
         spread = {"count": len(WORKERS), "num_cpus": ACTOR_CPUS, "num_threads": 1, "strategy": "SPREAD"}
