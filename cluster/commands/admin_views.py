@@ -7,14 +7,14 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.commands.views import format_bytes, processes_view
-from cluster.controller.process import ClusterStatus, Quarantine
+from cluster.controller.process import ClusterStatus, ProcessState, Quarantine, RoleName
 from cluster.controller.rebalance import RebalanceState, RebalanceStatus
 from protos import admin_pb2
 
 
 def status_view(status: ClusterStatus) -> RenderableType:
     """One line a process, then what is served and how far a rebalance is."""
-    verdict = Text("serving" if status.is_serving else "not serving", style="green" if status.is_serving else "yellow")
+    verdict = Text(_verdict(status), style="green" if status.is_serving else "yellow")
     verdict.append(f", placement version {status.placement_version}", style="default")
     quarantines = [
         Text(f"{name}: {quarantine_line(quarantine)}", style="red")
@@ -24,6 +24,16 @@ def status_view(status: ClusterStatus) -> RenderableType:
     return Group(
         processes_view(status), Text(), *quarantines, verdict, Text(f"rebalance: {rebalance_line(status.rebalance)}")
     )
+
+
+def _verdict(status: ClusterStatus) -> str:
+    """Requests are answered while a worker and a gateway are ready; what else is away is told."""
+    if status.is_serving:
+        return "serving"
+    ready = {name for name, health in status.processes if health.state is ProcessState.READY}
+    missing = [name for name, _ in status.processes if name not in ready]
+    has_both = all(any(name.startswith(role) for name in ready) for role in (RoleName.WORKER, RoleName.GATEWAY))
+    return f"serving without {', '.join(missing)}" if missing and has_both else "not serving"
 
 
 def quarantine_line(quarantine: Quarantine) -> str:

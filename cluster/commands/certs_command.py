@@ -20,7 +20,8 @@ Folder = Annotated[Path, typer.Argument(help="Folder with the authority and all 
 def make(
     folder: Folder,
     name: Annotated[
-        list[str] | None, typer.Option(help="Host or address by which clients reach the gateway; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Host or address by which clients reach the gateway, beside localhost; may be repeated."),
     ] = None,
     client: Annotated[list[str] | None, typer.Option(help="A client to make one for; may be repeated.")] = None,
     days: Annotated[float, typer.Option(min=0, help="For how long they are valid.")] = 90.0,
@@ -29,7 +30,8 @@ def make(
     try:
         authority = Authority.open(folder)
         authority.issue_roles(days)
-        authority.issue(folder / PUBLIC_FOLDER, "gateway", name or ["localhost", "127.0.0.1"], days)
+        names = list(dict.fromkeys([*(name or ()), "localhost", "127.0.0.1"]))  # the machine's own commands
+        authority.issue(folder / PUBLIC_FOLDER, "gateway", names, days)
         for client_name in client or ():
             authority.issue(folder / CLIENTS_FOLDER / client_name, client_name, (), days)
     except (CertificateError, OSError, ValueError) as error:

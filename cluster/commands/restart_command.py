@@ -71,7 +71,13 @@ def restart_all(
     for process in client.status().processes:
         role = RoleName(process.name.rpartition("-")[0])
         if only in (None, role):
-            until(partial(_asked_for, client, role, process), process.name)
+            try:
+                until(partial(_asked_for, client, role, process), process.name)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+                    raise
+                show(f"{process.name} has left meanwhile")
+                continue
             until(partial(_is_replaced, client, process), process.name)
             show(f"{process.name} is replaced")
 

@@ -333,8 +333,10 @@ def _in_group(actor: ActorConfig, group: PlacementGroup, rank: int) -> dict[str,
 
 
 def _unbooked_options(config: MobulaConfig, ep_rank: int) -> dict[str, Any]:
-    """Of a shard for which nothing was booked at the start."""
+    """Of a shard for which nothing was booked at the start. On a cluster of ours there is nobody to book against."""
     actor = config.expert_shards.actor_config(ep_rank)
+    if config.ray.address is None:
+        actor = actor.model_copy(update={"num_cpus": 0.0})
     return _options(actor) | ({"label_selector": actor.labels} if actor.labels else {})
 
 

@@ -170,6 +170,8 @@ class Deployment:
             return
         num_cpus = max(os.cpu_count() or 1, int(booked_cpus(self.config)) + 1)
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other program starve ours
+        # Who ends the whole process group ends Ray's server with it: then there is nothing to wait a minute for.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
         ray.init(
             address="local",
             num_cpus=num_cpus,

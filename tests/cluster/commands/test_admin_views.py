@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 
 from cluster.commands.admin_views import format_seconds, plan_view, rebalance_line, status_view
 from cluster.controller.admin_messages import rebalance_message
+from cluster.controller.process import DOWN
 from cluster.controller.rebalance import RebalanceState, RebalanceStatus
 from tests.fake_controller import rebalance_plan, serving_status
 
@@ -33,6 +34,13 @@ def test_a_status_names_every_process_and_the_placement() -> None:
 
 def test_a_system_that_does_not_serve_says_so() -> None:
     assert "not serving, placement version 1" in text_of(status_view(replace(serving_status(), is_serving=False)))
+
+
+def test_what_is_away_is_named_while_the_others_answer() -> None:
+    status = serving_status()
+    lost = tuple((name, DOWN if name == "shard-1" else health) for name, health in status.processes)
+    text = text_of(status_view(replace(status, processes=lost, is_serving=False)))
+    assert "serving without shard-1, placement version 1" in text
 
 
 def test_a_rebalance_under_way_shows_its_version_and_the_share_that_was_read() -> None:

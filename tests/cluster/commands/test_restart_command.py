@@ -57,6 +57,24 @@ def test_every_process_is_replaced_once_and_one_at_a_time() -> None:
     assert set(admin.generations.values()) == {1}
 
 
+class Gone(grpc.RpcError):
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_process_that_has_left_meanwhile_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    admin, restart = FakeAdmin(), FakeAdmin.restart
+
+    def restart_others(self: FakeAdmin, role: "admin_pb2.ProcessRole", rank: int) -> None:
+        if (role, rank) == (admin_pb2.PROCESS_ROLE_SHARD, 1):
+            raise Gone
+        restart(self, role, rank)
+
+    monkeypatch.setattr(FakeAdmin, "restart", restart_others)
+    run(admin)
+    assert admin.restarted == ["shard-0", "worker-0", "worker-1", "gateway-0"]
+
+
 def test_only_one_role_if_asked_for() -> None:
     admin = FakeAdmin()
     run(admin, RoleName.WORKER)
