@@ -37,6 +37,8 @@ class CutLink:
             writer.transport.abort()
             return
         self._writers += [writer, target_writer]
+        if not self._server.is_serving():  # cut while it was opened
+            await self._cut()
         await asyncio.gather(_pass_on(reader, target_writer), _pass_on(target_reader, writer))
 
 

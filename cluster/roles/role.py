@@ -166,6 +166,8 @@ def failure_domain(label: str | None) -> str:
     """What this process shares its fate with: the value of a label of its Ray node, or the node itself."""
     import ray  # only in an actor: tests assemble roles without Ray
 
+    if not ray.is_initialized():
+        return ""  # one process on its own
     context = ray.get_runtime_context()
     return str(context.get_node_labels().get(label, "") if label else context.get_node_id())
 
