@@ -139,6 +139,11 @@ def check(config: MobulaConfig) -> ServingPlan:
     """The plan. Raises ConfigError, InvalidCheckpoint, UnsupportedModel or PlacementError, naming what is wrong."""
     if config.ray.address is None:
         check_files(config)
+    if config.expert_shards.device != "cpu":
+        raise ConfigError(
+            f"expert_shards.device is {config.expert_shards.device!r}: experts are computed on the CPU alone in this "
+            "version; set it to cpu"
+        )
     model = open_model(config)
     decoder = model.config.decoder
     expert_bytes = model.expert_bytes

@@ -35,6 +35,11 @@ def rewrite(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def test_a_device_that_experts_cannot_use_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expert_shards\.device is 'cuda': .* set it to cpu"):
+        plan_of(folder, expert_shards={"device": "cuda"})
+
+
 def test_the_plan_counts_weights_by_role(folder: Path) -> None:
     plan = plan_of(folder, expert_shards={"count": 3})
     file_bytes = (folder / "model.safetensors").stat().st_size
