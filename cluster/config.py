@@ -232,6 +232,9 @@ class GatewayConfig(StrictModel):
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 1024  # over all workers; more get RESOURCE_EXHAUSTED
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     resume_timeout_s: Annotated[float, Field(ge=0)] = 60.0  # an answer that has begun waits so long for another worker
+    # A worker that is asked whether it is there and says nothing for so long, and for longer than is usual for it, has
+    # its calls handed to another one, though its connection stands. A busy machine may leave it without a core so long.
+    silence_timeout_s: Annotated[float, Field(gt=0)] = 0.5
     read_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a client that takes nothing for so long is cut off
     http_key: bool = False  # the HTTP port wants a key with the right `admin`: Bearer, or the password of Basic
     keys: str | None = None  # file of bearer keys, see `mobula keys`; unset: whoever reaches the port may do everything

@@ -12,8 +12,8 @@ MEAN_FACTOR, SPREAD_FACTOR = 2.0, 4.0  # an answer is late after so many means a
 PEER_FACTOR = 4.0  # and after so many times what is late at a shard's median peer
 
 
-class _Estimate:
-    """Of one kind of forwards at one shard."""
+class Estimate:
+    """How long one kind of thing takes: forwards of a size at a shard, a question to a worker."""
 
     __slots__ = ("mean_s", "spread_s")
 
@@ -38,7 +38,7 @@ class ServiceTimes:
         """No answer is late sooner than `min_s`, and every one after `max_s`, also while nothing is known."""
         self._min_s = min_s
         self._max_s = max_s
-        self._estimates: dict[int, dict[int, _Estimate]] = {}  # by ep_rank and size: a forward's assignments in bits
+        self._estimates: dict[int, dict[int, Estimate]] = {}  # by ep_rank and size: a forward's assignments in bits
 
     def answered(self, ep_rank: int, num_assignments: int, seconds: float) -> None:
         """A forward's answer came so long after it was sent."""
@@ -46,7 +46,7 @@ class ServiceTimes:
         size = num_assignments.bit_length()
         known = mine.get(size)
         if known is None:
-            mine[size] = _Estimate(seconds)
+            mine[size] = Estimate(seconds)
         else:
             known.update(seconds)
 

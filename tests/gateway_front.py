@@ -23,13 +23,14 @@ class FakeWorker:
     """Answers with its rank; fails with `error` if that is set; streams for ever if the prompt is "endless".
 
     A prompt "count to N" is answered with the tokens 0 to N - 1 that are missing; the link to the worker is cut after
-    `num_until_cut` of them.
+    `num_until_cut` of them, and brings no answer after `num_until_held`, though the worker goes on.
     """
 
     def __init__(self, dp_rank: int, loop: LoopThread) -> None:
         self.dp_rank = dp_rank
         self.error: errors.MobulaError | None = None
         self.num_until_cut: int | None = None
+        self.num_until_held: int | None = None
         self.relayed: list[worker_pb2.RelayedRequest] = []
         self.num_calls = 0
         self.num_running = 0
@@ -89,6 +90,9 @@ class FakeWorker:
         await self._cut_after(stop - start)
 
     async def _cut_after(self, num_answers: int) -> None:
+        if num_answers == self.num_until_held:
+            await asyncio.sleep(0.05)
+            await self.link.hold()
         if num_answers == self.num_until_cut:
             await asyncio.sleep(0.05)  # what was written is on its way
             await self.link._cut()

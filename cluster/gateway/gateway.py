@@ -146,7 +146,7 @@ class Gateway:
     ) -> None:
         """credentials: towards workers and controller; front: what clients see; guards: whom they let through."""
         self._settings = settings
-        self._pool = WorkerPool(credentials)
+        self._pool = WorkerPool(credentials, settings.silence_timeout_s)
         self._admission = Admission(settings.admission, settings.max_concurrent_requests, self._num_places, metrics)
         self._admin = AdminRelay(credentials=credentials)
         self._front = front

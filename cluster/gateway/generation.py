@@ -3,8 +3,8 @@
 1. The request goes to a worker as the client sent it, with a seed and an id for one that has none.
 2. Answers are passed on as raw bytes; the token ids in them are kept, for they are all that the client has: text is a
    function of the tokens.
-3. A worker that is lost, or stops before the answer ends, costs a pause: another one is sent the request and those
-   tokens, computes them again and goes on after them. An answer that has begun waits for a worker if there is none.
+3. A worker that is lost or silent, or stops before the answer ends, costs a pause: another one is sent the request and
+   those tokens, computes them again and goes on after them. An answer that has begun waits for a worker.
 4. Whatever else ends a worker's call ends the client's call alike.
 """
 
@@ -86,6 +86,7 @@ class Generation:
         self._span.note("mobula.dp_rank", worker.dp_rank)
         metadata = self._span.passed_on(forwarded(context))
         call = worker.generate()(self._relayed.SerializeToString(), timeout=context.time_remaining(), metadata=metadata)
+        worker.calls.add(call)
         try:
             async for response in call:
                 self._note(response)
@@ -98,10 +99,14 @@ class Generation:
         except asyncio.CancelledError:
             if is_client_gone():
                 raise
-            self._lose(worker, ResumeReason.LOST, "its connection was closed")
+            if worker.is_silent:
+                self._lose(worker, ResumeReason.SILENT, "nothing comes through its connection")
+            else:
+                self._lose(worker, ResumeReason.LOST, "its connection was closed")
         else:
             self._has_ended = True
         finally:
+            worker.calls.discard(call)
             call.cancel()
 
     def _note(self, response: bytes) -> None:

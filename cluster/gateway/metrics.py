@@ -98,7 +98,8 @@ def _told_apart(process: str, samples: list[Sample]) -> list[Sample]:
 class ResumeReason(StrEnum):
     """Why a worker did not end an answer that it, or one before it, had begun."""
 
-    LOST = "lost"  # the connection broke or says nothing any more
+    LOST = "lost"  # the connection broke
+    SILENT = "silent"  # the connection stands, and nothing came through it
     STOPPING = "stopping"  # it was told to end
     REFUSED = "refused"  # it has no place
 

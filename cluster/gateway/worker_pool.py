@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2
 
 from cluster.gateway.request_cost import RequestCost
+from cluster.gateway.silence import SilenceWatch
 from protos import errors, generation_pb2, rpc, worker_pb2
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
 
@@ -18,19 +20,25 @@ logger = logging.getLogger(__name__)
 
 INFERENCE = generation_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 WORKER = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 READY, TRANSIENT_FAILURE, SHUTDOWN = (
     grpc.ChannelConnectivity.READY,
     grpc.ChannelConnectivity.TRANSIENT_FAILURE,
     grpc.ChannelConnectivity.SHUTDOWN,
 )
 CAPACITY_TIMEOUT_S = 10.0
+QUESTION_TIMEOUT_S = 10.0  # of one that asks whether a worker is there
+NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 DEFAULT_NUM_SEQS = 64  # until a worker has said how many it computes at once
 CONNECT_TIMEOUT_S = 1.0  # within a cluster it takes milliseconds
 
 
 @dataclass(slots=True, eq=False)
 class WorkerChannel:
-    """The gateway's connection to one attention worker. Equal only to itself."""
+    """The gateway's connection to one attention worker. Equal only to itself.
+
+    is_silent: the connection stands, and nothing comes through it. calls: those of Generate that are under way.
+    """
 
     dp_rank: int
     address: str
@@ -39,6 +47,8 @@ class WorkerChannel:
     pending_tokens: float = 0.0  # of prompts that it was sent and has not answered yet, as far as they are known
     max_num_seqs: int = DEFAULT_NUM_SEQS  # that it computes at once
     num_cache_tokens: int | None = None  # that its latent cache holds; None until it has said so
+    is_silent: bool = False
+    calls: set[grpc.aio.Call] = field(default_factory=set)
 
     def unary(self, method: str) -> grpc.aio.UnaryUnaryMultiCallable:
         """A method of the Inference service."""
@@ -47,6 +57,14 @@ class WorkerChannel:
     def generate(self) -> grpc.aio.UnaryStreamMultiCallable:
         """Worker.Generate, which takes a RelayedRequest."""
         return self.channel.unary_stream(f"/{WORKER}/Generate")
+
+    async def answers(self) -> bool:
+        """Whether it says anything when it is asked for its health."""
+        try:
+            await self.channel.unary_unary(f"/{HEALTH}/Check")(b"", timeout=QUESTION_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            return error.code() not in NO_ANSWER
+        return True
 
     def num_places(self, mean_tokens: float) -> int:
         """Requests of so many tokens each that it should have: what it computes at once, and a few to go on with."""
@@ -116,9 +134,11 @@ class WorkerPool:
     """
 
     credentials: Credentials = PLAINTEXT
+    silence_timeout_s: float = 0.5  # that a worker may say nothing
     workers: dict[int, WorkerChannel] = field(default_factory=dict)
     leaving: list[WorkerChannel] = field(default_factory=list)
     _learning: set[asyncio.Task[None]] = field(default_factory=set)  # kept alive until they are done
+    _watches: dict[WorkerChannel, asyncio.Task[None]] = field(default_factory=dict)  # until the channel is closed
     is_closed: bool = False  # for good: the gateway stops
 
     @property
@@ -144,14 +164,14 @@ class WorkerPool:
         idle = [worker for worker in self.leaving if not worker.num_in_flight]
         self.leaving = [worker for worker in self.leaving if worker.num_in_flight]
         for worker in idle:
-            await worker.channel.close(grace=0)
+            await self._disconnect(worker)
 
     async def close(self) -> None:
         """Lets go of all, and ends their calls."""
         self.is_closed = True
         await self.update({})
         for worker in self.leaving:
-            await worker.channel.close(grace=0)
+            await self._disconnect(worker)
 
     def _connection(self, dp_rank: int, address: str) -> WorkerChannel:
         for worker in self.leaving:
@@ -159,7 +179,20 @@ class WorkerPool:
                 self.leaving.remove(worker)
                 return worker
         channel = self.credentials.channel(address, PeerRole.WORKER, rpc.relay_options())
-        return WorkerChannel(dp_rank, address, channel)
+        worker = WorkerChannel(dp_rank, address, channel)
+        watch = SilenceWatch(worker, self.silence_timeout_s, lambda: self._hand_over(worker))
+        self._watches[worker] = asyncio.create_task(watch.run())
+        return worker
+
+    async def _disconnect(self, worker: WorkerChannel) -> None:
+        self._watches.pop(worker).cancel()
+        await worker.channel.close(grace=0)
+
+    def _hand_over(self, silent: WorkerChannel) -> None:
+        """Ends the calls of a worker that is silent if there is another one that is not."""
+        if any(not worker.is_silent for worker in self.workers.values()):
+            for call in silent.calls:
+                call.cancel()
 
     def num_places(self, mean_tokens: float) -> int | None:
         """Requests that the workers should have together; None without workers: then there is nothing to wait for."""
@@ -170,7 +203,7 @@ class WorkerPool:
     def choose(self, excluded: Collection[WorkerChannel] = (), mean_tokens: float = 1.0) -> WorkerChannel:
         """The worker with the fewest tokens before it: prompts not computed yet, and for each call in flight the mean.
 
-        The lower rank first. Raises Unavailable if there is none.
+        The lower rank first; one that is silent only without others. Raises Unavailable if there is none.
         """
         candidates = [worker for worker in self.workers.values() if worker not in excluded]
         if not candidates:
@@ -179,5 +212,9 @@ class WorkerPool:
             )
         return min(
             candidates,
-            key=lambda worker: (worker.pending_tokens + worker.num_in_flight * mean_tokens, worker.dp_rank),
+            key=lambda worker: (
+                worker.is_silent,
+                worker.pending_tokens + worker.num_in_flight * mean_tokens,
+                worker.dp_rank,
+            ),
         )

@@ -1,5 +1,7 @@
 """A gateway goes on with an answer when its worker is lost."""
 
+import time
+
 import grpc
 import pytest
 
@@ -53,3 +55,40 @@ def test_a_worker_that_stops_hands_its_requests_over() -> None:
     with front() as opened:
         opened.workers[0].error = errors.WorkerStopping("the worker has stopped")
         assert [answer.text for answer in opened.generate("count to 2")] == ["0 ", "1 "]
+
+
+def test_a_worker_that_says_nothing_on_an_open_connection_is_left_and_used_again_when_it_is_heard() -> None:
+    with front() as opened:
+        silent = opened.gateway.pool.workers[0]
+        opened.workers[0].num_until_held = 3
+        began_s = time.monotonic()
+        answers = list(opened.generate("count to 6"))
+        assert [token_id for answer in answers for token_id in answer.token_ids] == [0, 1, 2, 3, 4, 5]
+        assert time.monotonic() - began_s < 3.0  # keepalive takes 5
+        assert list(opened.workers[1].relayed[0].output_token_ids) == [0, 1, 2]
+        registry = opened.metrics.registry
+        assert registry.get_sample_value("mobula_gateway_resumes_total", {"reason": "silent"}) == 1
+        assert [answer.text for answer in opened.generate("count to 1")] == ["0 "]  # at once: not where nobody answers
+        assert silent.is_silent
+        assert len(opened.workers[1].relayed) == 2
+        opened.workers[0].link.release()
+        give_up_s = time.monotonic() + 5.0
+        while silent.is_silent:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+        list(opened.generate("count to 1"))
+        assert len(opened.workers[0].relayed) == 2
+
+
+def test_a_silent_worker_keeps_its_calls_while_there_is_no_other() -> None:
+    with front(num_workers=1) as opened:
+        opened.workers[0].num_until_held = 1
+        answers = opened.generate("count to 3")
+        assert next(answers).text == "0 "
+        give_up_s = time.monotonic() + 5.0
+        while not opened.gateway.pool.workers[0].is_silent:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+        opened.workers[0].link.release()
+        assert [answer.text for answer in answers] == ["1 ", "2 "]
+        assert len(opened.workers[0].relayed) == 1
