@@ -45,6 +45,7 @@ class Attempt:
     late_at_s: when to look whether the answer is late; never again once it `is_late`.
     is_probe: a copy of rows for a shard that is not trusted; nobody waits for it. is_check: a copy of rows whose sums
         another shard answered already.
+    refused_by: shards that found fault with this work, and are not to be asked for it again.
     """
 
     message: ShardMessage
@@ -57,6 +58,7 @@ class Attempt:
     is_check: bool = False
     is_late: bool = False
     call: ForwardCall | None = None
+    refused_by: frozenset[int] = frozenset()
     resend_at_s: float = 0.0
     reason: str = ""
     failure: str = ""
@@ -134,6 +136,14 @@ def out_of_time(attempt: Attempt, layer_id: int, now_s: float, config: RouterCon
         f"forward_timeout_s = {config.forward_timeout_s} s ({attempt.number} attempts"
         f"{', the last failure: ' + attempt.failure if attempt.failure else ''}); retry when the shard is back",
         retry_after_s=1.0,
+    )
+
+
+def not_computed(attempt: Attempt, layer_id: int) -> InternalError:
+    """Of work that every replica has refused."""
+    return InternalError(
+        f"expert shard {attempt.ep_rank} at {attempt.address}, the last to ask, could not compute a forward of "
+        f"layer {layer_id}: {attempt.failure}"
     )
 
 

@@ -8,10 +8,7 @@ from router.completions import Completions
 from router.metrics import RouterMetrics
 from router.router_config import RouterConfig
 from router.routing import Candidates, Routing
-from router.service_times import ServiceTimes
-from router.shard_health import ShardHealth
-from router.shard_queues import ShardQueues
-from router.unit_trust import UnitTrust
+from router.shard_ledger import ShardLedger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +26,5 @@ class HandleContext:
     sequence_numbers: Iterator[int]
     candidates: Candidates
     handles_by_version: dict[int, int]
-    queues: ShardQueues
-    times: ServiceTimes
-    health: ShardHealth
-    trust: UnitTrust
+    ledger: ShardLedger
     clock: Callable[[], float] = time.monotonic

@@ -29,12 +29,10 @@ from router.handle_context import HandleContext
 from router.metrics import DispatchStats, RouterMetrics
 from router.router_config import RouterConfig
 from router.routing import Candidates, Routing
-from router.service_times import ServiceTimes
-from router.shard_health import ShardHealth
-from router.shard_queues import ShardQueues
+from router.shard_ledger import ShardLedger
 from router.step_limit import StepLimit
 from router.transport import ShardTransport, TransportFactory
-from router.unit_trust import UnitTrust, WrongUnit
+from router.unit_trust import WrongUnit
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +65,8 @@ class Router:
         self._routing = Routing(expert_map=expert_map, transports=(None,) * expert_map.ep_size)
         self._is_closed = False
         self._step_limit = StepLimit()
-        self._health = ShardHealth(clock)
-        self._trust = UnitTrust(clock)
-        metrics.watch(self._health.quarantined, self._trust.report)
-        queues = ShardQueues()
+        ledger = self._ledger = ShardLedger(config, metrics, clock)
+        metrics.watch(ledger.health.quarantined, ledger.trust.report)
         self._context = HandleContext(
             config=config,
             metrics=metrics,
@@ -79,16 +75,13 @@ class Router:
             sequence_numbers=itertools.count(1),  # unique within each stream; 0 means unset on the wire
             candidates=Candidates(
                 turns=itertools.count(),
-                queues=queues,
-                health=self._health,
-                trust=self._trust,
+                queues=ledger.queues,
+                health=ledger.health,
+                trust=ledger.trust,
                 late_after_s=config.late_after_s,
             ),
             handles_by_version={},
-            queues=queues,
-            times=ServiceTimes(config.late_after_s, config.attempt_timeout_s),
-            health=self._health,
-            trust=self._trust,
+            ledger=ledger,
             clock=clock,
         )
         self.update_placement(expert_map, addresses)
@@ -190,11 +183,11 @@ class Router:
 
     def quarantined_shards(self) -> list[int]:
         """Those that are late too often to be asked while others have the units. From any thread."""
-        return self._health.quarantined()
+        return self._ledger.health.quarantined()
 
     def quarantined_units(self) -> list[WrongUnit]:
         """Replicas whose numbers were wrong. From any thread."""
-        return self._trust.report()
+        return self._ledger.trust.report()
 
     def stats(self) -> DispatchStats:
         """How far tokens travelled so far."""

@@ -3,7 +3,7 @@
 Any choice gives the same bits (see plan.py), so this may follow load, connections and trust freely.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,18 +68,18 @@ class Candidates:
         delays = self._health.delays(routing.expert_map.ep_size, self._late_after_s)
         return usable, queues if delays is None else queues._replace(waits_s=queues.waits_s + delays)
 
-    def to_retry(self, routing: Routing, row: int, failed: int) -> Int64Array:
-        """A shard for each unit, where another than `failed` has it: [num_units]."""
+    def to_retry(self, routing: Routing, row: int, failed: Collection[int]) -> Int64Array:
+        """A shard for each unit, where another than those that failed has it: [num_units]."""
         usable = self._usable(routing, row)
-        return choose_replicas(usable, next(self._turns), avoid=[failed])
+        return choose_replicas(usable, next(self._turns), avoid=failed)
 
-    def to_hedge(self, routing: Routing, row: int, late: int) -> Int64Array:
-        """A shard for each unit that another than `late` has, else -1: [num_units].
+    def to_hedge(self, routing: Routing, row: int, late: Collection[int]) -> Int64Array:
+        """A shard for each unit that another than the late ones has, else -1: [num_units].
 
         One that can be reached and that nobody waits for too long, for else an overload would double itself; one that
         is quarantined only where there is no other.
         """
-        others = others_only(self._right(routing, row), {*routing.down(), *self._health.suspects(), late})
+        others = others_only(self._right(routing, row), {*routing.down(), *self._health.suspects(), *late})
         return choose_replicas(usable_replicas(others, self._health.quarantined()), next(self._turns))
 
     def to_probe(self, routing: Routing) -> int | None:

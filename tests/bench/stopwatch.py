@@ -25,7 +25,7 @@ SEAMS: tuple[tuple[str, str, str], ...] = (  # part, module, name in it
     ("dense and shared MLP", "attention.layers", "KernelMlp.__call__"),
     ("plan, pack and send", "router.router", "Router.dispatch"),
     (WAIT, "router.router", "Router.combine"),
-    ("combine", "router.dispatch_handle", "sum_partials"),
+    ("combine", "router.layer_sums", "sum_partials"),
     ("lm_head", "attention.decoder", "Decoder.logits"),
     ("sampling", "attention.model_runner", "sample"),
 )

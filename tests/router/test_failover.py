@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from protos.errors import Cancelled, DeadlineExceeded, ShardUnavailable, UnitQuarantined
+from protos.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    MobulaError,
+    ShardUnavailable,
+    UnitQuarantined,
+)
 from router.router_config import MissingExperts, RouterConfig
 from router.service_times import ServiceTimes
 from router.shard_health import MAX_PROBE_INTERVAL_S, MIN_PROBE_INTERVAL_S, NUM_PUNCTUAL
@@ -230,6 +238,52 @@ def test_units_that_a_shard_has_quarantined_itself_are_asked_of_others(shards):
     assert {unit.ep_rank for unit in shards.router.quarantined_units()} == {refusing}
 
 
+@pytest.mark.parametrize("error", [InternalError("its kernel failed"), InvalidRequest("row 7 is out of range")])
+def test_a_forward_that_a_shard_fails_at_is_asked_of_others_and_its_units_are_quarantined(
+    shards: TimedShards, error: MobulaError
+):
+    failing = slow_of(shards)
+    shards.transports[failing].shard.fail_next = [error]
+    assert combine(shards) == pytest.approx(0.02, abs=0.001)
+    assert shards.router._metrics._retries[error.reason.lower()] >= 1
+    assert {(unit.ep_rank, unit.reason) for unit in shards.router.quarantined_units()} == {(failing, str(error))}
+
+
+def test_a_forward_that_every_replica_fails_at_is_asked_of_each_once(shards: TimedShards):
+    before = shards.num_calls()
+    for transport in shards.transports:
+        transport.shard.fail_next = [InternalError("these rows break the kernel")] * 100
+    with pytest.raises(InternalError, match=r"the last to ask, could not compute a forward of layer 1: these rows"):
+        shards.combine(ROWS)
+    assert (shards.num_calls() - before).sum() <= 2 * GATE.n_group  # of each unit, each of its replicas
+
+
+def test_a_probe_that_fails_fails_nobody(shards: TimedShards):
+    slow = slow_of(shards)
+    shards.transports[slow].seconds = 0.2
+    while not shards.router.quarantined_shards():
+        combine(shards)
+    shards.transports[slow].seconds = 0.005
+    shards.transports[slow].shard.fail_next = [InternalError("its kernel failed")]
+    for _ in range(10):
+        shards.clock.now_s += 1.0
+        combine(shards)
+    assert not shards.transports[slow].shard.fail_next
+
+
+def test_a_probe_that_is_answered_after_its_layer_counts_all_the_same(shards: TimedShards):
+    slow = slow_of(shards)
+    shards.transports[slow].seconds = 0.2
+    while not shards.router.quarantined_shards():
+        combine(shards)
+    shards.transports[slow].seconds = 0.012  # in time, but never before the others
+    for _ in range(60):
+        shards.clock.now_s += 1.0
+        combine(shards)
+        combine(shards)
+    assert shards.router.quarantined_shards() == []
+
+
 def test_an_answer_is_late_by_measured_times():
     times = ServiceTimes(0.05, 20.0)
     assert times.late_after_s(0, 10) == 20.0  # nothing is known
@@ -258,6 +312,7 @@ def test_a_shard_that_became_slow_is_late_by_its_peers_times():
 def test_degraded_mode_leaves_out_what_nobody_has_and_says_so(policy):
     config = CONFIG.model_copy(update={"missing_experts": policy, "missing_after_s": 1.0})
     alone = TimedShards(GATE, placed(GATE, 2), config)
+    combine(alone)
     alone.transports[1].seconds = None
     told: list[None] = []
     alone.router.limit_step(StepLimit(allows_missing_experts=True, on_missing_experts=lambda: told.append(None)))
@@ -281,4 +336,15 @@ def test_experts_are_waited_for_unless_the_deployment_and_the_requests_allow_oth
     alone.transports[1].seconds = 5.0
     alone.router.limit_step(StepLimit(allows_missing_experts=allows))
     assert combine(alone) == pytest.approx(5.0, abs=0.01)
+    assert alone.router._metrics._num_missing == 0
+
+
+def test_degraded_mode_waits_for_an_answer_that_takes_long_but_no_longer_than_usual():
+    config = CONFIG.model_copy(update={"missing_experts": MissingExperts.LEAVE_OUT, "missing_after_s": 1.0})
+    alone = TimedShards(GATE, placed(GATE, 2), config)
+    for transport in alone.transports:
+        transport.seconds = 3.0
+    alone.router.limit_step(StepLimit(allows_missing_experts=True))
+    for _ in range(5):
+        assert combine(alone) == pytest.approx(3.0, abs=0.01)
     assert alone.router._metrics._num_missing == 0

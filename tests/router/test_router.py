@@ -160,7 +160,7 @@ def test_a_forward_that_can_never_succeed_is_an_internal_error_with_shard_and_la
     shards = [MultiplyingShard(), MultiplyingShard()]
     shards[1].fail_next = [InvalidRequest("row 7 is out of range")]
     router = local_router(shards, placed(GATE, 2))
-    with pytest.raises(InternalError, match=r"shard 1 at 1 .* layer 4: row 7 is out of range"):
+    with pytest.raises(InternalError, match=r"shard 1 at 1, .* layer 4: row 7 is out of range"):
         combined(router, random_rows(GATE, 6, hidden_size=4), layer_id=4)
 
 
