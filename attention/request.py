@@ -79,11 +79,14 @@ class RequestReader:
         self._draw_seed = draw_seed
 
     def sequence(self, request: generation_pb2.GenerateRequest) -> Sequence:
-        """Raises InvalidRequest and its kinds: PromptTooLong, NoChatTemplate, ChatTemplateRefused."""
+        """With the tokens that its client has as if they were sampled here.
+
+        Raises InvalidRequest and its kinds: PromptTooLong, NoChatTemplate, ChatTemplateRefused.
+        """
         request_id = _request_id(request.request_id)
         prompt_token_ids = self._prompt(request)
         params = self._sampling_params(request.sampling_params, self._max_model_len - len(prompt_token_ids))
-        return Sequence(
+        sequence = Sequence(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
             sampling_params=params,
@@ -92,13 +95,11 @@ class RequestReader:
             text_decoder=Detokenizer(self._tokenizer, stop=params.stop, skip_special_tokens=params.skip_special_tokens),
             allows_missing_experts=request.allow_missing_experts,
         )
+        self._go_on_after(sequence, list(request.received_token_ids), "received_token_ids")
+        return sequence
 
     def relayed_sequence(self, relayed: worker_pb2.RelayedRequest) -> Sequence:
-        """A request that a gateway passed on, with the tokens that its client has as if they were sampled here.
-
-        Text is a function of the tokens so far, so what the client has of it is made again and left away. Raises what
-        `sequence` raises, and InvalidRequest when the tokens cannot be the beginning of an answer.
-        """
+        """A request that a gateway passed on, also with the tokens of another worker. Raises as `sequence`."""
         request = rpc.parse(generation_pb2.GenerateRequest, relayed.request)
         if not request.request_id:
             request.request_id = relayed.request_id
@@ -107,14 +108,20 @@ class RequestReader:
         sequence = self.sequence(request)
         sequence.num_dropped_assignments = relayed.num_dropped_assignments
         sequence.num_degraded_steps = relayed.num_degraded_steps
-        for token_id in self._token_ids(list(relayed.output_token_ids), "output_token_ids"):
+        self._go_on_after(sequence, list(relayed.output_token_ids), "output_token_ids")
+        return sequence
+
+    def _go_on_after(self, sequence: Sequence, token_ids: list[int], field: str) -> None:
+        """Text is a function of the tokens so far, so what the client has of it is made again and left away.
+
+        Raises InvalidRequest when the tokens cannot be the beginning of an answer.
+        """
+        for index, token_id in enumerate(self._token_ids(token_ids, field)):
             if sequence.advance(token_id).is_final:
                 raise errors.InvalidRequest(
-                    f"the answer ends with output token {sequence.num_output_tokens - 1} of "
-                    f"{len(relayed.output_token_ids)}; nothing is left to generate",
-                    field="output_token_ids",
+                    f"the answer ends with output token {index} of {len(token_ids)}; nothing is left to generate",
+                    field=field,
                 )
-        return sequence
 
     def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         """The token ids as `sequence` would see them, of any length."""

@@ -83,6 +83,17 @@ def test_tokens_that_the_client_has_count_as_output_and_are_not_told_again():
     assert sequence.advance(102).text == "bcdf"
 
 
+def test_a_client_that_has_the_beginning_is_told_the_rest_by_whichever_worker():
+    wanted = {"text": "a", "sampling_params": SamplingParams(max_tokens=6), "received_token_ids": [98, 99]}
+    sequence = read(**wanted)
+    assert (sequence.output_token_ids, sequence.max_num_tokens) == ([98, 99], 8)
+    assert sequence.advance(100).text == "d"
+    assert make_reader().relayed_sequence(relayed([100], **wanted)).output_token_ids == [98, 99, 100]
+    with pytest.raises(errors.InvalidRequest, match="ends with output token 5 of 6") as raised:
+        read(text="a", sampling_params=SamplingParams(max_tokens=6), received_token_ids=[98] * 6)
+    assert raised.value.field == "received_token_ids"
+
+
 @pytest.mark.parametrize(
     ("token_ids", "message"), [([98, 99], "ends with output token 1 of 2"), ([300], "token id 300 at index 0")]
 )
