@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from cluster.config import LoggingConfig
 
-FIELDS = ("request_id", "request_ids")  # that a line may have, given as `extra`
+FIELDS = ("request_id", "request_ids", "subject")  # that a line may have, given as `extra`
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 

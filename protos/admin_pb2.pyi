@@ -91,7 +91,7 @@ class Quarantine(_message.Message):
     def __init__(self, ep_rank: _Optional[int] = ..., layer_id: _Optional[int] = ..., unit_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RebalanceStatus(_message.Message):
-    __slots__ = ("state", "target_version", "moved_bytes", "planned_bytes", "num_done", "num_aborted", "last_result", "seconds_since_success")
+    __slots__ = ("state", "target_version", "moved_bytes", "planned_bytes", "num_done", "num_aborted", "last_result", "seconds_since_success", "reason")
     STATE_FIELD_NUMBER: _ClassVar[int]
     TARGET_VERSION_FIELD_NUMBER: _ClassVar[int]
     MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class RebalanceStatus(_message.Message):
     NUM_ABORTED_FIELD_NUMBER: _ClassVar[int]
     LAST_RESULT_FIELD_NUMBER: _ClassVar[int]
     SECONDS_SINCE_SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     state: RebalanceState
     target_version: int
     moved_bytes: int
@@ -108,7 +109,8 @@ class RebalanceStatus(_message.Message):
     num_aborted: int
     last_result: str
     seconds_since_success: float
-    def __init__(self, state: _Optional[_Union[RebalanceState, str]] = ..., target_version: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., planned_bytes: _Optional[int] = ..., num_done: _Optional[int] = ..., num_aborted: _Optional[int] = ..., last_result: _Optional[str] = ..., seconds_since_success: _Optional[float] = ...) -> None: ...
+    reason: str
+    def __init__(self, state: _Optional[_Union[RebalanceState, str]] = ..., target_version: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., planned_bytes: _Optional[int] = ..., num_done: _Optional[int] = ..., num_aborted: _Optional[int] = ..., last_result: _Optional[str] = ..., seconds_since_success: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
     __slots__ = ("processes", "is_serving", "placement_version", "rebalance")

@@ -23,6 +23,7 @@ from cluster.commands import (
     scale_command,
     trace_command,
 )
+from cluster.commands.own_group import continue_in_own_group
 from cluster.commands.terminal import console, fail, fail_call
 from cluster.commands.views import experts_view
 from cluster.version import VERSION
@@ -103,18 +104,20 @@ def main(
 def serve(config: ConfigFile = None, model: Model = None) -> None:
     """Start the system and serve until Ctrl-C or SIGTERM."""
     settings = _settings(config, model)
+    continue_in_own_group()
     from cluster.commands.serve import serve_until_stopped
 
-    _exit_on_failure(serve_until_stopped(settings, console))
+    raise typer.Exit(serve_until_stopped(settings, console))
 
 
 @app.command()
 def demo(config: ConfigFile = None, model: Model = None) -> None:
     """Start everything on this machine, stream several prompts, show where every token went, stop."""
     settings = _settings(config, model)
+    continue_in_own_group()
     from cluster.commands.demo import run_demo
 
-    _exit_on_failure(run_demo(settings, console))
+    raise typer.Exit(run_demo(settings, console))
 
 
 @app.command()
@@ -194,11 +197,6 @@ def _settings(path: Path | None, model: str | None) -> "MobulaConfig":
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     return config.model_copy(update={"model": model}) if model else config
-
-
-def _exit_on_failure(has_succeeded: bool) -> None:
-    if not has_succeeded:
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rich.markup import escape
 from cluster.client import Generation, InferenceClient
 from cluster.commands.plan_view import plan_view
 from cluster.commands.progress import StartProgress
-from cluster.commands.serve import START_ERRORS
+from cluster.commands.serve import INTERRUPTED, START_ERRORS, treat_sigterm_as_ctrl_c
 from cluster.commands.views import experts_view, kinds_view, streams_view, summary_view
 from cluster.config import MobulaConfig
 from cluster.roles.launch import Deployment
@@ -35,20 +35,24 @@ NUM_TOKENS_OF_KIND = 40  # enough to see which experts a kind of text uses
 REFRESH_PER_SECOND = 8
 
 
-def run_demo(config: MobulaConfig, console: Console) -> bool:
-    """The whole show. Returns whether all of it worked."""
+def run_demo(config: MobulaConfig, console: Console) -> int:
+    """The whole show. Returns the command's exit status."""
     logging.basicConfig(level=logging.WARNING)
+    treat_sigterm_as_ctrl_c()
     try:
         _run(config, console)
     except START_ERRORS as error:
         console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
-        return False
+        return 1
     except grpc.RpcError as error:
         console.print(
             f"[bold red]error:[/bold red] {error.code().name}: {escape(error.details() or '')}", highlight=False
         )
-        return False
-    return True
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted; stopped")
+        return INTERRUPTED
+    return 0
 
 
 def _run(config: MobulaConfig, console: Console) -> None:
@@ -57,6 +61,7 @@ def _run(config: MobulaConfig, console: Console) -> None:
     console.rule("[bold]1. start")
     console.print(plan_view(deployment.plan))
     with deployment:
+        treat_sigterm_as_ctrl_c()  # again: Ray, when it starts, puts its own handler in place
         with StartProgress(console) as progress:
             status = deployment.wait_until_serving(progress.show)
         console.print(
@@ -84,7 +89,10 @@ def _run(config: MobulaConfig, console: Console) -> None:
         children = psutil.Process().children(recursive=True)
         console.rule("[bold]4. stop")
     left = [child for child in psutil.wait_procs(children, timeout=10)[1] if child.status() != psutil.STATUS_ZOMBIE]
-    console.print(f"all stopped: {len(left)} processes left, {time.monotonic() - start:.0f} s in all; next: make serve")
+    console.print(
+        f"all stopped: {len(left)} processes left, {time.monotonic() - start:.0f} s in all; next: make serve",
+        soft_wrap=True,
+    )
 
 
 def _stream(client: InferenceClient, generations: list[Generation], num_tokens: int = NUM_TOKENS) -> float:

@@ -41,7 +41,9 @@ class StartProgress:
                 ProcessState.STARTING,
                 ProcessState.DOWN,
             ):
-                self._console.print(f"  {name}: {health.state} {health.address or health.detail}", markup=False)
+                self._console.print(
+                    f"  {name}: {health.state} {health.address or health.detail}", markup=False, soft_wrap=True
+                )
                 self._states[name] = health.state
 
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from cluster.checkpoint.checkpoint import InvalidCheckpoint
 from cluster.checkpoint.json_fields import UnsupportedModel
 from cluster.client import DEFAULT_ADDRESS
+from cluster.commands.event_lines import EventLines
 from cluster.commands.plan_view import plan_view
 from cluster.commands.progress import StartProgress
 from cluster.config import ConfigError, MobulaConfig
@@ -23,34 +24,36 @@ from cluster.security.exposure import exposures
 from protos.certificates import AUTHORITY
 from router.placement import PlacementError
 
-WATCH_S = 2.0  # how often it looks whether the controller is there
+WATCH_S = 1.0  # how often it looks at the system's status
+INTERRUPTED = 130  # the exit status of what Ctrl-C ended, as shells give it
 START_ERRORS = (ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError, StartError)
 
 
-def serve_until_stopped(config: MobulaConfig, console: Console) -> bool:
-    """Runs until Ctrl-C or SIGTERM. Returns whether the system came up."""
-    log_to_stderr(config.logging, "serve", lambda: None)
-    _treat_sigterm_as_ctrl_c()
+def serve_until_stopped(config: MobulaConfig, console: Console) -> int:
+    """Runs until Ctrl-C or SIGTERM. Returns the command's exit status."""
+    events = EventLines()
+    log_to_stderr(config.logging, "serve", lambda: events.placement_version)
+    treat_sigterm_as_ctrl_c()
     try:
         for exposure in exposures(config):
             console.print(f"[bold yellow]open:[/bold yellow] {escape(exposure)}", highlight=False, soft_wrap=True)
         deployment = Deployment(config)
         console.print(plan_view(deployment.plan))
         with deployment:
-            _treat_sigterm_as_ctrl_c()  # again: Ray, when it starts, puts its own handler in place
+            treat_sigterm_as_ctrl_c()  # again: Ray, when it starts, puts its own handler in place
             with StartProgress(console) as progress:
                 deployment.wait_until_serving(progress.show)
             _print_banner(deployment, console)
-            _watch_until_signal(deployment)
-            console.print("stopping: no new requests, those in flight may end; Ctrl-C again stops at once ...")
+            _watch_until_signal(deployment, events)
+            console.print("stopping: requests in flight may end; Ctrl-C again stops at once", soft_wrap=True)
     except START_ERRORS as error:
-        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
-        return False
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
     except KeyboardInterrupt:
         console.print("interrupted before the system was up; stopped")
-        return False
+        return INTERRUPTED
     console.print("stopped")
-    return True
+    return 0
 
 
 def _print_banner(deployment: Deployment, console: Console) -> None:
@@ -59,9 +62,9 @@ def _print_banner(deployment: Deployment, console: Console) -> None:
     scheme = "https" if deployment.config.tls.metrics else "http"
     option = "" if address == DEFAULT_ADDRESS else f" --address {address}"
     console.print(f"\n[bold green]serving[/bold green] {model} at [bold]{address}[/bold]", highlight=False)
-    console.print(f"  try:      {mobula} generate 'def main():'{option}", highlight=False)
-    console.print(f"  experts:  {mobula} experts{option}", highlight=False)
-    console.print(f"  status:   {mobula} status{option}", highlight=False)
+    console.print(f"  try:      {mobula} generate 'def main():'{option}", highlight=False, soft_wrap=True)
+    console.print(f"  experts:  {mobula} experts{option}", highlight=False, soft_wrap=True)
+    console.print(f"  status:   {mobula} status{option}", highlight=False, soft_wrap=True)
     if deployment.config.gateway.dashboard:
         console.print(f"  watch:    {scheme}://{deployment.metrics_address}/", highlight=False)
     console.print(f"  metrics:  {scheme}://{deployment.metrics_address}/metrics", highlight=False)
@@ -84,15 +87,17 @@ def _command() -> str:
     return "mobula" if shutil.which("mobula") == called else os.path.relpath(called)
 
 
-def _treat_sigterm_as_ctrl_c() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def treat_sigterm_as_ctrl_c() -> None:
+    """In this process, from now on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
-def _watch_until_signal(deployment: Deployment) -> None:
+def _watch_until_signal(deployment: Deployment, events: EventLines) -> None:
     """Returns at Ctrl-C. Raises StartError when the controller is gone."""
     try:
         while True:
+            events.observe(deployment.status())
             time.sleep(WATCH_S)
-            deployment.status()
     except KeyboardInterrupt:
         return

@@ -89,6 +89,7 @@ def _rebalance_status_message(status: RebalanceStatus) -> admin_pb2.RebalanceSta
         num_done=status.num_done,
         num_aborted=status.num_aborted,
         last_result=status.last_result,
+        reason=status.reason,
         seconds_since_success=status.seconds_since_success,
     )
 
@@ -103,6 +104,7 @@ def _rebalance_status(message: admin_pb2.RebalanceStatus) -> RebalanceStatus:
         num_done=message.num_done,
         num_aborted=message.num_aborted,
         last_result=message.last_result,
+        reason=message.reason,
         seconds_since_success=message.seconds_since_success if has_succeeded else None,
     )
 

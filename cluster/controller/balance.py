@@ -154,8 +154,11 @@ class Balance:
         speeds = {ep_rank: known.speed or 1.0 for ep_rank, known in traits.items()}
         return plan_rebalance(self._expert_map, new, load, self._proposer.expert_bytes, hysteresis, speeds)
 
-    def begin(self, plan: RebalancePlan, *, is_serving: bool) -> None:
-        """Begins what was planned, if there is anything to move. Raises RebalanceRefused when it cannot begin now."""
+    def begin(self, plan: RebalancePlan, reason: str, *, is_serving: bool) -> None:
+        """Begins what was planned, if there is anything to move. Raises RebalanceRefused when it cannot begin now.
+
+        reason: why, in words.
+        """
         status = self._rebalancer.status()
         if not self.is_idle:
             raise RebalanceRefused(
@@ -175,7 +178,7 @@ class Balance:
             self._newest_version = plan.new.placement_version
             logger.info("version %d moves %d units, %d bytes", self._newest_version, len(plan.moves), plan.moved_bytes)
             self._members = self.membership.members()
-            self._rebalancer.begin(plan, is_urgent=any(shard.is_lost for shard in self.membership.shards))
+            self._rebalancer.begin(plan, reason, is_urgent=any(shard.is_lost for shard in self.membership.shards))
 
     def _observe_load(self) -> None:
         for source, (ep_rank, counts) in list(self._counts.items()):
@@ -206,7 +209,8 @@ class Balance:
             members = self.membership.members()
             try:
                 plan = self.plan()
-                self.begin(plan, is_serving=all(s.is_ready for s in self.membership.shards if s.rank in members))
+                are_ready = all(s.is_ready for s in self.membership.shards if s.rank in members)
+                self.begin(plan, self.membership.change_in_words(), is_serving=are_ready)
             except RebalanceRefused as error:
                 logger.warning("shards %s cannot take over yet: %s", sorted(members), error)
                 self._change_at_s = self._clock() + CHANGE_RETRY_S
@@ -249,6 +253,6 @@ class Balance:
             plan = self.plan()
             logger.info("rebalance: %s", plan.reason)
             if plan.is_worth_it:
-                self.begin(plan, is_serving=is_serving)
+                self.begin(plan, plan.reason, is_serving=is_serving)
         except RebalanceRefused as error:
             logger.warning("no rebalance: %s", error)

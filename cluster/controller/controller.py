@@ -211,7 +211,7 @@ class Controller:
 
     def _begin_rebalance(self) -> RebalancePlan:
         plan = self._balance.plan()
-        self._balance.begin(plan, is_serving=self._status.is_serving)
+        self._balance.begin(plan, "asked for", is_serving=self._status.is_serving)
         self._status = replace(self._status, rebalance=self._balance.status())  # who asked for it sees it from now on
         return plan
 

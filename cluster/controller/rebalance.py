@@ -74,6 +74,7 @@ class RebalanceState(StrEnum):
 class RebalanceStatus:
     """The rebalance under way, and those before it.
 
+    reason: why it was begun, in words; of the latest when idle.
     seconds_since_success: None before the first.
     """
 
@@ -84,6 +85,7 @@ class RebalanceStatus:
     num_done: int = 0
     num_aborted: int = 0
     last_result: str = ""
+    reason: str = ""
     seconds_since_success: float | None = None
 
 

@@ -60,6 +60,7 @@ class Rebalancer:
         self._parts: dict[int, list[StagePart]] = {}  # yet to be read, by ep_rank; the first may be under way
         self._calls: dict[str, Future[Any]] = {}  # by process
         self._status = RebalanceStatus()
+        self._began_s = 0.0  # the latest
         self._succeeded_s: float | None = None
 
     @property
@@ -71,9 +72,10 @@ class Rebalancer:
         since = None if self._succeeded_s is None else self._clock() - self._succeeded_s
         return replace(self._status, seconds_since_success=since)
 
-    def begin(self, plan: RebalancePlan, *, is_urgent: bool = False) -> None:
+    def begin(self, plan: RebalancePlan, reason: str, *, is_urgent: bool = False) -> None:
         """Starts a rebalance; every shard that has units in the new placement must be ready.
 
+        reason: why, in words.
         is_urgent: requests wait for units that nobody has: shards read as fast as they can.
         """
         assert self.is_idle
@@ -91,8 +93,10 @@ class Rebalancer:
             moved_bytes=0,
             planned_bytes=plan.moved_bytes,
             last_result="",
+            reason=reason,
         )
-        logger.info("rebalance to version %d: %d units", plan.new.placement_version, len(plan.moves))
+        self._began_s = self._clock()
+        logger.info("rebalance to version %d: %d units, %s", plan.new.placement_version, len(plan.moves), reason)
 
     def step(self) -> None:
         """As far as it gets without waiting."""
@@ -162,7 +166,9 @@ class Rebalancer:
         version = self._plan.new.placement_version
         for shard in self._shards(self._plan):
             shard.handle.call("release", version)  # also drops what was only staged; one that is gone has nothing
-        result = f"version {version} was given up while {self._status.state}: {failure}"
+        result = (
+            f"version {version} was given up while {self._status.state}, after {self._duration_s():.1f} s: {failure}"
+        )
         logger.warning("rebalance: %s; version %d goes on", result, self._plan.old.placement_version)
         self._end(replace(self._status, num_aborted=self._status.num_aborted + 1, last_result=result))
 
@@ -188,13 +194,17 @@ class Rebalancer:
             if (error := call.exception()) is not None:  # it has loaded, or will load, the new version alone
                 logger.warning("%s did not release version %d: %s", name, plan.old.placement_version, error)
         self._succeeded_s = self._clock()
-        result = f"version {plan.new.placement_version} is served: {len(plan.moves)} units moved"
+        version, duration_s = plan.new.placement_version, self._duration_s()
+        result = f"version {version} is served: {len(plan.moves)} units moved in {duration_s:.1f} s"
         logger.info("rebalance: %s", result)
         self._end(replace(self._status, num_done=self._status.num_done + 1, last_result=result))
 
     def _end(self, status: RebalanceStatus) -> None:
         self._status = replace(status, state=RebalanceState.IDLE, target_version=None)
         self._plan, self._calls, self._parts = None, {}, {}
+
+    def _duration_s(self) -> float:
+        return self._clock() - self._began_s
 
     def _enter(self, state: RebalanceState) -> None:
         self._status = replace(self._status, state=state)

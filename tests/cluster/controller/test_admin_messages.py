@@ -29,6 +29,7 @@ REBALANCE = st.builds(
     num_done=COUNTS,
     num_aborted=COUNTS,
     last_result=st.text(),
+    reason=st.text(),
     seconds_since_success=st.none() | st.floats(0, 1e9),
 )
 STATUS = st.builds(

@@ -1,5 +1,6 @@
 """Rebalances of a controller whose processes are plain objects: every step, and every death in between."""
 
+import re
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -66,6 +67,8 @@ def test_shards_stage_and_activate_before_workers_are_told_and_release_after_the
     assert status.placement_version == plan.new.placement_version == 2
     assert status.rebalance.state is RebalanceState.IDLE
     assert (status.rebalance.num_done, status.rebalance.num_aborted) == (1, 0)
+    assert status.rebalance.reason == "asked for"
+    assert re.fullmatch(r"version 2 is served: 24 units moved in \d+\.\d s", status.rebalance.last_result)
     assert status.rebalance.moved_bytes == status.rebalance.planned_bytes == plan.moved_bytes == 24 * 2 * 10
     steps = [step for step in order if not step.endswith(("health", "load_counts", "update_members"))]
     assert steps == [

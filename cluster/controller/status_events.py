@@ -1,0 +1,142 @@
+"""What happened to the system between one status and the next, in words for operators: processes that are lost, come
+back, join, drain and leave, replicas that are not trusted, rebalances with their reasons, and how long each took.
+
+Knows neither who asks for the status nor where the words go.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from typing import NamedTuple
+
+from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState
+from cluster.controller.rebalance import RebalanceState
+
+
+class Level(StrEnum):
+    """How an operator should take it."""
+
+    GOOD = "good"
+    INFO = "info"
+    BAD = "bad"
+
+
+class StatusEvent(NamedTuple):
+    """subject: a process's name, "system", "placement" or "rebalance"."""
+
+    level: Level
+    subject: str
+    text: str
+
+
+class StatusEvents:
+    """Belongs to one thread. What begins and ends between two looks is told as far as the later status shows it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last: ClusterStatus | None = None
+        self._began_s: dict[tuple[str, str], float] = {}  # what lasts, by subject and kind
+        self._generations: dict[str, str] = {}  # the latest that was ready, by process
+
+    def observe(self, status: ClusterStatus) -> list[StatusEvent]:
+        """The first status is one event; each later one gives an event for each difference."""
+        last, self._last = self._last, status
+        events = list(self._changes(last, status)) if last else [_first(status)]
+        for name, health in status.processes:
+            if not last and health.state is not ProcessState.READY:
+                self._begin(name, "away")
+            if health.state is ProcessState.READY:
+                self._generations[name] = health.generation
+        return events
+
+    def _changes(self, last: ClusterStatus, now: ClusterStatus) -> Iterator[StatusEvent]:
+        before, after = dict(last.processes), dict(now.processes)
+        for name in before.keys() - after.keys():
+            yield StatusEvent(Level.INFO, name, f"has left{self._after(name, 'leaving')}")
+            self._generations.pop(name, None)
+        for name, health in after.items():
+            if name in before:
+                yield from self._process_changes(name, before[name], health)
+            else:
+                self._begin(name, "away")
+                yield StatusEvent(Level.INFO, name, f"joins, is {health.state}")
+            yield from self._quarantine_changes(name, before.get(name), health)
+        yield from _placement_changes(last, now)
+        if last.is_serving and not now.is_serving:
+            self._begin("system", "away")
+            yield StatusEvent(Level.BAD, "system", "not every process is ready")
+        elif now.is_serving and not last.is_serving:
+            yield StatusEvent(Level.GOOD, "system", f"serves{self._after('system', 'away')}")
+
+    def _process_changes(self, name: str, old: ProcessHealth, now: ProcessHealth) -> Iterator[StatusEvent]:
+        is_another = self._generations.get(name, now.generation) != now.generation
+        if now.state is ProcessState.READY and old.state is not ProcessState.READY:
+            who = f", as another process, pid {now.pid}" if is_another else ""
+            yield StatusEvent(Level.GOOD, name, f"is ready{self._after(name, 'away')}{who}")
+        elif now.state is not old.state and (
+            old.state is ProcessState.READY or now.state in (ProcessState.FAILED, ProcessState.DOWN)
+        ):
+            self._begin(name, "away")
+            level = Level.INFO if old.detail and old.state is ProcessState.READY else Level.BAD  # it was told to end
+            detail = f": {now.detail}" if now.detail else ""
+            yield StatusEvent(level, name, f"is {now.state}{detail}")
+        elif is_another and now.state is ProcessState.READY:
+            yield StatusEvent(Level.INFO, name, f"was replaced by another process, pid {now.pid}")
+        if now.state is old.state is ProcessState.READY and now.detail and now.detail != old.detail:
+            self._begin(name, "leaving")
+            yield StatusEvent(Level.INFO, name, now.detail)
+
+    def _quarantine_changes(self, name: str, old: ProcessHealth | None, now: ProcessHealth) -> Iterator[StatusEvent]:
+        before, after = _quarantined(old), _quarantined(now)
+        for what in after.keys() - before.keys():
+            self._begin(name, what)
+            yield StatusEvent(Level.BAD, name, f"quarantines {what}: {after[what]}")
+        if now.state is ProcessState.READY:  # one that is away says nothing of what it trusts
+            for what in before.keys() - after.keys():
+                yield StatusEvent(Level.GOOD, name, f"trusts {what} again{self._after(name, what)}")
+
+    def _begin(self, subject: str, kind: str) -> None:
+        self._began_s.setdefault((subject, kind), self._clock())
+
+    def _after(self, subject: str, kind: str) -> str:
+        began_s = self._began_s.pop((subject, kind), None)
+        return "" if began_s is None else f" after {self._clock() - began_s:.1f} s"
+
+
+def _first(status: ClusterStatus) -> StatusEvent:
+    serves = "serves" if status.is_serving else "does not serve yet"
+    return StatusEvent(Level.INFO, "system", f"{serves}; placement version {status.placement_version}")
+
+
+def _quarantined(health: ProcessHealth | None) -> dict[str, str]:
+    """Reasons by what is not trusted; of the many units that a shard may have, one line with the first one's."""
+    units: dict[str, list[str]] = defaultdict(list)
+    shards = {}
+    for quarantine in health.quarantines if health else ():
+        shard = f"shard-{quarantine.ep_rank}"
+        if quarantine.unit_id is None:
+            shards[shard] = quarantine.reason
+        else:
+            unit = f"unit {quarantine.unit_id} of layer {quarantine.layer_id}: {quarantine.reason}"
+            units[f"units of {shard}"].append(unit)
+    more = {what: f" (and {len(them) - 1} more)" if len(them) > 1 else "" for what, them in units.items()}
+    return shards | {what: f"{them[0]}{more[what]}" for what, them in units.items()}
+
+
+def _placement_changes(last: ClusterStatus, now: ClusterStatus) -> Iterator[StatusEvent]:
+    before, after = last.rebalance, now.rebalance
+    if before.state is RebalanceState.IDLE and after.state is not RebalanceState.IDLE:
+        why = f" ({after.reason})" if after.reason else ""
+        size = _size(after.planned_bytes)
+        yield StatusEvent(Level.INFO, "rebalance", f"to version {after.target_version} began{why}: {size} to read")
+    if after.num_aborted > before.num_aborted:
+        yield StatusEvent(Level.BAD, "rebalance", after.last_result)
+    if after.num_done > before.num_done:
+        yield StatusEvent(Level.GOOD, "rebalance", after.last_result)
+    if last.placement_version != now.placement_version:
+        yield StatusEvent(Level.INFO, "placement", f"workers are told version {now.placement_version}")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

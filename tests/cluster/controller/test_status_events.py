@@ -1,0 +1,113 @@
+"""What an operator reads of one status after another."""
+
+from dataclasses import replace
+from typing import Any
+
+from cluster.controller.process import ClusterStatus, ProcessState, Quarantine
+from cluster.controller.rebalance import RebalanceState, RebalanceStatus
+from cluster.controller.status_events import StatusEvents
+from tests.fake_controller import life, rebalance_plan, serving_status
+
+
+def told(*statuses: ClusterStatus) -> list[tuple[str, str, str]]:
+    """Of one status a second, without what the first one tells."""
+    now = [0.0]
+    events, lines = StatusEvents(lambda: now[0]), []
+    for status in statuses:
+        lines.append([(str(event.level), event.subject, event.text) for event in events.observe(status)])
+        now[0] += 1.0
+    return [line for some in lines[1:] for line in some]
+
+
+def with_health(status: ClusterStatus, name: str, **changes: Any) -> ClusterStatus:
+    processes = tuple(
+        (other, replace(health, **changes) if other == name else health) for other, health in status.processes
+    )
+    is_serving = all(health.state is ProcessState.READY for _, health in processes)
+    return replace(status, processes=processes, is_serving=is_serving)
+
+
+WELL = serving_status()
+DOWN = with_health(WELL, "shard-1", state=ProcessState.DOWN, detail="does not answer", generation="", pid=0)
+
+
+def test_a_rebalance_is_told_from_its_beginning_and_reason_to_its_end() -> None:
+    statuses = life(rebalance_plan())
+    asked = [replace(status, rebalance=replace(status.rebalance, reason="asked for")) for status in statuses]
+    assert told(*asked) == [
+        ("info", "rebalance", "to version 2 began (asked for): 5.0 MiB to read"),
+        ("info", "placement", "workers are told version 2"),
+        ("good", "rebalance", "version 2 is served: 3 units moved"),
+    ]
+
+
+def test_a_rebalance_that_was_given_up_says_why() -> None:
+    lines = told(*life(rebalance_plan(), aborted_while=RebalanceState.STAGING))
+    assert lines[-1] == ("bad", "rebalance", "version 2 was given up while staging: shard-1 was lost")
+
+
+def test_one_that_came_and_went_between_two_looks_is_told_all_the_same() -> None:
+    done = serving_status(2, RebalanceStatus(num_done=1, last_result="version 2 is served"))
+    assert ("good", "rebalance", "version 2 is served") in told(WELL, done)
+
+
+def test_a_process_that_was_silent_and_is_the_same_is_told_with_the_time_it_took() -> None:
+    assert told(WELL, DOWN, DOWN, WELL) == [
+        ("bad", "shard-1", "is down: does not answer"),
+        ("bad", "system", "not every process is ready"),
+        ("good", "shard-1", "is ready after 2.0 s"),
+        ("good", "system", "serves after 2.0 s"),
+    ]
+
+
+def test_a_process_that_died_is_ready_again_as_another_one() -> None:
+    another = with_health(WELL, "shard-1", generation="new", pid=77)
+    loading = with_health(another, "shard-1", state=ProcessState.LOADING)
+    assert told(WELL, DOWN, loading, another)[2] == (
+        "good",
+        "shard-1",
+        "is ready after 2.0 s, as another process, pid 77",
+    )
+
+
+def test_a_process_that_was_replaced_between_two_looks_is_told() -> None:
+    another = with_health(WELL, "worker-0", generation="new", pid=77)
+    assert told(WELL, another) == [("info", "worker-0", "was replaced by another process, pid 77")]
+
+
+def test_a_process_that_cannot_load_says_why() -> None:
+    failed = with_health(WELL, "shard-1", state=ProcessState.FAILED, detail="OSError: no such file")
+    assert told(WELL, failed)[0] == ("bad", "shard-1", "is failed: OSError: no such file")
+
+
+def test_processes_that_join_and_leave_are_named() -> None:
+    first, last = replace(WELL, processes=WELL.processes[1:]), replace(WELL, processes=WELL.processes[:-1])
+    assert set(told(first, last)) == {("info", "shard-0", "joins, is ready"), ("info", "gateway-0", "has left")}
+
+
+def test_a_drain_is_told_from_its_beginning_to_its_end() -> None:
+    draining = with_health(WELL, "shard-1", detail="is drained: its units move to the other shards")
+    gone = replace(WELL, processes=tuple(p for p in WELL.processes if p[0] != "shard-1"))
+    assert told(WELL, draining, draining, gone) == [
+        ("info", "shard-1", "is drained: its units move to the other shards"),
+        ("info", "shard-1", "has left after 2.0 s"),
+    ]
+
+
+def test_a_process_that_is_told_to_end_is_no_bad_news_when_it_does() -> None:
+    ending = with_health(WELL, "worker-0", detail="ends, and is started again")
+    down = with_health(WELL, "worker-0", state=ProcessState.DOWN, detail="does not answer", generation="")
+    lines = told(WELL, ending, down)
+    assert ("info", "worker-0", "is down: does not answer") in lines
+
+
+def test_quarantines_of_a_shard_and_of_units_begin_and_end() -> None:
+    late = Quarantine(1, None, None, "answers are late")
+    wrong = tuple(Quarantine(0, 3, unit, "sums are not finite") for unit in (5, 6))
+    bad = with_health(WELL, "worker-0", quarantines=(late, *wrong))
+    better = with_health(WELL, "worker-0", quarantines=wrong)
+    assert set(told(WELL, bad)) == {
+        ("bad", "worker-0", "quarantines shard-1: answers are late"),
+        ("bad", "worker-0", "quarantines units of shard-0: unit 5 of layer 3: sums are not finite (and 1 more)"),
+    }
+    assert told(WELL, bad, bad, better)[2:] == [("good", "worker-0", "trusts shard-1 again after 2.0 s")]
