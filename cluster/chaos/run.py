@@ -16,6 +16,7 @@ from cluster.chaos.load import Load, cases
 from cluster.chaos.report import Report, Timeline, make_report, tokens_per_s
 from cluster.chaos.system import ChaosRefused, System
 
+MAX_WHOLE_S = 15.0  # for every process to serve; on busy cores one may miss a question just after the start
 MIN_CALM_S = 4.0
 MAX_CALM_S = 30.0  # for every case to be answered once
 MIN_TAIL_S = 1.0
@@ -50,14 +51,25 @@ class RunResult:
 
 def run_fault(fault: Fault, system: System, config: RunConfig, show: Show = lambda what, share: None) -> RunResult:
     """Raises ChaosRefused when the fault cannot be made, or the system does not serve well before it."""
-    before = system.status()
-    if before is None or not before.is_serving:
-        raise ChaosRefused(f"{system.address} does not serve all of its processes; `mobula status` shows which")
+    if not _serves_soon(system):
+        raise ChaosRefused(
+            f"{system.address} does not serve all of its processes in {MAX_WHOLE_S:g} s; `mobula status` shows which"
+        )
     load = Load(system.address, system.access, cases(config.max_tokens), config.num_clients, config.seed)
     try:
         return _Run(fault, system, load, config, show).result()
     finally:
         load.close()
+
+
+def _serves_soon(system: System) -> bool:
+    give_up_s = time.monotonic() + MAX_WHOLE_S
+    while time.monotonic() < give_up_s:
+        status = system.status()
+        if status is not None and status.is_serving:
+            return True
+        time.sleep(POLL_S)
+    return False
 
 
 class _Run:

@@ -92,7 +92,13 @@ def test_redundancy_is_back_when_the_lost_process_is_replaced_and_all_serves(sys
     assert replaced.report.time_to_redundancy_s is not None
 
 
-def test_a_system_that_does_not_serve_is_left_alone(system: FakeSystem) -> None:
-    system.num_down = 5
+def test_a_process_that_misses_a_question_is_waited_for(system: FakeSystem) -> None:
+    system.num_down = 3
+    assert run_switched(system, "hangs").report.is_good
+
+
+def test_a_system_that_does_not_serve_is_left_alone(system: FakeSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "MAX_WHOLE_S", 0.3)
+    system.num_down = 1000
     with pytest.raises(ChaosRefused, match="does not serve all of its processes"):
         run_switched(system, "hangs")
