@@ -49,6 +49,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "stop-shard": Scenario(
         "SIGSTOP an expert shard for 8 s: it hangs, its connections stand", lambda seed: Stop(RoleName.SHARD, seed)
     ),
+    "stop-worker": Scenario("SIGSTOP an attention worker for 8 s", lambda seed: Stop(RoleName.WORKER, seed)),
     "slow-shard": Scenario(
         "an expert shard gets a twentieth of its time for 8 s", lambda seed: Slow(RoleName.SHARD, seed)
     ),

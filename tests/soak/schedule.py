@@ -1,6 +1,6 @@
-"""Which faults come, and when: one every so many seconds, drawn by seed, all that leave a client's connection alone.
+"""Which faults come, and when: one every so many seconds, drawn by seed.
 
-A gateway that is killed takes its clients' connections along, which no server can help; `mobula chaos` measures that.
+A gateway that is killed takes its clients' connections along; they ask another one for the rest of their answers.
 """
 
 import random
@@ -24,8 +24,10 @@ def faults(seed: int, proxy: LinkProxy) -> Iterator[tuple[str, Fault]]:
     kinds: Mapping[str, Callable[[int], Fault]] = {
         "kill-shard": lambda number: Kill(RoleName.SHARD, number),
         "kill-worker": lambda number: Kill(RoleName.WORKER, number),
+        "kill-gateway": lambda number: Kill(RoleName.GATEWAY, number),
         "kill-controller": lambda number: Kill(CONTROLLER, number),
         "stop-shard": lambda number: Stop(RoleName.SHARD, number, HOLD_S),
+        "stop-worker": lambda number: Stop(RoleName.WORKER, number, HOLD_S),
         "slow-shard": lambda number: Slow(RoleName.SHARD, number, hold_s=HOLD_S),
         "cut-link": lambda number: Link(CUT, TO_SHARD, number, HOLD_S, proxy),
         "drop-traffic": lambda number: Link(DROP, TO_BOTH, number, HOLD_S, proxy),
