@@ -14,6 +14,7 @@ from cluster.version import VERSION
 from protos.tracing import NO_TRACING, Metadata, Span, Tracing, Value
 
 TRACE_KEYS = ("traceparent", "tracestate")
+EXPORT_TIMEOUT_S = 5  # for a collector to take a batch
 
 
 def tracing_of(config: TracingConfig, process: str) -> Tracing:
@@ -32,22 +33,23 @@ def tracing_of(config: TracingConfig, process: str) -> Tracing:
     resource = Resource.create({"service.name": "mobula", "service.version": VERSION, "service.instance.id": process})
     provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(config.sample_ratio)))
     provider.add_span_processor(BatchSpanProcessor(_exporter(config.endpoint)))
-    return OtelTracing(provider.get_tracer("mobula", VERSION))
+    return OtelTracing(provider)
 
 
 def _exporter(endpoint: str) -> Any:
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-    return OTLPSpanExporter(endpoint=endpoint, insecure=True)
+    return OTLPSpanExporter(endpoint=endpoint, insecure=True, timeout=EXPORT_TIMEOUT_S)
 
 
 class OtelTracing:
-    """Implements protos.tracing.Tracing with a tracer of OpenTelemetry's."""
+    """Implements protos.tracing.Tracing with OpenTelemetry's provider of tracers."""
 
-    def __init__(self, tracer: Any) -> None:
+    def __init__(self, provider: Any) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        self._tracer = tracer
+        self._provider = provider
+        self._tracer = provider.get_tracer("mobula", VERSION)
         self._propagator = TraceContextTextMapPropagator()
         self._epoch_ns = time.time_ns() - time.monotonic_ns()  # of the monotonic clock
 
@@ -66,6 +68,10 @@ class OtelTracing:
             raise
         finally:
             span.end()
+
+    def close(self) -> None:
+        """Sends what has not been sent, as long as EXPORT_TIMEOUT_S allows."""
+        self._provider.shutdown()
 
     def child(self, parent: Any, name: str, begin_s: float, end_s: float, values: dict[str, Value]) -> Span:
         """A span that is over."""

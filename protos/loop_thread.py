@@ -3,10 +3,12 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+STOP_TIMEOUT_S = 5.0  # for what is cancelled to end
 
 
 class LoopThread:
@@ -14,19 +16,37 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
+        self._executor = ThreadPoolExecutor(thread_name_prefix=name)  # of asyncio.to_thread
+        self.loop.set_default_executor(self._executor)
+        self._lock = threading.Lock()  # so that nothing is given to a loop that has ended
+        self._is_stopped = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
     def _main(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Starts the coroutine on the loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        """Starts the coroutine on the loop; its future is cancelled when the loop ends first.
+
+        Raises RuntimeError when the loop has ended: nobody would ever answer.
+        """
+        with self._lock:
+            if self._is_stopped:
+                coroutine.close()
+                raise RuntimeError(f"the event loop of {self._thread.name} has ended")
+            return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """The coroutine's result. Raises TimeoutError after `timeout_s`, having cancelled it."""
+        """The coroutine's result. Raises TimeoutError after `timeout_s`, having cancelled it; otherwise as `submit`.
+
+        Raises concurrent.futures.CancelledError when the loop ends meanwhile.
+        """
         future = self.submit(coroutine)
         try:
             return future.result(timeout_s)
@@ -35,6 +55,11 @@ class LoopThread:
             raise
 
     def stop(self) -> None:
-        """Ends the loop and its thread."""
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(timeout=5.0)
+        """Cancels what still runs, and ends the loop and its thread. Another call does nothing."""
+        with self._lock:
+            if self._is_stopped:
+                return
+            self._is_stopped = True
+            self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(STOP_TIMEOUT_S)
+        self._executor.shutdown(wait=False, cancel_futures=True)

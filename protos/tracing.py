@@ -35,6 +35,9 @@ class Tracing(Protocol):
     def span(self, name: str, metadata: Metadata) -> AbstractContextManager[Span]:
         """The part of the request that came with this metadata, for as long as the `with` block lasts."""
 
+    def close(self) -> None:
+        """Sends what has not been sent; for the end of a process."""
+
 
 class _NoSpan:
     is_recorded = False
@@ -53,6 +56,9 @@ class _NoTracing:
     @contextmanager
     def span(self, name: str, metadata: Metadata) -> Iterator[Span]:
         yield NO_SPAN
+
+    def close(self) -> None:
+        pass
 
 
 NO_SPAN: Span = _NoSpan()

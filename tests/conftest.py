@@ -18,6 +18,8 @@ settings.register_profile("mobula", deadline=None)  # a busy machine is not a fa
 settings.load_profile("mobula")
 torch.set_num_threads(1)
 
+EXIT_STATUS = pytest.StashKey[int]()
+
 
 @pytest.fixture(params=[1, 2, 16])
 def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
@@ -47,3 +49,17 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.undo()
     for library in libraries:
         library.cache_clear()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends at once: hundreds of systems have lived in this process, and native threads of the libraries that they used
+    can keep an interpreter from ending for ever. Everything is told by then."""
+    if (status := config.stash.get(EXIT_STATUS, None)) is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

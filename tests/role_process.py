@@ -6,7 +6,6 @@ from typing import Any
 
 from cluster.controller.process import ProcessDied
 from cluster.roles.role import Role
-from cluster.roles.shard_role import ShardRole
 
 
 class RoleProcess:
@@ -28,8 +27,6 @@ class RoleProcess:
     def die(self) -> None:
         """As a crash does: connections break, calls fail."""
         self.is_alive = False
-        if isinstance(self.role, ShardRole) and self.role._server:
-            self.role._loop.run(self.role._server.stop(0.0))
         self.role.stop(0.0)
 
     def come_back(self) -> None:

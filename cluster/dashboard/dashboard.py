@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import Any
 
 from cluster.controller.admin_messages import cluster_status
@@ -107,7 +108,7 @@ class Dashboard:
         while not self._stopping.wait(LOG_INTERVAL_S):
             try:
                 status = self._loop.run(self._cluster_status(), 2 * TIMEOUT_S)
-            except (LocalCallFailed, TimeoutError) as error:
+            except (LocalCallFailed, TimeoutError, CancelledError) as error:
                 logger.debug("no status for the log: %s", error)
                 continue
             except Exception:  # the loop's top: one failed look must not end the log

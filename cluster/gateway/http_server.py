@@ -87,6 +87,16 @@ def serve_http(
     return server, int(server.server_port)
 
 
+def close_http(server: WSGIServer) -> None:
+    """Frees the port within half a second; does not wait for it."""
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+
+    threading.Thread(target=close, name="http-end", daemon=True).start()
+
+
 def get(address: str, path: str, timeout_s: float, max_bytes: int, tls: tuple[ssl.SSLContext, str] | None) -> bytes:
     """What "host:port" answers. tls: a context, and the name that the server's certificate must carry.
 

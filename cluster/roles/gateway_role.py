@@ -83,7 +83,7 @@ class GatewayRole(Role):
             return None
         return server_contexts(self._shown, is_mutual=tls.require_client_certificate)
 
-    def stop(self, drain_timeout_s: float) -> None:
+    def _stop(self, drain_timeout_s: float) -> None:
         if self._dashboard:
             self._dashboard.stop()
         if self._gateway:

@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
+from wsgiref.simple_server import WSGIServer
 from wsgiref.types import WSGIApplication
 
 import grpc.aio
@@ -19,7 +20,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics, make_w
 
 from cluster.config import ActorConfig, GatewayConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
-from cluster.gateway.http_server import MakeContext, serve_http
+from cluster.gateway.http_server import MakeContext, close_http, serve_http
 from cluster.roles.metrics import ProcessMetrics
 from cluster.security.http_tls import server_contexts
 from cluster.security.metrics import CertificateMetrics
@@ -54,7 +55,9 @@ class Role(ABC):
         disable_created_metrics()  # a series more for each counter and histogram, for when it was made
         self._must_leave = False  # once said, not taken back
         self._node_started_s = _node_start_s()  # a leave file that is older is of a container before this one
-        self._health_server: grpc.aio.Server | None = None  # it ends when nothing refers to it
+        self._health_server: grpc.aio.Server | None = None
+        self._http_server: WSGIServer | None = None
+        self._ending = threading.Lock()  # taken once
 
     @property
     def name(self) -> str:
@@ -88,7 +91,7 @@ class Role(ABC):
             self._use_certificates()
             ProcessMetrics(self._registry, self._name)
             address, weight_bytes = self._load(expert_map)
-            _, metrics_port = serve_http(
+            self._http_server, metrics_port = serve_http(
                 self._bind_host, self._ports().metrics_port, self._http_app(), self._http_contexts()
             )
         except Exception as error:  # the top of the process's start: the controller shows it
@@ -123,9 +126,21 @@ class Role(ABC):
         if folder:
             self._certificates.watch(self._peer_role.value, folder)
 
-    @abstractmethod
     def stop(self, drain_timeout_s: float) -> None:
-        """Lets what is in flight end, then stops."""
+        """Lets what is in flight end, then ends every thread and port of the process. Another call does nothing."""
+        if not self._ending.acquire(blocking=False):
+            return
+        self._stop(drain_timeout_s)
+        if self._health_server:
+            self._loop.run(self._health_server.stop(None), CONTROL_TIMEOUT_S)
+        if self._http_server:
+            close_http(self._http_server)
+        self._tracing.close()
+        self._loop.stop()
+
+    @abstractmethod
+    def _stop(self, drain_timeout_s: float) -> None:
+        """As `stop`, of what the role itself has started."""
 
     @abstractmethod
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:

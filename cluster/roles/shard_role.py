@@ -148,10 +148,10 @@ class ShardRole(Role):
             raise Unavailable(f"shard {self._ep_rank} has not loaded yet")
         return self._shard
 
-    def stop(self, drain_timeout_s: float) -> None:
+    def _stop(self, drain_timeout_s: float) -> None:
         if self._shard and self._server:
             self._shard.stop()
-            self._loop.run(self._server.stop(grace_s=0.2))
+            self._loop.run(self._server.stop(grace_s=min(0.2, drain_timeout_s)))
 
     def _ports(self) -> ActorConfig:
         return self._config.expert_shards

@@ -188,7 +188,7 @@ class WorkerRole(Role):
         assert self._engine
         return self._engine.stats
 
-    def stop(self, drain_timeout_s: float) -> None:
+    def _stop(self, drain_timeout_s: float) -> None:
         if not (self._engine and self._router and self._report and self._server):
             return
         self._is_stopping = True
