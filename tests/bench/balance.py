@@ -1,6 +1,6 @@
 """Writes docs/balance.md and its pictures: what each placement policy does with skewed, drifting and real traffic.
 
-python -m tests.bench.balance docs        (some minutes of one core; matplotlib comes with the `train` extra)
+python -m tests.bench.balance docs        (a quarter of an hour of one core; matplotlib comes with the `train` extra)
 
 Everything is replayed: drawn traffic at DeepSeek-V2's size through its gate, and recorded traffic of the bundled model,
 of four kinds of text. No number depends on the machine but which texts are installed on it.
@@ -29,7 +29,7 @@ from tests.bench.drift import draw, drifted, kinds_of
 SHARDS = (8, 12, 16, 24, 64)
 REDUNDANCIES = (0.0, 0.25, 0.5)
 POLICIES = ("static", "device_limited", "eplb")
-NUM_TOKENS, NUM_RECORDED_TOKENS = 32768, 16384
+NUM_ZIPF_TOKENS, NUM_TOKENS, NUM_RECORDED_TOKENS = 131072, 32768, 16384
 HEADER = (
     "| shards | extra | policy | balance, all layers | hottest, mean | hottest, p99 | ranks, mean | ranks, max "
     "| bytes a token | weights a shard | step |\n|---|---|---|---|---|---|---|---|---|---|---|"
@@ -65,8 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
     zipf, drift, correlated = (
-        SyntheticTrace(PUBLISHED[model], Skew.parse(skew), num_tokens=NUM_TOKENS, seed=0)
-        for model, skew in (("v2", "zipf:1.1"), ("v2", "drift"), ("v2-lite", "correlated"))
+        SyntheticTrace(PUBLISHED[model], Skew.parse(skew), num_tokens=num_tokens, seed=0)
+        for model, skew, num_tokens in (
+            ("v2", "zipf:1.1", NUM_ZIPF_TOKENS),
+            ("v2", "drift", NUM_TOKENS),
+            ("v2-lite", "correlated", NUM_TOKENS),
+        )
     )
     with tempfile.TemporaryDirectory() as temporary:
         recorded = Path(temporary) / "bundled.npz"
