@@ -181,6 +181,15 @@ class ExpertShardsConfig(ActorConfig):
             raise ValueError(f"groups have {num_grouped} shards, count is {self.count}; raise count")
         return self
 
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.num_replicas > self.count:
+            raise ValueError(
+                f"num_replicas is {self.num_replicas}, count is {self.count}: a shard holds a unit once; raise count "
+                "or lower num_replicas"
+            )
+        return self
+
     def group_of(self, ep_rank: int) -> ShardGroupConfig | None:
         """The group that a shard belongs to, if any."""
         ranks = [group for group in self.groups for _ in range(group.count)]
@@ -363,4 +372,6 @@ def _describe(fault: Any) -> str:
     path = ".".join(str(part) for part in fault["loc"]) or "the document"
     if fault["type"] == "extra_forbidden":
         return f"{path}: unknown key"
+    if fault["type"] == "value_error":  # of our own checks, which name what was given
+        return f"{path}: {fault['ctx']['error']}"
     return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {reprlib.repr(fault['input'])}"

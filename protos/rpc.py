@@ -48,7 +48,11 @@ def client_options() -> list[tuple[str, int]]:
 def front_options() -> list[tuple[str, int]]:
     """Settings of the server that clients reach: what strangers may hold open, and for how long."""
     return [
-        *client_options(),
+        (
+            "grpc.max_receive_message_length",
+            2 * MAX_CLIENT_MESSAGE_BYTES,
+        ),  # check_size has the limit
+        ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", 1024),  # calls in flight on one connection
         ("grpc.max_connection_idle_ms", 600_000),
         ("grpc.max_connection_age_ms", 3_600_000),  # then a client connects anew: certificates are looked at again
@@ -80,6 +84,15 @@ def frame_options() -> list[tuple[str, int]]:
         *_KEEPALIVE,
         *_RECONNECT,
     ]
+
+
+def check_size(request: bytes) -> None:
+    """Raises InvalidRequest for what is too large to be passed on: gRPC's own refusal says neither what nor why."""
+    if len(request) > MAX_CLIENT_MESSAGE_BYTES:
+        raise errors.InvalidRequest(
+            f"the request has {len(request)} bytes, limit is {MAX_CLIENT_MESSAGE_BYTES}; send a shorter prompt "
+            "(GetModelInfo says how many tokens fit)"
+        )
 
 
 def parse(message_class: type[MessageT], data: bytes) -> MessageT:

@@ -126,7 +126,8 @@ class Front:
             return gateway, await gateway.start(HOST, 0)
 
         self.gateway, self.port = loop.run(start())
-        self.channel = grpc.insecure_channel(f"{HOST}:{self.port}")
+        self.address = f"{HOST}:{self.port}"
+        self.channel = grpc.insecure_channel(self.address)
         self.stub = generation_pb2_grpc.InferenceStub(self.channel)
 
     def connect(self) -> None:

@@ -5,7 +5,13 @@ Honours what huggingface_hub honours: HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFF
 
 from pathlib import Path
 
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -19,6 +25,7 @@ from cluster.checkpoint.safetensors_file import InvalidCheckpoint
 
 # The base error of whichever HTTP library this version of huggingface_hub is built on.
 TransportError: type[BaseException] = HfHubHTTPError.__mro__[1]
+PROBE_TIMEOUT_S = 4.0  # for the first answer; without one huggingface_hub would try again for half a minute
 
 
 class HubFiles:
@@ -27,6 +34,7 @@ class HubFiles:
     def __init__(self, repo_id: str, revision: str | None = None) -> None:
         self.location = repo_id
         self._revision = revision
+        self._is_reachable: bool | None = None  # not known before the first file
 
     def fetch(self, file_name: str) -> Path:
         """Raises InvalidCheckpoint if the repository lacks the file or the hub cannot be reached."""
@@ -38,13 +46,16 @@ class HubFiles:
     def fetch_optional(self, file_name: str) -> Path | None:
         """None if the repository lacks the file. Raises InvalidCheckpoint if that cannot be found out."""
         try:
-            path = Path(hf_hub_download(self.location, file_name, revision=self._revision))
+            if self._is_reachable is None:
+                self._is_reachable = self._answers(file_name)
+            is_offline = not self._is_reachable
+            path = Path(hf_hub_download(self.location, file_name, revision=self._revision, local_files_only=is_offline))
         except LocalEntryNotFoundError as error:
             if try_to_load_from_cache(self.location, file_name, revision=self._revision) is _CACHED_NO_EXIST:
                 return None  # the hub once answered that there is none
             raise InvalidCheckpoint(
-                f"{self.location}: {file_name} is neither in the local cache nor can the hub be reached; "
-                "connect, set HF_ENDPOINT to a mirror, or give the path of a local folder"
+                f"{self.location}: {file_name} is neither in the local cache nor could the hub be reached "
+                f"within {PROBE_TIMEOUT_S:g} s; connect, set HF_ENDPOINT to a mirror, or give a local folder's path"
             ) from error
         except EntryNotFoundError:
             return None
@@ -60,3 +71,14 @@ class HubFiles:
             raise InvalidCheckpoint(f"{self.location}: {file_name} could not be fetched: {error}") from error
         self._revision = path.parent.name  # .../snapshots/<commit>/<file name>
         return path
+
+    def _answers(self, file_name: str) -> bool:
+        """Whether the hub can be reached. Raises HFValidationError."""
+        url = hf_hub_url(self.location, file_name, revision=self._revision)
+        try:
+            get_hf_file_metadata(url, timeout=PROBE_TIMEOUT_S)
+        except HfHubHTTPError:
+            return True  # it has answered; what is wrong the fetch itself will find
+        except (TransportError, OSError):
+            return False
+        return True

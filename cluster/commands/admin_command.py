@@ -13,13 +13,12 @@ from cluster.commands.admin_views import plan_view, status_view
 from cluster.commands.message_fields import plain_fields
 from cluster.commands.progress import RebalanceProgress
 from cluster.commands.rebalance_watch import Ended, LostSight, Outcome, RebalanceWatch, statuses, wait_until_ended
-from cluster.commands.terminal import console, errors, fail, fail_call
+from cluster.commands.terminal import INTERRUPTED, console, errors, fail, fail_call
 from cluster.controller.admin_messages import cluster_status
 from protos import admin_pb2
 
 Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object, fields as in admin.proto.")]
-INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
 def status(address: Address = DEFAULT_ADDRESS, as_json: Json = False) -> None:
@@ -32,7 +31,7 @@ def status(address: Address = DEFAULT_ADDRESS, as_json: Json = False) -> None:
             else:
                 console.print(status_view(cluster_status(answer)))
     except grpc.RpcError as error:
-        fail_call(error)
+        fail_call(error, address)
     except ValueError as error:
         fail(str(error))
 
@@ -58,7 +57,7 @@ def rebalance(
             else:
                 _rebalance(client, is_waiting=is_waiting, as_json=as_json)
     except grpc.RpcError as error:
-        fail_call(error)
+        fail_call(error, address)
     except ValueError as error:
         fail(str(error))
 

@@ -17,6 +17,7 @@ from cluster.commands import (
     certs_command,
     chaos_command,
     checkpoint_command,
+    generate_command,
     keys_command,
     leave_command,
     restart_command,
@@ -27,7 +28,6 @@ from cluster.commands.own_group import continue_in_own_group
 from cluster.commands.terminal import console, fail, fail_call
 from cluster.commands.views import experts_view
 from cluster.version import VERSION
-from protos import generation_pb2
 
 if TYPE_CHECKING:
     from cluster.config import MobulaConfig
@@ -121,60 +121,16 @@ def demo(config: ConfigFile = None, model: Model = None) -> None:
 
 
 @app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    address: Address = DEFAULT_ADDRESS,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Send the prompt as a user's message, through the chat template.")
-    ] = False,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; unset: the model's own.")] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-) -> None:
-    """Stream one answer of a running system."""
-    params = generation_pb2.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    shown, generation = 0, None
-    try:
-        with InferenceClient(address) as client:
-            if not chat:
-                console.print(prompt, end="", style="bold cyan", markup=False, highlight=False)
-            for generation in client.generate(prompt, params, is_chat=chat):
-                console.print(generation.text[shown:], end="", markup=False, highlight=False, soft_wrap=True)
-                shown = len(generation.text)
-    except grpc.RpcError as error:
-        console.print()
-        fail_call(error)
-    console.print()
-    if generation:
-        rate = generation.num_tokens / generation.total_s
-        console.print(
-            f"[dim]{generation.usage.num_prompt_tokens} prompt + {generation.num_tokens} new tokens, "
-            f"{rate:.1f} tokens/s, first after {(generation.first_token_s or 0) * 1000:.0f} ms, "
-            f"ended by {generation.finish_reason}[/dim]"
-        )
-        if generation.usage.num_dropped_assignments:
-            console.print(
-                f"[bold red]not quite the model's answer:[/bold red] the overload valve left out "
-                f"{generation.usage.num_dropped_assignments} expert computations"
-            )
-        if generation.usage.num_degraded_steps:
-            console.print(
-                f"[bold red]not quite the model's answer:[/bold red] experts could not be reached in "
-                f"{generation.usage.num_degraded_steps} steps"
-            )
-
-
-@app.command()
 def experts(address: Address = DEFAULT_ADDRESS) -> None:
     """Show the expert load of a running system and how far its tokens travelled."""
     try:
         with InferenceClient(address) as client:
             console.print(experts_view(client.expert_load(), client.placement(), console.width))
     except grpc.RpcError as error:
-        fail_call(error)
+        fail_call(error, address)
 
 
+app.command()(generate_command.generate)
 app.command()(admin_command.status)
 app.command()(admin_command.rebalance)
 app.command()(restart_command.restart)

@@ -15,7 +15,8 @@ from rich.markup import escape
 from cluster.client import Generation, InferenceClient
 from cluster.commands.plan_view import plan_view
 from cluster.commands.progress import StartProgress
-from cluster.commands.serve import INTERRUPTED, START_ERRORS, treat_sigterm_as_ctrl_c
+from cluster.commands.serve import START_ERRORS, treat_sigterm_as_ctrl_c
+from cluster.commands.terminal import INTERRUPTED
 from cluster.commands.views import experts_view, kinds_view, streams_view, summary_view
 from cluster.config import MobulaConfig
 from cluster.roles.launch import Deployment
@@ -85,7 +86,7 @@ def _run(config: MobulaConfig, console: Console) -> None:
             console.print()
             with console.status("the same prompts again, one kind at a time ..."):
                 load_by_kind = {kind: _load_of(client, prompts) for kind, prompts in PROMPTS_BY_KIND.items()}
-            console.print(kinds_view(load_by_kind))
+            console.print(kinds_view(load_by_kind, console.width))
         children = psutil.Process().children(recursive=True)
         console.rule("[bold]4. stop")
     left = [child for child in psutil.wait_procs(children, timeout=10)[1] if child.status() != psutil.STATUS_ZOMBIE]

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from cluster.commands.terminal import console, fail
 from cluster.security.keys import Key, KeyFile, KeyFileError, Right, new_key, read_keys, utc_now, write_keys
+from cluster.security.private_file import replace_file
 
 app = typer.Typer(no_args_is_help=True, help="Add, list and revoke the keys that clients show.")
 File = Annotated[Path, typer.Argument(help="The file that gateway.keys names.")]
@@ -22,19 +23,27 @@ def add(
     right: Annotated[list[Right] | None, typer.Option(help="May be repeated; unset: generate.")] = None,
     days: Annotated[float | None, typer.Option(min=0, help="For how long it is valid; unset: for ever.")] = None,
     max_concurrent_requests: Annotated[int | None, typer.Option(min=1, help="Generate calls in flight.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the key here, readable for you alone; unset: print it.")
+    ] = None,
 ) -> None:
-    """Add a key and print it, once: the file holds only its hash."""
+    """Add a key and give it out, once: the file holds only its hash."""
     expires = utc_now() + datetime.timedelta(days=days) if days is not None else None
+    if out is not None and out.exists():
+        fail(f"{out} exists already, and may be a key in use; give another --out")
     try:
         keys = read_keys(file) if file.exists() else KeyFile()
         if key_id in keys.by_id():
             fail(f"{file} has a key {key_id} already; take another id, so that logs tell them apart")
         rights = frozenset(right or [Right.GENERATE])
         key, text = new_key(key_id, rights, expires=expires, max_concurrent_requests=max_concurrent_requests)
+        if out is not None:
+            _write_secret(out, text)
         write_keys(file, KeyFile(keys=(*keys.keys, key)))
     except KeyFileError as error:
         fail(str(error))
-    typer.echo(text)
+    if out is None:
+        typer.echo(text)
 
 
 @app.command("list")
@@ -60,6 +69,14 @@ def revoke(file: File, key_id: KeyId) -> None:
     except KeyFileError as error:
         fail(str(error))
     console.print(f"revoked {key_id}", highlight=False)
+
+
+def _write_secret(out: Path, text: str) -> None:
+    """Raises KeyFileError."""
+    try:
+        replace_file(out, f"{text}\n".encode())
+    except OSError as error:
+        raise KeyFileError(f"cannot write the key to {out}: {error.strerror}") from error
 
 
 def _read(file: Path) -> KeyFile:

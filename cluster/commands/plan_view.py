@@ -14,12 +14,15 @@ def plan_view(plan: ServingPlan) -> RenderableType:
     numbers = str(model.dtype).removeprefix("torch.")
     if model.expert_format is not None:
         numbers += f", experts {model.expert_format}"
+    cache = f"{format_bytes(plan.cache_bytes)} latent cache"
+    if plan.spared_cache_bytes:
+        cache += f" ({format_bytes(plan.spared_cache_bytes)} less than cache_gib: no request could use them)"
     rows = {
         "model": f"{model.model_id} ({model.config.model_type}, {numbers})",
         "layers": f"{decoder.num_hidden_layers}, of which {len(decoder.moe_layer_ids)} with {gate.n_routed_experts} "
         f"routed experts, {gate.num_experts_per_tok} per token",
         "workers": f"{plan.num_workers} x {format_bytes(plan.worker_weight_bytes)} of weights + "
-        f"{format_bytes(plan.cache_bytes)} latent cache, context {plan.max_model_len} tokens",
+        f"{cache}, context {plan.max_model_len} tokens",
         "shards": f"{plan.expert_map.ep_size} x {format_bytes(max(plan.shard_weight_bytes))} of weights, "
         f"{plan.expert_map.num_units} placement units a layer; a token visits at most "
         f"{plan.expert_map.max_ranks_per_token(gate)} shards a layer",

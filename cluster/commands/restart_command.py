@@ -46,7 +46,7 @@ def restart(
         with AdminClient(address) as client:
             restart_all(client, only, timeout_s, lambda text: console.print(text, highlight=False))
     except grpc.RpcError as error:
-        fail_call(error)
+        fail_call(error, address)
     except RestartTimeout as error:
         fail(str(error))
 

@@ -32,7 +32,7 @@ def scale_shards(
         with AdminClient(address) as client:
             change = client.scale_shards(count)
     except grpc.RpcError as error:
-        fail_call(error)
+        fail_call(error, address)
     added, drained = list(change.added_ep_ranks), list(change.drained_ep_ranks)
     if not added and not drained:
         console.print(f"there are {count} shards already")
@@ -51,7 +51,7 @@ def drain_shard(
         with AdminClient(address) as client:
             client.drain(admin_pb2.PROCESS_ROLE_SHARD, ep_rank)
     except grpc.RpcError as error:
-        fail_call(error)
+        fail_call(error, address)
     console.print(f"shard {ep_rank} gives up its units and then ends; {SEE}", highlight=False)
 
 
@@ -64,7 +64,7 @@ def drain_worker(
         with AdminClient(address) as client:
             client.drain(admin_pb2.PROCESS_ROLE_WORKER, dp_rank)
     except grpc.RpcError as error:
-        fail_call(error)
+        fail_call(error, address)
     console.print(f"worker {dp_rank} hands its requests over and then ends; {SEE}", highlight=False)
 
 

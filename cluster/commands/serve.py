@@ -16,6 +16,7 @@ from cluster.client import DEFAULT_ADDRESS
 from cluster.commands.event_lines import EventLines
 from cluster.commands.plan_view import plan_view
 from cluster.commands.progress import StartProgress
+from cluster.commands.terminal import INTERRUPTED
 from cluster.config import ConfigError, MobulaConfig
 from cluster.controller.controller import StartError
 from cluster.logs import log_to_stderr
@@ -25,7 +26,6 @@ from protos.certificates import AUTHORITY
 from router.placement import PlacementError
 
 WATCH_S = 1.0  # how often it looks at the system's status
-INTERRUPTED = 130  # the exit status of what Ctrl-C ended, as shells give it
 START_ERRORS = (ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError, StartError)
 
 

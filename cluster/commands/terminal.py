@@ -7,6 +7,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from cluster.client_access import ClientAccess
+from cluster.commands.reachability import why_unreachable
+
+INTERRUPTED = 130  # the status of what Ctrl-C has ended, as shells have it
+
 console = Console()
 errors = Console(stderr=True)
 
@@ -17,9 +22,9 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def fail_call(error: grpc.RpcError) -> NoReturn:
-    """Ends the command with a call's status; a hint where nobody answered it."""
+def fail_call(error: grpc.RpcError, address: str) -> NoReturn:
+    """Ends the command with a call's status; with the reason where nobody at `address` answered it."""
     is_answered = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
-    is_hint_useful = error.code() is grpc.StatusCode.UNAVAILABLE and not is_answered
-    hint = " (is `mobula serve` running, and is this its address?)" if is_hint_useful else ""
-    fail(f"{error.code().name}: {error.details()}{hint}")
+    if error.code() is grpc.StatusCode.UNAVAILABLE and not is_answered:
+        fail(f"{error.code().name}: {why_unreachable(address, ClientAccess.from_environment()) or error.details()}")
+    fail(f"{error.code().name}: {error.details()}")

@@ -109,7 +109,7 @@ def _sampled(
                 client, out, max_tokens=max_tokens, max_seconds=seconds or float("inf"), on_progress=on_progress
             )
     except grpc.RpcError as error:
-        fail_call(error)
+        fail_call(error, address)
     except (TraceError, OSError) as error:
         fail(f"nothing is recorded: {error}")
 

@@ -33,7 +33,10 @@ SHADES = (
     "yellow1",
 )
 BAR_WIDTH = 24  # of a bar that stands for everything
+SHARE_WIDTH = 12  # the same, in the last column of many
 MAX_HEAT_COLUMNS = 64  # wider layers are summed over neighbouring experts
+BESIDE_HEAT = 34  # columns of a terminal for what stands beside a heat map
+PROMPT_CHARS = 16  # of a prompt in a table
 
 
 def processes_view(status: ClusterStatus | None) -> RenderableType:
@@ -51,7 +54,7 @@ def processes_view(status: ClusterStatus | None) -> RenderableType:
             str(health.pid) if is_up else "",
             str(health.num_units) if health.num_units else "",
             format_bytes(health.weight_bytes) if health.weight_bytes else "",
-            Text(health.address or health.detail),  # not markup: an error may hold brackets
+            Text(" ".join(text for text in (health.address, health.detail) if text)),  # no markup: it may hold brackets
         )
     return table
 
@@ -80,15 +83,15 @@ def streams_view(generations: list[Generation], width: int) -> RenderableType:
 
 def summary_view(generations: list[Generation], wall_s: float) -> RenderableType:
     """Latency and throughput of each stream and of all together."""
-    table = Table(title="requests", title_justify="left")
-    table.add_column("prompt", no_wrap=True)
-    for heading in ("prompt tokens", "new tokens", "first token", "tokens/s", "end"):
+    table = Table(title="requests", title_justify="left", box=None, pad_edge=False)
+    table.add_column("\nprompt", no_wrap=True)
+    for heading in ("prompt\ntokens", "new\ntokens", "first\ntoken", "\ntokens/s", "\nend"):
         table.add_column(heading, justify="right", no_wrap=True)
     for generation in generations:
         rate = generation.num_tokens / generation.total_s if generation.total_s else 0.0
         first = f"{generation.first_token_s * 1000:.0f} ms" if generation.first_token_s else "-"
         table.add_row(
-            generation.prompt.strip().splitlines()[0][:24],
+            generation.prompt.strip().splitlines()[0][:PROMPT_CHARS],
             str(generation.usage.num_prompt_tokens),
             str(generation.num_tokens),
             first,
@@ -105,17 +108,19 @@ def experts_view(
     load: generation_pb2.GetExpertLoadResponse, placement: generation_pb2.GetPlacementResponse, width: int
 ) -> RenderableType:
     """Heat map of layers x experts, load by shard, and shards visited per token against the limit."""
+    if not any(sum(layer.num_tokens) for layer in load.layers):
+        return Text("no token has been routed yet: generate something, then look again")
     return Group(_heat_map(load, width), Text(), _shard_table(load), Text(), _ranks_view(load, placement))
 
 
-def kinds_view(load_by_kind: dict[str, generation_pb2.GetExpertLoadResponse]) -> RenderableType:
+def kinds_view(load_by_kind: dict[str, generation_pb2.GetExpertLoadResponse], width: int) -> RenderableType:
     """Heat maps of the same layers under different kinds of prompt, and how far apart they are."""
     kinds = list(load_by_kind)
     title = Text("kinds of prompt use different experts: load of each layer's experts by kind", style="italic")
     table = Table(box=None, padding=(0, 1))
     table.add_column("layer", justify="right")
-    for heading in ("kind", "experts 0 .. n", f"not shared with {kinds[0]}"):
-        table.add_column(heading)
+    for heading in ("\nkind", "\nexperts 0 .. n", f"not shared\nwith {kinds[0]}"):
+        table.add_column(heading, no_wrap=True)
     layers = [load.layers for load in load_by_kind.values()]
     for rows in zip(*layers, strict=True):
         shares = [[count / (sum(row.num_tokens) or 1) for count in row.num_tokens] for row in rows]
@@ -125,7 +130,7 @@ def kinds_view(load_by_kind: dict[str, generation_pb2.GetExpertLoadResponse]) ->
             table.add_row(
                 str(rows[0].layer_id) if is_first else "",
                 kind,
-                _cells(_merge_columns(share), 1),
+                _cells(_merge_columns(share, width), 1),
                 "" if is_first else f"{apart:.0%}",
             )
     return Group(title, table)
@@ -140,6 +145,14 @@ def format_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def format_count(count: int) -> str:
+    """A number of things, in at most seven characters up to a million million."""
+    for unit, size in (("G", 10**9), ("M", 10**6)):
+        if count >= size:
+            return f"{count / size:,.1f}{unit}"
+    return f"{count:,}"
+
+
 def _heat_map(load: generation_pb2.GetExpertLoadResponse, width: int) -> RenderableType:
     title = Text("expert load: tokens computed by each routed expert, against its layer's mean", style="italic")
     table = Table(box=None, padding=(0, 1))
@@ -148,8 +161,8 @@ def _heat_map(load: generation_pb2.GetExpertLoadResponse, width: int) -> Rendera
     table.add_column("hottest", justify="right")
     table.add_column("coldest", justify="right")
     for layer in load.layers:
-        counts = _merge_columns(list(layer.num_tokens))
-        cell_width = 2 if 2 * len(counts) + 34 <= width else 1
+        counts = _merge_columns(list(layer.num_tokens), width)
+        cell_width = 2 if 2 * len(counts) + BESIDE_HEAT <= width else 1
         mean = sum(counts) / max(1, len(counts)) or 1.0
         cells = _cells(counts, cell_width)
         tokens = layer.num_tokens
@@ -161,22 +174,22 @@ def _heat_map(load: generation_pb2.GetExpertLoadResponse, width: int) -> Rendera
 
 
 def _shard_table(load: generation_pb2.GetExpertLoadResponse) -> RenderableType:
-    table = Table(title="load by expert shard", title_justify="left")
-    for heading in ("shard", "units", "weights", "calls", "rows", "row-experts"):
+    table = Table(title="load by expert shard", title_justify="left", box=None, padding=(0, 1), collapse_padding=True)
+    for heading in ("\nshard", "\nunits", "\nweights", "\ncalls", "\nrows", "row-\nexperts"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("share of the work", no_wrap=True)
+    table.add_column("share of\nthe work", no_wrap=True)
     total = sum(shard.num_assignments for shard in load.shards) or 1
     for shard in load.shards:
         share = shard.num_assignments / total
-        bar = Text("█" * round(share * BAR_WIDTH), style="spring_green2")
+        bar = Text("█" * round(share * SHARE_WIDTH), style="spring_green2")
         bar.append(f" {share:.0%}", style="default")
         table.add_row(
             str(shard.ep_rank),
             str(shard.num_units),
             format_bytes(shard.weight_bytes),
-            f"{shard.num_forwards:,}",
-            f"{shard.num_rows:,}",
-            f"{shard.num_assignments:,}",
+            format_count(shard.num_forwards),
+            format_count(shard.num_rows),
+            format_count(shard.num_assignments),
             bar,
         )
     return table
@@ -221,11 +234,12 @@ def _cells(counts: list[float], cell_width: int) -> Text:
     return cells
 
 
-def _merge_columns(counts: Sequence[float]) -> list[float]:
-    width = -(-len(counts) // MAX_HEAT_COLUMNS)
+def _merge_columns(counts: Sequence[float], width: int) -> list[float]:
+    """Means over so many neighbours that they fit a terminal of that width."""
+    num_columns = max(1, min(MAX_HEAT_COLUMNS, width - BESIDE_HEAT))
+    step = -(-len(counts) // num_columns)
     return [
-        sum(counts[start : start + width]) / len(counts[start : start + width])
-        for start in range(0, len(counts), width)
+        sum(counts[start : start + step]) / len(counts[start : start + step]) for start in range(0, len(counts), step)
     ]
 
 

@@ -29,6 +29,8 @@ from cluster.controller.inbox import Inbox
 from cluster.controller.membership import ShardChange
 from cluster.controller.process import (
     DOWN,
+    DRAINS,
+    RESTARTS,
     STARTING,
     ClusterStatus,
     ManagedProcess,
@@ -324,12 +326,12 @@ class Controller:
 
 def _shown(process: ManagedProcess) -> ProcessHealth:
     """Its health, and what it cannot know itself."""
-    if process.health.detail or not process.is_ending:
+    if not (process.is_ready and process.is_ending):
         return process.health
     if process.is_replaced:
-        return replace(process.health, detail="ends, and is started again")
+        return replace(process.health, detail=RESTARTS)
     what = "its units move to the other shards" if process.role is RoleName.SHARD else "others go on with its requests"
-    return replace(process.health, detail=f"is drained: {what}")
+    return replace(process.health, detail=f"{DRAINS}{what}")
 
 
 def _answer(process: ManagedProcess) -> ProcessHealth:

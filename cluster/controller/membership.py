@@ -86,7 +86,14 @@ class ShardMembership:
             ranks = [shard.rank for shard in self.shards]
             raise InvalidRequest(f"there is no shard {rank}, only {ranks}", field="rank")
         if not shard.is_leaving:
-            self._check([other.rank for other in self.staying if other is not shard])
+            others = [other.rank for other in self.staying if other is not shard]
+            if not others:
+                raise InvalidRequest(
+                    f"shard {rank} is the last one that stays, and no other could take its units; "
+                    "add shards first: mobula scale shards COUNT",
+                    field="rank",
+                )
+            self._check(others)
             self._leave([rank])
         return ShardChange(drained=(rank,))
 

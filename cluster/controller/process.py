@@ -17,6 +17,10 @@ class RoleName(StrEnum):
     GATEWAY = "gateway"
 
 
+RESTARTS = "ends, and is started again"  # details of ready processes that are told to end
+DRAINS = "is drained: "  # and what becomes of what it holds
+
+
 class ProcessState(StrEnum):
     """Where a process stands in its life."""
 

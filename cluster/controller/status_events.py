@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
-from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState
+from cluster.controller.process import DRAINS, RESTARTS, ClusterStatus, ProcessHealth, ProcessState
 from cluster.controller.rebalance import RebalanceState
 
 
@@ -78,14 +78,23 @@ class StatusEvents:
             old.state is ProcessState.READY or now.state in (ProcessState.FAILED, ProcessState.DOWN)
         ):
             self._begin(name, "away")
-            level = Level.INFO if old.detail and old.state is ProcessState.READY else Level.BAD  # it was told to end
+            level = Level.INFO if _is_told_to_end(old) else Level.BAD
             detail = f": {now.detail}" if now.detail else ""
             yield StatusEvent(level, name, f"is {now.state}{detail}")
         elif is_another and now.state is ProcessState.READY:
             yield StatusEvent(Level.INFO, name, f"was replaced by another process, pid {now.pid}")
-        if now.state is old.state is ProcessState.READY and now.detail and now.detail != old.detail:
+        if now.state is old.state is ProcessState.READY and now.detail != old.detail:
+            yield self._detail_change(name, now.detail)
+
+    def _detail_change(self, name: str, detail: str) -> StatusEvent:
+        """Of a process that is ready: it is told to end, or something is wrong with it, or no longer."""
+        if detail.startswith((RESTARTS, DRAINS)):
             self._begin(name, "leaving")
-            yield StatusEvent(Level.INFO, name, now.detail)
+            return StatusEvent(Level.INFO, name, detail)
+        if detail:
+            self._begin(name, "fault")
+            return StatusEvent(Level.BAD, name, detail)
+        return StatusEvent(Level.GOOD, name, f"is well again{self._after(name, 'fault')}")
 
     def _quarantine_changes(self, name: str, old: ProcessHealth | None, now: ProcessHealth) -> Iterator[StatusEvent]:
         before, after = _quarantined(old), _quarantined(now)
@@ -107,6 +116,10 @@ class StatusEvents:
 def _first(status: ClusterStatus) -> StatusEvent:
     serves = "serves" if status.is_serving else "does not serve yet"
     return StatusEvent(Level.INFO, "system", f"{serves}; placement version {status.placement_version}")
+
+
+def _is_told_to_end(health: ProcessHealth) -> bool:
+    return health.state is ProcessState.READY and health.detail.startswith((RESTARTS, DRAINS))
 
 
 def _quarantined(health: ProcessHealth | None) -> dict[str, str]:

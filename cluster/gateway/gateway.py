@@ -64,6 +64,7 @@ class GatewayServicer:
 
     async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """Inference.Generate."""
+        rpc.check_size(request)
         with (
             self._metrics.request() as outcome,
             self._tracing.span("gateway.Generate", context.invocation_metadata() or ()) as span,
@@ -96,6 +97,7 @@ class GatewayServicer:
 
     def _relay(self, method: str) -> rpc.UnaryMethod:
         async def relay(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+            rpc.check_size(request)
             tried: list[WorkerChannel] = []
             while True:
                 worker = self._pool.choose(tried)

@@ -167,10 +167,11 @@ class WorkerPool:
             await self._disconnect(worker)
 
     async def close(self) -> None:
-        """Lets go of all, and ends their calls."""
+        """Lets go of all, and ends their calls. Safe to call twice."""
         self.is_closed = True
         await self.update({})
-        for worker in self.leaving:
+        busy, self.leaving = self.leaving, []
+        for worker in busy:
             await self._disconnect(worker)
 
     def _connection(self, dp_rank: int, address: str) -> WorkerChannel:
@@ -205,6 +206,12 @@ class WorkerPool:
 
         The lower rank first; one that is silent only without others. Raises Unavailable if there is none.
         """
+        if not self.workers:
+            raise errors.Unavailable(
+                "no attention worker is ready: the system is starting, or all are being started again; "
+                "retry, `mobula status` shows how far it is",
+                retry_after_s=1.0,
+            )
         candidates = [worker for worker in self.workers.values() if worker not in excluded]
         if not candidates:
             raise errors.Unavailable(

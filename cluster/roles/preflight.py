@@ -25,7 +25,7 @@ from experts.quantized_matrix import MatrixFormat
 from experts.weight_store import ExpertModel
 from protos.rpc import MAX_FRAME_BYTES
 from router.expert_map import ExpertMap
-from router.placement import PlacementRequest
+from router.placement import PlacementError, PlacementRequest
 from router.placement.members import place_on
 from router.placement.units import experts_held
 
@@ -97,15 +97,20 @@ class ServingPlan:
     worker_weight_bytes: int
     shard_weight_bytes: tuple[int, ...]  # by ep_rank
     cache_bytes: int  # of one worker
+    spared_cache_bytes: int  # of what cache_gib allows: no request could use them
     num_workers: int
     max_model_len: int
 
     @property
+    def num_processes(self) -> int:
+        """With one gateway and the controller."""
+        return self.num_workers + len(self.shard_weight_bytes) + 2
+
+    @property
     def total_bytes(self) -> int:
         """Of all processes on one machine, each with its own libraries."""
-        num_processes = self.num_workers + len(self.shard_weight_bytes) + 2
         workers = self.num_workers * (self.worker_weight_bytes + self.cache_bytes)
-        return workers + sum(self.shard_weight_bytes) + num_processes * PROCESS_BYTES
+        return workers + sum(self.shard_weight_bytes) + self.num_processes * PROCESS_BYTES
 
 
 def open_model(config: MobulaConfig) -> ServedModel:
@@ -158,7 +163,10 @@ def check(config: MobulaConfig) -> ServingPlan:
         expert_bytes=expert_bytes,
     )
     traits = {ep_rank: shards.traits(ep_rank) for ep_rank in range(shards.count)}
-    expert_map = place_on(request, traits, placement_version=1, policy=shards.placement_policy.value)
+    try:
+        expert_map = place_on(request, traits, placement_version=1, policy=shards.placement_policy.value)
+    except PlacementError as error:
+        raise type(error)(f"expert_shards: {error}") from error
     try:
         cache = cache_config(config, model)
         max_model_len = config.attention_workers.engine.resolved_max_model_len(
@@ -181,6 +189,7 @@ def check(config: MobulaConfig) -> ServingPlan:
         worker_weight_bytes=_worker_weight_bytes(config, model),
         shard_weight_bytes=tuple((experts_held(expert_map, shards.count) * expert_bytes).tolist()),
         cache_bytes=cache.num_blocks * cache.bytes_per_block,
+        spared_cache_bytes=_spared_cache_bytes(config, cache),
         num_workers=config.attention_workers.count,
         max_model_len=max_model_len,
     )
@@ -188,6 +197,12 @@ def check(config: MobulaConfig) -> ServingPlan:
     if config.ray.address is None and config.attention_workers.device == "cpu":
         _check_memory(plan)
     return plan
+
+
+def _spared_cache_bytes(config: MobulaConfig, cache: LatentCacheConfig) -> int:
+    engine = config.attention_workers.engine
+    affordable = int(engine.cache_gib * 2**30) // cache.bytes_per_block
+    return (affordable - cache.num_blocks) * cache.bytes_per_block if engine.num_blocks is None else 0
 
 
 def _check_tensors(model: ServedModel) -> None:
@@ -232,11 +247,16 @@ def _check_frames(config: MobulaConfig, plan: ServingPlan) -> None:
 def _check_memory(plan: ServingPlan) -> None:
     available = psutil.virtual_memory().available
     if plan.total_bytes > available:
-        worker_bytes, shard_bytes = plan.worker_weight_bytes + plan.cache_bytes, sum(plan.shard_weight_bytes)
+        parts = {
+            "weights of the workers": plan.num_workers * plan.worker_weight_bytes,
+            "their latent caches": plan.num_workers * plan.cache_bytes,
+            "weights of the shards": sum(plan.shard_weight_bytes),
+            f"libraries of {plan.num_processes} processes": plan.num_processes * PROCESS_BYTES,
+        }
         raise ConfigError(
-            f"the system needs about {format_bytes(plan.total_bytes)} on this machine ({plan.num_workers} workers of "
-            f"{format_bytes(worker_bytes)}, {len(plan.shard_weight_bytes)} shards with {format_bytes(shard_bytes)} "
-            f"together), {format_bytes(available)} are free; use fewer workers, a smaller "
+            f"the system needs about {format_bytes(plan.total_bytes)} on this machine: "
+            f"{' + '.join(f'{format_bytes(num_bytes)} {what}' for what, num_bytes in parts.items())}; "
+            f"{format_bytes(available)} are free; use fewer workers, a smaller "
             "attention_workers.engine.cache_gib, bfloat16, or more machines"
         )
 

@@ -115,6 +115,7 @@ class KeyRing:
         """Raises KeyFileError."""
         self._path = path
         self._lock = threading.Lock()
+        self._fault = ""
         self._signature = self._stat()
         self._keys = read_keys(path).by_id()
 
@@ -126,6 +127,11 @@ class KeyRing:
             return None
         return key
 
+    def fault(self) -> str:
+        """Why keys are used that the file no longer gives; "" if they are the file's. Looks at it anew."""
+        self._newest()
+        return self._fault
+
     def _newest(self) -> dict[str, Key]:
         with self._lock:
             signature = self._stat()
@@ -134,8 +140,10 @@ class KeyRing:
                 try:
                     self._keys = read_keys(self._path).by_id()
                 except KeyFileError as error:
-                    logger.error("kept the keys that were read before: %s", error)  # noqa: TRY400
+                    self._fault = f"kept the keys that were read before: {error}"
+                    logger.error("%s", self._fault)  # noqa: TRY400
                 else:
+                    self._fault = ""
                     logger.info("read %d keys in %s anew", len(self._keys), self._path)
             return self._keys
 

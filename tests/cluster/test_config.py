@@ -33,6 +33,10 @@ def test_values_reach_the_part_that_reads_them() -> None:
         ({"attention_workers": {"count": "2"}}, "attention_workers.count: input should be a valid integer, got '2'"),
         ({"attention_workers": {"count": True}}, "attention_workers.count: input should be a valid integer, got True"),
         ({"expert_shards": {"count": 0}}, "expert_shards.count: input should be greater than or equal to 1, got 0"),
+        (
+            {"expert_shards": {"count": 2, "num_replicas": 3}},
+            "expert_shards: num_replicas is 3, count is 2: a shard holds a unit once; raise count or lower",
+        ),
         ({"gateway": {"port": 70000}}, "gateway.port: input should be less than or equal to 65535, got 70000"),
         ({"dtype": "float16"}, "dtype: input should be 'auto', 'float32' or 'bfloat16', got 'float16'"),
         ({"drain_timeout_s": float("nan")}, "drain_timeout_s: input should be greater than or equal to 0, got nan"),

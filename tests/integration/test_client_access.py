@@ -97,7 +97,8 @@ def test_a_gateway_of_another_authority_is_not_talked_to(address: str, key_file:
     other = make_authority(tmp_path / "other")
     result = status(address, tls_ca=other.folder / "public" / "ca.crt", api_key_file=key_file)
     assert result.exit_code == 1
-    assert "CERTIFICATE_VERIFY_FAILED" in result.output
+    assert "is not to be believed: " in result.output
+    assert "give --tls-ca the ca.crt of its tls.clients folder" in result.output
 
 
 def test_a_revoked_client_is_refused(address: str, authority: Authority, key_file: Path) -> None:

@@ -19,6 +19,7 @@ from cluster.gateway.gateway import SERVICE, Gateway
 from cluster.gateway.metrics import GatewayMetrics
 from protos import errors, generation_pb2, generation_pb2_grpc
 from protos.loop_thread import LoopThread
+from protos.rpc import MAX_CLIENT_MESSAGE_BYTES
 from tests.gateway_front import HOST, Front, front
 
 
@@ -68,7 +69,17 @@ def test_no_worker_at_all_is_unavailable_with_a_retry_hint() -> None:
         with pytest.raises(grpc.RpcError) as raised:
             next(iter(opened.generate()))
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "none of 0 attention workers" in raised.value.details()
+        assert "no attention worker is ready: the system is starting" in raised.value.details()
+
+
+def test_a_request_over_the_limit_of_messages_is_told_so_and_reaches_no_worker() -> None:
+    request = generation_pb2.GenerateRequest(text="x" * (MAX_CLIENT_MESSAGE_BYTES + 1))
+    with front() as opened:
+        with pytest.raises(grpc.RpcError) as raised:
+            next(iter(opened.stub.Generate(request, timeout=10)))
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert f"limit is {MAX_CLIENT_MESSAGE_BYTES}; send a shorter prompt" in raised.value.details()
+        assert sum(worker.num_calls for worker in opened.workers) == 0
 
 
 def test_more_requests_than_allowed_are_refused_with_the_limit() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -138,6 +139,15 @@ def test_without_hub_and_without_cache_the_error_says_what_to_do(hub: Hub, tmp_p
     answer = hub.run(REPO_ID, cache=tmp_path / "cache", HF_HUB_OFFLINE="1")
     assert answer.startswith(f"refused: {REPO_ID}: model.safetensors.index.json is neither in the local cache")
     assert "HF_ENDPOINT" in answer
+
+
+def test_a_hub_that_cannot_be_reached_is_told_within_seconds(hub: Hub, tmp_path: Path) -> None:
+    begun_s = time.monotonic()
+    answer = hub.run(REPO_ID, cache=tmp_path / "cache", HF_ENDPOINT="http://127.0.0.1:1")
+    assert "neither in the local cache nor could the hub be reached within 4 s" in answer
+    assert time.monotonic() - begun_s < 20.0  # mostly imports; huggingface_hub alone would try again for 31 s
+    assert hub.run(REPO_ID, "role", cache=tmp_path / "cache") == ""
+    assert hub.run(REPO_ID, "role", cache=tmp_path / "cache", HF_ENDPOINT="http://127.0.0.1:1") == ""
 
 
 def test_a_weight_file_that_the_index_names_and_the_repository_lacks_is_named(hub: Hub, tmp_path: Path) -> None:

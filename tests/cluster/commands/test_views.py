@@ -2,10 +2,19 @@
 
 from io import StringIO
 
+import pytest
 from rich.console import Console, RenderableType
 
 from cluster.client import Generation
-from cluster.commands.views import experts_view, format_bytes, kinds_view, processes_view, streams_view
+from cluster.commands.views import (
+    experts_view,
+    format_bytes,
+    format_count,
+    kinds_view,
+    processes_view,
+    streams_view,
+    summary_view,
+)
 from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState
 from protos import generation_pb2 as pb
 
@@ -39,6 +48,10 @@ def test_shares_of_work_and_of_shards_visited_add_up() -> None:
     assert "mean 1.25, over the limit: 0" in text
 
 
+def test_a_system_without_any_tokens_yet_says_so_instead_of_drawing_nothing() -> None:
+    assert "no token has been routed yet" in text_of(experts_view(load(0, 0, 0), pb.GetPlacementResponse(), 100))
+
+
 def test_a_violated_limit_is_counted() -> None:
     broken = load(1, 1)
     broken.dispatch.max_ranks_per_token = 1
@@ -53,18 +66,46 @@ def test_what_the_overload_valve_dropped_is_shown_if_anything() -> None:
     assert "dropped by the overload valve: 17" in text
 
 
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("num_experts", [32, 160])
+def test_what_the_demo_shows_fits_a_narrow_terminal_whole(width: int, num_experts: int) -> None:
+    counted = load(*range(num_experts))
+    for shard in counted.shards:
+        shard.num_forwards = shard.num_rows = 123_456_789
+        shard.weight_bytes = 19 * 2**20
+    generation = Generation("x" * 100, num_tokens=96, first_token_s=1.234, total_s=2.0, finish_reason="length")
+    views = (
+        summary_view([generation], 2.0),
+        experts_view(counted, pb.GetPlacementResponse(ep_size=2), width),
+        kinds_view({"Python": counted, "English": counted}, width),
+    )
+    for view in views:
+        text = text_of(view, width)
+        assert "…" not in text
+        assert max(len(line) for line in text.splitlines()) <= width
+    assert "tokens/s" in text_of(views[0], width)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(7, "7"), (999_999, "999,999"), (12_345_678, "12.3M"), (3 * 10**9, "3.0G")]
+)
+def test_counts_stay_short(count: int, text: str) -> None:
+    assert format_count(count) == text
+
+
 def test_a_layer_wider_than_the_terminal_is_summed_over_neighbours() -> None:
     text = text_of(experts_view(load(*range(256)), pb.GetPlacementResponse(ep_size=2), 100), width=100)
     assert max(len(line) for line in text.splitlines()) <= 100
 
 
 def test_nothing_served_yet_is_no_division_by_zero() -> None:
-    assert "over the limit: 0" in text_of(experts_view(pb.GetExpertLoadResponse(), pb.GetPlacementResponse(), 80))
-    assert "1" in text_of(experts_view(load(0, 0), pb.GetPlacementResponse(ep_size=2), 80))
+    only_counted = pb.GetExpertLoadResponse()
+    only_counted.layers.add(layer_id=3, num_tokens=[1])
+    assert "over the limit: 0" in text_of(experts_view(only_counted, pb.GetPlacementResponse(), 80))
 
 
 def test_kinds_of_prompt_are_compared_with_the_first() -> None:
-    text = text_of(kinds_view({"Python": load(10, 0), "English": load(0, 10)}))
+    text = text_of(kinds_view({"Python": load(10, 0), "English": load(0, 10)}, 80))
     assert "100%" in text
 
 

@@ -102,6 +102,13 @@ def test_a_shard_that_is_drained_ends_when_the_others_have_its_units_and_they_ke
     assert ranks_in_use(fakes) == ((0, 1, 2), [0, 1, 2])  # the free number is taken again
 
 
+def test_the_last_shard_is_not_drained_and_the_message_says_why(cluster) -> None:
+    controller, _ = cluster
+    answered(controller, lambda: controller.scale_shards(1))
+    with pytest.raises(InvalidRequest, match="shard 0 is the last one that stays, and no other could take its units"):
+        answered(controller, lambda: controller.drain_shard(0))
+
+
 def test_a_drained_shard_that_does_not_stop_is_killed_when_its_time_is_over(cluster, now) -> None:
     controller, fakes = cluster
     fakes["shard-1"].answers["stop"] = Future()

@@ -101,6 +101,14 @@ def test_a_process_that_is_told_to_end_is_no_bad_news_when_it_does() -> None:
     assert ("info", "worker-0", "is down: does not answer") in lines
 
 
+def test_what_is_wrong_with_a_process_that_serves_on_is_told_once_and_when_it_ends() -> None:
+    kept = with_health(WELL, "gateway-0", detail="kept the keys that were read before: no such file")
+    assert told(WELL, kept, kept, WELL) == [
+        ("bad", "gateway-0", "kept the keys that were read before: no such file"),
+        ("good", "gateway-0", "is well again after 2.0 s"),
+    ]
+
+
 def test_quarantines_of_a_shard_and_of_units_begin_and_end() -> None:
     late = Quarantine(1, None, None, "answers are late")
     wrong = tuple(Quarantine(0, 3, unit, "sums are not finite") for unit in (5, 6))

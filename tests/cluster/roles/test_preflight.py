@@ -1,6 +1,7 @@
 """What is refused before anything is started, by name."""
 
 import json
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,20 @@ def test_a_machine_with_too_little_memory_is_told_what_needs_how_much(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "PROCESS_BYTES", 2**50)
-    with pytest.raises(ConfigError, match=r"the system needs about .* are free; use fewer workers"):
+    with pytest.raises(ConfigError, match=r"the system needs about .* are free; use fewer workers") as refused:
         plan_of(folder)
+    needed, *parts = [float(number) for number in re.findall(r"([\d.]+) GiB", str(refused.value).partition(";")[0])]
+    assert sum(parts) == pytest.approx(needed, abs=0.2)  # each is rounded
+
+
+def test_a_cache_that_no_request_could_fill_is_not_taken_and_the_plan_says_so(folder: Path) -> None:
+    plan = plan_of(folder, attention_workers={"engine": {"cache_gib": 500.0}})
+    assert plan.cache_bytes + plan.spared_cache_bytes == pytest.approx(500 * 2**30, rel=1e-6)
+    console = Console(file=StringIO(), width=200)
+    console.print(plan_view(plan))
+    assert "less than cache_gib: no request could use them" in console.file.getvalue()  # type: ignore[attr-defined]
+    exact = plan_of(folder, attention_workers={"engine": {"num_blocks": 7}})
+    assert exact.spared_cache_bytes == 0
 
 
 def test_a_step_that_does_not_fit_a_message_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,8 @@ def test_a_file_that_cannot_be_used_opens_nothing_and_closes_nothing(
         path.write_bytes(data)
     assert ring.find(text) == key
     assert ring.find("bob.secret") is None
-    assert "kept the keys that were read before" in caplog.text
+    assert caplog.text.count("kept the keys that were read before") == 1
+    assert "kept the keys that were read before" in ring.fault()
     with pytest.raises(KeyFileError, match=r"keys\.json"):
         KeyRing(path)
 
@@ -107,3 +108,28 @@ def test_keys_are_made_listed_and_revoked_by_command(path: Path) -> None:
     assert runner.invoke(app, ["keys", "revoke", str(path), "alice"]).exit_code == 0
     assert "revoked" in runner.invoke(app, ["keys", "list", str(path)]).stdout
     assert runner.invoke(app, ["keys", "revoke", str(path), "bob"]).exit_code == 1
+
+
+def test_a_file_of_keys_that_is_put_back_is_no_fault_any_more(path: Path) -> None:
+    key, text = new_key("alice", GENERATE)
+    write_keys(path, KeyFile(keys=(key,)))
+    ring = KeyRing(path)
+    data = path.read_bytes()
+    path.unlink()
+    assert "No such file" in ring.fault()
+    path.write_bytes(data)
+    assert ring.fault() == ""
+    assert ring.find(text) == key
+
+
+def test_a_key_that_is_written_to_a_file_is_for_its_owner_alone_and_never_replaces_one(path: Path) -> None:
+    out = path.parent / "alice.key"
+    runner = CliRunner()
+    added = runner.invoke(app, ["keys", "add", str(path), "alice", "--out", str(out)])
+    assert (added.exit_code, added.stdout) == (0, "")
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert KeyRing(path).find(out.read_text().strip())
+    again = runner.invoke(app, ["keys", "add", str(path), "bob", "--out", str(out)])
+    assert again.exit_code == 1
+    assert "exists already" in again.output
+    assert read_keys(path).by_id().keys() == {"alice"}

@@ -1,0 +1,118 @@
+"""`mobula generate`: one answer of a running system, streamed to the terminal."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Annotated
+
+import grpc
+import typer
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from cluster.client import DEFAULT_ADDRESS, Generation, InferenceClient
+from cluster.commands.terminal import console, errors, fail_call
+from protos import generation_pb2
+
+MIN_RETRY_S = 0.1  # whatever a gateway hints at
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    address: Annotated[str, typer.Option(help="The gateway's host:port.")] = DEFAULT_ADDRESS,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a user's message, through the chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; unset: the model's own.")] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a system whose gateway is up and has no worker yet.")
+    ] = 60.0,
+) -> None:
+    """Stream one answer of a running system."""
+    params = generation_pb2.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    shown, has_begun, generation = 0, False, None
+    try:
+        with InferenceClient(address) as client:
+            answers = when_up(lambda: client.generate(prompt, params, is_chat=chat), wait, _say_waiting)
+            for generation in answers:
+                if not has_begun and not chat:
+                    console.print(prompt, end="", style="bold cyan", markup=False, highlight=False, soft_wrap=True)
+                has_begun = True
+                console.print(generation.text[shown:], end="", markup=False, highlight=False, soft_wrap=True)
+                shown = len(generation.text)
+    except grpc.RpcError as error:
+        if has_begun:
+            console.print()
+        fail_call(error, address)
+    console.print()
+    if generation:
+        _print_summary(generation)
+
+
+def when_up(
+    call: Callable[[], Iterator[Generation]],
+    wait_s: float,
+    say_waiting: Callable[[float, str], None],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Generation]:
+    """The answer of the first call that is not refused because nobody can take it yet.
+
+    say_waiting: told once, for how long and why. Raises grpc.RpcError: of another reason, after the first token, when
+    the time is over, and when nobody at the address answered at all.
+    """
+    give_up_s, has_said = clock() + wait_s, False
+    while True:
+        try:
+            answers = call()
+            first = next(answers)
+        except StopIteration:
+            return
+        except grpc.RpcError as error:
+            delay_s = _retry_delay_s(error)
+            if delay_s is None or clock() + delay_s > give_up_s:
+                raise
+            if not has_said:
+                say_waiting(wait_s, error.details() or "")
+                has_said = True
+            sleep(delay_s)
+            continue
+        yield first
+        yield from answers
+        return
+
+
+def _retry_delay_s(error: grpc.RpcError) -> float | None:
+    """After which a gateway that has no worker says to try again; None for other errors."""
+    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return None
+    status = rpc_status.from_call(error)
+    hint = error_details_pb2.RetryInfo()
+    if status is None or not any(detail.Unpack(hint) for detail in status.details):
+        return None
+    return max(MIN_RETRY_S, float(hint.retry_delay.ToNanoseconds()) / 1e9)
+
+
+def _say_waiting(wait_s: float, why: str) -> None:
+    errors.print(f"waiting up to {wait_s:g} s: {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_summary(generation: Generation) -> None:
+    rate = generation.num_tokens / generation.total_s
+    console.print(
+        f"[dim]{generation.usage.num_prompt_tokens} prompt + {generation.num_tokens} new tokens, "
+        f"{rate:.1f} tokens/s, first after {(generation.first_token_s or 0) * 1000:.0f} ms, "
+        f"ended by {generation.finish_reason}[/dim]"
+    )
+    if generation.usage.num_dropped_assignments:
+        console.print(
+            f"[bold red]not quite the model's answer:[/bold red] the overload valve left out "
+            f"{generation.usage.num_dropped_assignments} expert computations"
+        )
+    if generation.usage.num_degraded_steps:
+        console.print(
+            f"[bold red]not quite the model's answer:[/bold red] experts could not be reached in "
+            f"{generation.usage.num_degraded_steps} steps"
+        )
