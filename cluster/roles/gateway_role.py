@@ -2,10 +2,12 @@
 
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from wsgiref.types import WSGIApplication
 
 from cluster.config import GatewayConfig, MobulaConfig
+from cluster.controller.process import ProcessHealth, ProcessState
 from cluster.dashboard.dashboard import Dashboard
 from cluster.dashboard.web import GatewayApp
 from cluster.gateway.gateway import Gateway
@@ -36,6 +38,7 @@ class GatewayRole(Role):
         self._gateway: Gateway | None = None
         self._dashboard: Dashboard | None = None
         self._keys: KeyCheck | None = None
+        self._ring: KeyRing | None = None
 
     def _load(self, expert_map: ExpertMap) -> tuple[str, int]:
         settings, tls = self._config.gateway, self._config.tls
@@ -48,7 +51,8 @@ class GatewayRole(Role):
 
         guards = []
         if settings.keys:
-            self._keys = KeyCheck(KeyRing(Path(settings.keys)), KeyMetrics(self._registry))
+            self._ring = KeyRing(Path(settings.keys))
+            self._keys = KeyCheck(self._ring, KeyMetrics(self._registry))
             guards.append(Guard(self._keys))
 
         async def start() -> tuple[Gateway, int]:
@@ -58,6 +62,13 @@ class GatewayRole(Role):
         self._gateway, port = self._loop.run(start())
         self._serve_health(self._gateway.health)
         return f"{self._host}:{port}", 0
+
+    def health(self) -> ProcessHealth:
+        """With what is wrong with its file of keys, if anything."""
+        health = super().health()
+        if self._ring and health.state is ProcessState.READY:
+            return replace(health, detail=self._ring.fault())
+        return health
 
     def update_members(
         self, workers: Mapping[int, str], metrics_addresses: Mapping[str, str], admin_address: str = ""
