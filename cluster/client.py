@@ -134,6 +134,13 @@ class AdminClient(Connection):
         )
         return change
 
+    def scale_workers(self, count: int) -> admin_pb2.ScaleWorkersResponse:
+        """From now on that many workers. Returns when it is decided."""
+        change: admin_pb2.ScaleWorkersResponse = self._stub.ScaleWorkers(
+            admin_pb2.ScaleWorkersRequest(count=count), timeout=REBALANCE_TIMEOUT_S
+        )
+        return change
+
     def drain(self, role: "admin_pb2.ProcessRole", rank: int) -> None:
         """That process is to end without a request noticing. Returns when it is decided."""
         self._stub.Drain(admin_pb2.DrainRequest(role=role, rank=rank), timeout=REBALANCE_TIMEOUT_S)

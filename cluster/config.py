@@ -93,19 +93,6 @@ class ActorConfig(StrictModel):
     health_port: FixedPort | None = None  # health alone, in plaintext: for probes that speak no TLS; unset: none
 
 
-class AttentionWorkersConfig(ActorConfig):
-    """The attention workers, `dp_rank` 0 to count - 1."""
-
-    count: Count = 2
-    device: str = "cpu"
-    # "by_position" computes prompt tokens in the naive form and generated ones in the absorbed one; in the CPU kernels
-    # a request's bits then do not depend on what else is in a step. "absorbed" and "naive" take one form for all.
-    mla_form: MlaForm = Field(default=MlaForm.BY_POSITION, strict=False)
-    num_micro_batches: Annotated[int, Field(ge=1, le=8)] | None = None  # of a step, for ping-pong; unset: as measured
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    router: RouterConfig = Field(default_factory=RouterConfig)
-
-
 class ScalingConfig(StrictModel):
     """How the number of processes of a role follows their load. On a cluster of others Ray's autoscaler gets nodes."""
 
@@ -121,6 +108,26 @@ class ScalingConfig(StrictModel):
         if self.min_count > self.max_count:
             raise ValueError(f"min_count is {self.min_count}, more than max_count, {self.max_count}")
         return self
+
+
+class WorkerScalingConfig(ScalingConfig):
+    """Usage: what is taken of a worker's latent cache, or of the sequences of a step, whichever is fuller; the mean."""
+
+    target_queue_ratio: Annotated[float, Field(gt=0)] = 0.1  # that wait, at gateways and workers, for each computed one
+
+
+class AttentionWorkersConfig(ActorConfig):
+    """The attention workers, `dp_rank` 0 to count - 1; `mobula scale workers` changes their number later."""
+
+    count: Count = 2
+    device: str = "cpu"
+    # "by_position" computes prompt tokens in the naive form and generated ones in the absorbed one; in the CPU kernels
+    # a request's bits then do not depend on what else is in a step. "absorbed" and "naive" take one form for all.
+    mla_form: MlaForm = Field(default=MlaForm.BY_POSITION, strict=False)
+    num_micro_batches: Annotated[int, Field(ge=1, le=8)] | None = None  # of a step, for ping-pong; unset: as measured
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    autoscaling: WorkerScalingConfig = Field(default_factory=WorkerScalingConfig)
 
 
 class ShardScalingConfig(ScalingConfig):

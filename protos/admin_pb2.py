@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\tmobula.v1\"\x12\n\x10GetStatusRequest\"\xdc\x01\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.mobula.v1.ProcessState\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x12\n\ngeneration\x18\x07 \x01(\t\x12\x11\n\tnum_units\x18\x08 \x01(\r\x12*\n\x0bquarantines\x18\t \x03(\x0b\x32\x15.mobula.v1.Quarantine\"s\n\nQuarantine\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\r\x12\x15\n\x08layer_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07unit_id\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\x04 \x01(\tB\x0b\n\t_layer_idB\n\n\x08_unit_id\"\xa1\x02\n\x0fRebalanceStatus\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.mobula.v1.RebalanceState\x12\x1b\n\x0etarget_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0bmoved_bytes\x18\x03 \x01(\x04\x12\x15\n\rplanned_bytes\x18\x04 \x01(\x04\x12\x10\n\x08num_done\x18\x05 \x01(\x04\x12\x13\n\x0bnum_aborted\x18\x06 \x01(\x04\x12\x13\n\x0blast_result\x18\x07 \x01(\t\x12\"\n\x15seconds_since_success\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\t \x01(\tB\x11\n\x0f_target_versionB\x18\n\x16_seconds_since_success\"\x9e\x01\n\x11GetStatusResponse\x12+\n\tprocesses\x18\x01 \x03(\x0b\x32\x18.mobula.v1.ProcessStatus\x12\x12\n\nis_serving\x18\x02 \x01(\x08\x12\x19\n\x11placement_version\x18\x03 \x01(\x04\x12-\n\trebalance\x18\x04 \x01(\x0b\x32\x1a.mobula.v1.RebalanceStatus\"#\n\x10RebalanceRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"Q\n\x08UnitMove\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\r\x12\x10\n\x08layer_id\x18\x02 \x01(\r\x12\x0f\n\x07unit_id\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\xa6\x02\n\x11RebalanceResponse\x12\"\n\x05moves\x18\x01 \x03(\x0b\x32\x13.mobula.v1.UnitMove\x12\x13\n\x0bmoved_bytes\x18\x02 \x01(\x04\x12\x1b\n\x13\x62\x61lancedness_before\x18\x03 \x01(\x01\x12\x1a\n\x12\x62\x61lancedness_after\x18\x04 \x01(\x01\x12\x17\n\x0fstep_time_ratio\x18\x05 \x01(\x01\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x13\n\x0bis_worth_it\x18\x08 \x01(\x08\x12\x0f\n\x07started\x18\t \x01(\x08\x12\x1d\n\x15old_placement_version\x18\n \x01(\x04\x12\x1d\n\x15new_placement_version\x18\x0b \x01(\x04\"#\n\x12ScaleShardsRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"G\n\x13ScaleShardsResponse\x12\x16\n\x0e\x61\x64\x64\x65\x64_ep_ranks\x18\x01 \x03(\r\x12\x18\n\x10\x64rained_ep_ranks\x18\x02 \x03(\r\"B\n\x0c\x44rainRequest\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.mobula.v1.ProcessRole\x12\x0c\n\x04rank\x18\x02 \x01(\r\"\x0f\n\rDrainResponse\"D\n\x0eRestartRequest\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.mobula.v1.ProcessRole\x12\x0c\n\x04rank\x18\x02 \x01(\r\"\x11\n\x0fRestartResponse\"\x16\n\x14SampleChoicesRequest\"F\n\rWorkerChoices\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x10\n\x08topk_ids\x18\x03 \x01(\x0c\"W\n\x15SampleChoicesResponse\x12\x13\n\x0bheader_json\x18\x01 \x01(\x0c\x12)\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x18.mobula.v1.WorkerChoices*\xc6\x01\n\x0cProcessState\x12\x1d\n\x19PROCESS_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16PROCESS_STATE_STARTING\x10\x01\x12\x15\n\x11PROCESS_STATE_NEW\x10\x02\x12\x19\n\x15PROCESS_STATE_LOADING\x10\x03\x12\x17\n\x13PROCESS_STATE_READY\x10\x04\x12\x18\n\x14PROCESS_STATE_FAILED\x10\x05\x12\x16\n\x12PROCESS_STATE_DOWN\x10\x06*v\n\x0bProcessRole\x12\x1c\n\x18PROCESS_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12PROCESS_ROLE_SHARD\x10\x01\x12\x17\n\x13PROCESS_ROLE_WORKER\x10\x02\x12\x18\n\x14PROCESS_ROLE_GATEWAY\x10\x03*\xe5\x01\n\x0eRebalanceState\x12\x1f\n\x1bREBALANCE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REBALANCE_STATE_IDLE\x10\x01\x12\x1b\n\x17REBALANCE_STATE_STAGING\x10\x02\x12\x1e\n\x1aREBALANCE_STATE_ACTIVATING\x10\x03\x12\x1e\n\x1aREBALANCE_STATE_PUBLISHING\x10\x04\x12\x1c\n\x18REBALANCE_STATE_DRAINING\x10\x05\x12\x1d\n\x19REBALANCE_STATE_RELEASING\x10\x06\x32\xb7\x03\n\x05\x41\x64min\x12\x46\n\tGetStatus\x12\x1b.mobula.v1.GetStatusRequest\x1a\x1c.mobula.v1.GetStatusResponse\x12\x46\n\tRebalance\x12\x1b.mobula.v1.RebalanceRequest\x1a\x1c.mobula.v1.RebalanceResponse\x12L\n\x0bScaleShards\x12\x1d.mobula.v1.ScaleShardsRequest\x1a\x1e.mobula.v1.ScaleShardsResponse\x12:\n\x05\x44rain\x12\x17.mobula.v1.DrainRequest\x1a\x18.mobula.v1.DrainResponse\x12@\n\x07Restart\x12\x19.mobula.v1.RestartRequest\x1a\x1a.mobula.v1.RestartResponse\x12R\n\rSampleChoices\x12\x1f.mobula.v1.SampleChoicesRequest\x1a .mobula.v1.SampleChoicesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/admin.proto\x12\tmobula.v1\"\x12\n\x10GetStatusRequest\"\xdc\x01\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.mobula.v1.ProcessState\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x12\n\ngeneration\x18\x07 \x01(\t\x12\x11\n\tnum_units\x18\x08 \x01(\r\x12*\n\x0bquarantines\x18\t \x03(\x0b\x32\x15.mobula.v1.Quarantine\"s\n\nQuarantine\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\r\x12\x15\n\x08layer_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07unit_id\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\x04 \x01(\tB\x0b\n\t_layer_idB\n\n\x08_unit_id\"\xa1\x02\n\x0fRebalanceStatus\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.mobula.v1.RebalanceState\x12\x1b\n\x0etarget_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0bmoved_bytes\x18\x03 \x01(\x04\x12\x15\n\rplanned_bytes\x18\x04 \x01(\x04\x12\x10\n\x08num_done\x18\x05 \x01(\x04\x12\x13\n\x0bnum_aborted\x18\x06 \x01(\x04\x12\x13\n\x0blast_result\x18\x07 \x01(\t\x12\"\n\x15seconds_since_success\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\t \x01(\tB\x11\n\x0f_target_versionB\x18\n\x16_seconds_since_success\"\x9e\x01\n\x11GetStatusResponse\x12+\n\tprocesses\x18\x01 \x03(\x0b\x32\x18.mobula.v1.ProcessStatus\x12\x12\n\nis_serving\x18\x02 \x01(\x08\x12\x19\n\x11placement_version\x18\x03 \x01(\x04\x12-\n\trebalance\x18\x04 \x01(\x0b\x32\x1a.mobula.v1.RebalanceStatus\"#\n\x10RebalanceRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"Q\n\x08UnitMove\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\r\x12\x10\n\x08layer_id\x18\x02 \x01(\r\x12\x0f\n\x07unit_id\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\xa6\x02\n\x11RebalanceResponse\x12\"\n\x05moves\x18\x01 \x03(\x0b\x32\x13.mobula.v1.UnitMove\x12\x13\n\x0bmoved_bytes\x18\x02 \x01(\x04\x12\x1b\n\x13\x62\x61lancedness_before\x18\x03 \x01(\x01\x12\x1a\n\x12\x62\x61lancedness_after\x18\x04 \x01(\x01\x12\x17\n\x0fstep_time_ratio\x18\x05 \x01(\x01\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x13\n\x0bis_worth_it\x18\x08 \x01(\x08\x12\x0f\n\x07started\x18\t \x01(\x08\x12\x1d\n\x15old_placement_version\x18\n \x01(\x04\x12\x1d\n\x15new_placement_version\x18\x0b \x01(\x04\"#\n\x12ScaleShardsRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"G\n\x13ScaleShardsResponse\x12\x16\n\x0e\x61\x64\x64\x65\x64_ep_ranks\x18\x01 \x03(\r\x12\x18\n\x10\x64rained_ep_ranks\x18\x02 \x03(\r\"$\n\x13ScaleWorkersRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"H\n\x14ScaleWorkersResponse\x12\x16\n\x0e\x61\x64\x64\x65\x64_dp_ranks\x18\x01 \x03(\r\x12\x18\n\x10\x64rained_dp_ranks\x18\x02 \x03(\r\"B\n\x0c\x44rainRequest\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.mobula.v1.ProcessRole\x12\x0c\n\x04rank\x18\x02 \x01(\r\"\x0f\n\rDrainResponse\"D\n\x0eRestartRequest\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.mobula.v1.ProcessRole\x12\x0c\n\x04rank\x18\x02 \x01(\r\"\x11\n\x0fRestartResponse\"\x16\n\x14SampleChoicesRequest\"F\n\rWorkerChoices\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x10\n\x08topk_ids\x18\x03 \x01(\x0c\"W\n\x15SampleChoicesResponse\x12\x13\n\x0bheader_json\x18\x01 \x01(\x0c\x12)\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x18.mobula.v1.WorkerChoices*\xc6\x01\n\x0cProcessState\x12\x1d\n\x19PROCESS_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16PROCESS_STATE_STARTING\x10\x01\x12\x15\n\x11PROCESS_STATE_NEW\x10\x02\x12\x19\n\x15PROCESS_STATE_LOADING\x10\x03\x12\x17\n\x13PROCESS_STATE_READY\x10\x04\x12\x18\n\x14PROCESS_STATE_FAILED\x10\x05\x12\x16\n\x12PROCESS_STATE_DOWN\x10\x06*v\n\x0bProcessRole\x12\x1c\n\x18PROCESS_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12PROCESS_ROLE_SHARD\x10\x01\x12\x17\n\x13PROCESS_ROLE_WORKER\x10\x02\x12\x18\n\x14PROCESS_ROLE_GATEWAY\x10\x03*\xe5\x01\n\x0eRebalanceState\x12\x1f\n\x1bREBALANCE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REBALANCE_STATE_IDLE\x10\x01\x12\x1b\n\x17REBALANCE_STATE_STAGING\x10\x02\x12\x1e\n\x1aREBALANCE_STATE_ACTIVATING\x10\x03\x12\x1e\n\x1aREBALANCE_STATE_PUBLISHING\x10\x04\x12\x1c\n\x18REBALANCE_STATE_DRAINING\x10\x05\x12\x1d\n\x19REBALANCE_STATE_RELEASING\x10\x06\x32\x88\x04\n\x05\x41\x64min\x12\x46\n\tGetStatus\x12\x1b.mobula.v1.GetStatusRequest\x1a\x1c.mobula.v1.GetStatusResponse\x12\x46\n\tRebalance\x12\x1b.mobula.v1.RebalanceRequest\x1a\x1c.mobula.v1.RebalanceResponse\x12L\n\x0bScaleShards\x12\x1d.mobula.v1.ScaleShardsRequest\x1a\x1e.mobula.v1.ScaleShardsResponse\x12O\n\x0cScaleWorkers\x12\x1e.mobula.v1.ScaleWorkersRequest\x1a\x1f.mobula.v1.ScaleWorkersResponse\x12:\n\x05\x44rain\x12\x17.mobula.v1.DrainRequest\x1a\x18.mobula.v1.DrainResponse\x12@\n\x07Restart\x12\x19.mobula.v1.RestartRequest\x1a\x1a.mobula.v1.RestartResponse\x12R\n\rSampleChoices\x12\x1f.mobula.v1.SampleChoicesRequest\x1a .mobula.v1.SampleChoicesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROCESSSTATE']._serialized_start=1733
-  _globals['_PROCESSSTATE']._serialized_end=1931
-  _globals['_PROCESSROLE']._serialized_start=1933
-  _globals['_PROCESSROLE']._serialized_end=2051
-  _globals['_REBALANCESTATE']._serialized_start=2054
-  _globals['_REBALANCESTATE']._serialized_end=2283
+  _globals['_PROCESSSTATE']._serialized_start=1845
+  _globals['_PROCESSSTATE']._serialized_end=2043
+  _globals['_PROCESSROLE']._serialized_start=2045
+  _globals['_PROCESSROLE']._serialized_end=2163
+  _globals['_REBALANCESTATE']._serialized_start=2166
+  _globals['_REBALANCESTATE']._serialized_end=2395
   _globals['_GETSTATUSREQUEST']._serialized_start=33
   _globals['_GETSTATUSREQUEST']._serialized_end=51
   _globals['_PROCESSSTATUS']._serialized_start=54
@@ -57,20 +57,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCALESHARDSREQUEST']._serialized_end=1298
   _globals['_SCALESHARDSRESPONSE']._serialized_start=1300
   _globals['_SCALESHARDSRESPONSE']._serialized_end=1371
-  _globals['_DRAINREQUEST']._serialized_start=1373
-  _globals['_DRAINREQUEST']._serialized_end=1439
-  _globals['_DRAINRESPONSE']._serialized_start=1441
-  _globals['_DRAINRESPONSE']._serialized_end=1456
-  _globals['_RESTARTREQUEST']._serialized_start=1458
-  _globals['_RESTARTREQUEST']._serialized_end=1526
-  _globals['_RESTARTRESPONSE']._serialized_start=1528
-  _globals['_RESTARTRESPONSE']._serialized_end=1545
-  _globals['_SAMPLECHOICESREQUEST']._serialized_start=1547
-  _globals['_SAMPLECHOICESREQUEST']._serialized_end=1569
-  _globals['_WORKERCHOICES']._serialized_start=1571
-  _globals['_WORKERCHOICES']._serialized_end=1641
-  _globals['_SAMPLECHOICESRESPONSE']._serialized_start=1643
-  _globals['_SAMPLECHOICESRESPONSE']._serialized_end=1730
-  _globals['_ADMIN']._serialized_start=2286
-  _globals['_ADMIN']._serialized_end=2725
+  _globals['_SCALEWORKERSREQUEST']._serialized_start=1373
+  _globals['_SCALEWORKERSREQUEST']._serialized_end=1409
+  _globals['_SCALEWORKERSRESPONSE']._serialized_start=1411
+  _globals['_SCALEWORKERSRESPONSE']._serialized_end=1483
+  _globals['_DRAINREQUEST']._serialized_start=1485
+  _globals['_DRAINREQUEST']._serialized_end=1551
+  _globals['_DRAINRESPONSE']._serialized_start=1553
+  _globals['_DRAINRESPONSE']._serialized_end=1568
+  _globals['_RESTARTREQUEST']._serialized_start=1570
+  _globals['_RESTARTREQUEST']._serialized_end=1638
+  _globals['_RESTARTRESPONSE']._serialized_start=1640
+  _globals['_RESTARTRESPONSE']._serialized_end=1657
+  _globals['_SAMPLECHOICESREQUEST']._serialized_start=1659
+  _globals['_SAMPLECHOICESREQUEST']._serialized_end=1681
+  _globals['_WORKERCHOICES']._serialized_start=1683
+  _globals['_WORKERCHOICES']._serialized_end=1753
+  _globals['_SAMPLECHOICESRESPONSE']._serialized_start=1755
+  _globals['_SAMPLECHOICESRESPONSE']._serialized_end=1842
+  _globals['_ADMIN']._serialized_start=2398
+  _globals['_ADMIN']._serialized_end=2918
 # @@protoc_insertion_point(module_scope)

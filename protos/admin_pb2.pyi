@@ -182,6 +182,20 @@ class ScaleShardsResponse(_message.Message):
     drained_ep_ranks: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, added_ep_ranks: _Optional[_Iterable[int]] = ..., drained_ep_ranks: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class ScaleWorkersRequest(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class ScaleWorkersResponse(_message.Message):
+    __slots__ = ("added_dp_ranks", "drained_dp_ranks")
+    ADDED_DP_RANKS_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_DP_RANKS_FIELD_NUMBER: _ClassVar[int]
+    added_dp_ranks: _containers.RepeatedScalarFieldContainer[int]
+    drained_dp_ranks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, added_dp_ranks: _Optional[_Iterable[int]] = ..., drained_dp_ranks: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ("role", "rank")
     ROLE_FIELD_NUMBER: _ClassVar[int]

@@ -49,6 +49,11 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.ScaleShardsRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.ScaleShardsResponse.FromString,
                 _registered_method=True)
+        self.ScaleWorkers = channel.unary_unary(
+                '/mobula.v1.Admin/ScaleWorkers',
+                request_serializer=protos_dot_admin__pb2.ScaleWorkersRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ScaleWorkersResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/mobula.v1.Admin/Drain',
                 request_serializer=protos_dot_admin__pb2.DrainRequest.SerializeToString,
@@ -92,6 +97,17 @@ class AdminServicer:
         shows how far it is. Asking for what is so already changes nothing.
 
         FAILED_PRECONDITION when no placement on so many shards satisfies the configuration.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScaleWorkers(self, request, context):
+        """From now on the system has so many attention workers. New ones start, load, and are given requests; those that leave
+        take nothing new, and others go on with what they have not ended in time. Returns when it is decided; GetStatus shows
+        how far it is. Asking for what is so already changes nothing.
+
+        FAILED_PRECONDITION when none of the workers that would stay is ready.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +158,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ScaleShards,
                     request_deserializer=protos_dot_admin__pb2.ScaleShardsRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.ScaleShardsResponse.SerializeToString,
+            ),
+            'ScaleWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleWorkers,
+                    request_deserializer=protos_dot_admin__pb2.ScaleWorkersRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ScaleWorkersResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -240,6 +261,33 @@ class Admin:
             '/mobula.v1.Admin/ScaleShards',
             protos_dot_admin__pb2.ScaleShardsRequest.SerializeToString,
             protos_dot_admin__pb2.ScaleShardsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mobula.v1.Admin/ScaleWorkers',
+            protos_dot_admin__pb2.ScaleWorkersRequest.SerializeToString,
+            protos_dot_admin__pb2.ScaleWorkersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cluster.config import GatewayConfig
 from cluster.controller.admin_server import AdminServer
-from cluster.controller.membership import ShardChange
+from cluster.controller.membership import MemberChange
 from cluster.controller.process import ClusterStatus, ProcessHealth, ProcessState, RoleName
 from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, UnitMove
 from cluster.gateway.gateway import Gateway
@@ -101,17 +101,23 @@ class FakeController:
         ranks = (0, 1) if self.num_sampled > 1 else ()
         return header, [(dp_rank, random_ids(model, 100, seed=self.num_sampled)) for dp_rank in ranks]
 
-    def scale_shards(self, count: int) -> ShardChange:
+    def scale_shards(self, count: int) -> MemberChange:
         """As if there were two shards."""
         if self.error:
             raise self.error
-        return ShardChange(added=tuple(range(2, count)), drained=tuple(range(count, 2)))
+        return MemberChange(added=tuple(range(2, count)), drained=tuple(range(count, 2)))
 
-    def drain_shard(self, ep_rank: int) -> ShardChange:
+    def scale_workers(self, count: int) -> MemberChange:
+        """As if there were one worker."""
+        if self.error:
+            raise self.error
+        return MemberChange(added=tuple(range(1, count)), drained=tuple(range(count, 1)))
+
+    def drain_shard(self, ep_rank: int) -> MemberChange:
         if self.error:
             raise self.error
         self.drained.append(ep_rank)
-        return ShardChange(drained=(ep_rank,))
+        return MemberChange(drained=(ep_rank,))
 
     def drain_worker(self, dp_rank: int) -> None:
         self.ended.append(f"drain worker-{dp_rank}")

@@ -1,4 +1,4 @@
-"""`mobula scale shards`, `mobula drain shard|worker`: how many processes there are is changed while requests run."""
+"""`mobula scale shards|workers`, `mobula drain shard|worker`: how many processes there are, while they serve."""
 
 from typing import Annotated
 
@@ -14,12 +14,6 @@ SEE = "`mobula status` shows how far it is"
 
 scale_app = typer.Typer(no_args_is_help=True, help="Change how many processes there are, while requests run.")
 drain_app = typer.Typer(no_args_is_help=True, help="Let one process end without a request noticing.")
-
-
-@scale_app.callback()
-@drain_app.callback()
-def _group() -> None:
-    """Without this, typer would make the only command of a group the group itself."""
 
 
 @scale_app.command("shards")
@@ -40,6 +34,26 @@ def scale_shards(
         console.print(f"shards {_listed(added)} start and are then given units; {SEE}", highlight=False)
     if drained:
         console.print(f"shards {_listed(drained)} give up their units and then end; {SEE}", highlight=False)
+
+
+@scale_app.command("workers")
+def scale_workers(
+    count: Annotated[int, typer.Argument(min=1, help="How many attention workers there shall be.")],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Start attention workers, or let others go on with the requests of the last ones and end them."""
+    try:
+        with AdminClient(address) as client:
+            change = client.scale_workers(count)
+    except grpc.RpcError as error:
+        fail_call(error, address)
+    added, drained = list(change.added_dp_ranks), list(change.drained_dp_ranks)
+    if not added and not drained:
+        console.print(f"there are {count} workers already")
+    if added:
+        console.print(f"workers {_listed(added)} start and are then given requests; {SEE}", highlight=False)
+    if drained:
+        console.print(f"workers {_listed(drained)} hand their requests over and then end; {SEE}", highlight=False)
 
 
 @drain_app.command("shard")

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from cluster.controller.admin_messages import rebalance_message, status_message
-from cluster.controller.membership import ShardChange
+from cluster.controller.membership import MemberChange
 from cluster.controller.process import ClusterStatus, RoleName
 from cluster.controller.rebalance import RebalancePlan
 from protos import admin_pb2, errors, rpc
@@ -43,10 +43,13 @@ class AdminController(Protocol):
     def rebalance(self) -> RebalancePlan:
         """Begins one and returns what it will do. Raises MobulaError when it cannot begin."""
 
-    def scale_shards(self, count: int) -> ShardChange:
+    def scale_shards(self, count: int) -> MemberChange:
         """From now on that many shards. Raises MobulaError when that cannot be."""
 
-    def drain_shard(self, ep_rank: int) -> ShardChange:
+    def scale_workers(self, count: int) -> MemberChange:
+        """From now on that many workers. Raises MobulaError when that cannot be."""
+
+    def drain_shard(self, ep_rank: int) -> MemberChange:
         """The shard gives up its units and ends. Raises MobulaError when that cannot be."""
 
     def drain_worker(self, dp_rank: int) -> None:
@@ -71,6 +74,7 @@ class AdminServicer:
             "GetStatus": self.get_status,
             "Rebalance": self.rebalance,
             "ScaleShards": self.scale_shards,
+            "ScaleWorkers": self.scale_workers,
             "Drain": self.drain,
             "Restart": self.restart,
             "SampleChoices": self.sample_choices,
@@ -95,6 +99,13 @@ class AdminServicer:
         count = rpc.parse(admin_pb2.ScaleShardsRequest, request).count
         change = await self._planned(self._controller.scale_shards, count)
         response = admin_pb2.ScaleShardsResponse(added_ep_ranks=change.added, drained_ep_ranks=change.drained)
+        return bytes(response.SerializeToString())
+
+    async def scale_workers(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Admin.ScaleWorkers."""
+        count = rpc.parse(admin_pb2.ScaleWorkersRequest, request).count
+        change = await self._planned(self._controller.scale_workers, count)
+        response = admin_pb2.ScaleWorkersResponse(added_dp_ranks=change.added, drained_dp_ranks=change.drained)
         return bytes(response.SerializeToString())
 
     async def drain(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:

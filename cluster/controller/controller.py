@@ -10,7 +10,7 @@ One round of the loop, the same at start, after a process died and when nothing 
      controller died;
   4. publish: tell the gateway which workers serve, which endpoints hold metrics and who answers admin calls;
   5. balance: watch the experts' load and move them while requests run (balance.py), also when shards come or leave;
-  6. scale: have more or fewer shards where the configuration lets their load decide (shard_scaling.py);
+  6. scale: have more or fewer shards and workers where the configuration lets their load decide (scaling.py);
   7. answer what operators asked (inbox.py), and let those processes end that are drained or replaced (departures.py).
 Tokens never pass here: while the controller is gone, everything that runs goes on. Knows nothing of Ray.
 """
@@ -21,12 +21,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import partial
 
-from cluster.config import RebalancingConfig, ShardScalingConfig
+from cluster.config import RebalancingConfig, ShardScalingConfig, WorkerScalingConfig
 from cluster.controller.balance import Balance, Proposer
 from cluster.controller.departures import Departures
 from cluster.controller.inbox import Inbox
-from cluster.controller.membership import ShardChange
+from cluster.controller.membership import MemberChange
 from cluster.controller.process import (
     DOWN,
     DRAINS,
@@ -41,7 +42,9 @@ from cluster.controller.process import (
 )
 from cluster.controller.rebalance import RebalancePlan
 from cluster.controller.replica_check import ReplicaCheck
-from cluster.controller.shard_scaling import ShardScaling
+from cluster.controller.shard_usage import shards_by_load
+from cluster.controller.worker_membership import WorkerMembership
+from cluster.controller.worker_usage import workers_by_load
 from protos.errors import MobulaError, Unavailable
 from router.balance_terms import Traffic
 from router.expert_map import ExpertMap
@@ -76,12 +79,13 @@ class Controller:
         expert_map: ExpertMap,
         proposer: Proposer,
         rebalancing: RebalancingConfig,
-        create_shard: Callable[[int], ManagedProcess],
+        create: Callable[[RoleName, int], ManagedProcess],
         drain_timeout_s: float = 30.0,
-        scaling: ShardScalingConfig | None = None,
+        shard_scaling: ShardScalingConfig | None = None,
+        worker_scaling: WorkerScalingConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """create_shard: starts the shard of a rank, without waiting. drain_timeout_s: for a drained one to end."""
+        """create: starts the shard or worker of a rank, without waiting. drain_timeout_s: for a drained one to end."""
         self._processes = processes
         self._expert_map = expert_map
         self._clock = clock
@@ -89,7 +93,7 @@ class Controller:
         self.metrics_address = ""
         self._balance = Balance(
             processes=processes,
-            create_shard=create_shard,
+            create_shard=partial(create, RoleName.SHARD),
             expert_map=expert_map,
             proposer=proposer,
             config=rebalancing,
@@ -97,9 +101,13 @@ class Controller:
             publish=self._use,
             clock=clock,
         )
-        self._scaling = ShardScaling(self._balance.membership, scaling or ShardScalingConfig(), clock)
         self._replica_check = ReplicaCheck(lambda: self._members(RoleName.SHARD), clock)
         self._departures = Departures(processes, drain_timeout_s, clock)
+        self._workers = WorkerMembership(processes, partial(create, RoleName.WORKER), self._departures)
+        self._scalings = (
+            shards_by_load(self._balance.membership, shard_scaling or ShardScalingConfig(), clock),
+            workers_by_load(processes, self._workers, worker_scaling or WorkerScalingConfig(), clock),
+        )
         self._is_placed = False  # whether the placement that shards load is settled
         self._inbox = Inbox()
         self._stopping = threading.Event()
@@ -126,16 +134,20 @@ class Controller:
         """Begins one; `status` shows how far it is. From any other thread. Raises RebalanceRefused."""
         return self._inbox.ask(self._begin_rebalance)
 
-    def scale_shards(self, count: int) -> ShardChange:
+    def scale_shards(self, count: int) -> MemberChange:
         """From now on that many shards. Returns once it is decided; `status` shows how far it is.
 
         From any other thread. Raises InvalidRequest, RebalanceRefused, Unavailable.
         """
         return self._inbox.ask(lambda: self._balance.membership.scale(count))
 
-    def drain_shard(self, ep_rank: int) -> ShardChange:
+    def drain_shard(self, ep_rank: int) -> MemberChange:
         """The shard gives its units to the others and ends. As scale_shards."""
         return self._inbox.ask(lambda: self._balance.membership.drain(ep_rank))
+
+    def scale_workers(self, count: int) -> MemberChange:
+        """From now on that many workers. As scale_shards. Raises InvalidRequest, NotServing, Unavailable."""
+        return self._inbox.ask(lambda: self._workers.scale(count))
 
     def drain_worker(self, dp_rank: int) -> None:
         """The worker hands its requests over and ends. From any other thread. Raises InvalidRequest, NotServing."""
@@ -191,8 +203,9 @@ class Controller:
         self._clear_nodes()
         self._load()
         self._balance.round(self._expert_map, is_serving=self._status.is_serving)
-        is_settled = self._balance.is_idle and not self._balance.membership.is_changing
-        self._scaling.round(is_settled=self._status.is_serving and is_settled)
+        is_changing = self._balance.membership.is_changing or self._workers.is_changing
+        for scaling in self._scalings:
+            scaling.round(is_settled=self._status.is_serving and self._balance.is_idle and not is_changing)
         self._inbox.answer()
         shards = {p.rank: p for p in self._members(RoleName.SHARD) if p.rank in self._expert_map.ep_ranks}
         # Also of those that are away: a worker that knows one's old address uses its replicas until it is back.
@@ -207,6 +220,7 @@ class Controller:
         }
         members = (workers, self._metrics_addresses(), self.admin_address)
         self._tell(RoleName.GATEWAY, members, "update_members", *members)
+        self._workers.note_arrivals()
         self._departures.round()
         self._replica_check.round()
         self._publish_status({rank for rank, shard in shards.items() if shard.is_ready})
@@ -250,7 +264,8 @@ class Controller:
     def _is_placement_used_alone(self) -> bool:
         """Whether every worker knows the placement and has no forward under an older one under way."""
         return all(
-            worker.is_connected and worker.health.oldest_placement_version == self._expert_map.placement_version
+            worker.is_joining
+            or (worker.is_connected and worker.health.oldest_placement_version == self._expert_map.placement_version)
             for worker in self._members(RoleName.WORKER)
         )
 
@@ -314,7 +329,9 @@ class Controller:
 
     def _publish_status(self, ready_ranks: set[int]) -> None:
         is_serving = ready_ranks >= set(self._expert_map.ep_ranks) and all(
-            process.is_connected for process in self._processes if process.role is not RoleName.SHARD
+            process.is_connected or process.is_joining
+            for process in self._processes
+            if process.role is not RoleName.SHARD
         )
         self._status = ClusterStatus(
             processes=tuple((process.name, _shown(process)) for process in self._processes),

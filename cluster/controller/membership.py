@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 COMING = (ProcessState.NEW, ProcessState.LOADING)
 
 
-class ShardChange(NamedTuple):
-    """What was asked for, by ep_rank."""
+class MemberChange(NamedTuple):
+    """What was asked for, by rank within the role."""
 
     added: tuple[int, ...] = ()
     drained: tuple[int, ...] = ()
@@ -55,7 +55,7 @@ class ShardMembership:
         """Those that are not to leave."""
         return [shard for shard in self.shards if not shard.is_leaving]
 
-    def scale(self, count: int) -> ShardChange:
+    def scale(self, count: int) -> MemberChange:
         """From now on `count` shards: new ones take the lowest free ranks, the highest ranks leave.
 
         Raises InvalidRequest, or what `check` and `create` raise; then nothing has changed but what was created.
@@ -67,19 +67,19 @@ class ShardMembership:
             drained = staying[count:]
             self._check(staying[:count])
             self._leave(drained)
-            return ShardChange(drained=tuple(drained))
+            return MemberChange(drained=tuple(drained))
         taken = {shard.rank for shard in self.shards}
         free = [rank for rank in range(count + len(taken)) if rank not in taken]
         added = free[: count - len(staying)]
         if not added:
-            return ShardChange()
+            return MemberChange()
         self._check([*staying, *added])
         for rank in added:
             self._processes.insert(self._place_of(rank), self._create(rank))
             logger.info("shard-%d is added", rank)
-        return ShardChange(added=tuple(added))
+        return MemberChange(added=tuple(added))
 
-    def drain(self, rank: int) -> ShardChange:
+    def drain(self, rank: int) -> MemberChange:
         """That shard gives up its units and ends. Asking again changes nothing. Raises InvalidRequest, as `scale`."""
         shard = next((shard for shard in self.shards if shard.rank == rank), None)
         if shard is None:
@@ -95,9 +95,9 @@ class ShardMembership:
                 )
             self._check(others)
             self._leave([rank])
-        return ShardChange(drained=(rank,))
+        return MemberChange(drained=(rank,))
 
-    def replace(self, rank: int) -> ShardChange:
+    def replace(self, rank: int) -> MemberChange:
         """That shard gives up its units and ends, and another one is added. Raises as `drain` and `scale`.
 
         Then it keeps its units: a shard that could not be added now would be missed by nobody later.
@@ -107,7 +107,7 @@ class ShardMembership:
             return self.drain(rank)
         self._check([other for other in staying if other != rank])
         added = self.scale(len(staying) + 1).added
-        return ShardChange(added=added, drained=self.drain(rank).drained)
+        return MemberChange(added=added, drained=self.drain(rank).drained)
 
     def members(self) -> frozenset[int]:
         """The shards that the next placement uses: all that stay and are not lost, new ones once they are ready."""

@@ -143,6 +143,7 @@ class ManagedProcess:
     ready_at_s: float | None = None  # when it was seen so last; a moment of the controller's clock
     is_lost: bool = False  # a shard that was ready and is gone for so long that others take over its units
     is_leaving: bool = False  # a shard that gives up its units, or a worker its requests, and then ends
+    is_joining: bool = False  # a worker that was added while the system serves: nobody waits for it
     is_replaced: bool = False  # it is to end, and another generation to take its place
     stopping: Future[Any] | None = None  # once it was told to end
     stop_by_s: float = 0.0  # else it is killed; a moment of the controller's clock

@@ -61,6 +61,11 @@ class Admission:
         self._num_running = 0
         self._num_bytes = 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no place yet. From any thread."""
+        return len(self._queue)
+
     @asynccontextmanager
     async def place(
         self, client: str, num_bytes: int, max_wait_s: float | None, own_max_requests: int | None = None

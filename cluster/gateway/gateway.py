@@ -57,8 +57,9 @@ class GatewayServicer:
                 self.generate, read_timeout_s=self._settings.read_timeout_s, on_cut_off=self._metrics.count_cut_off
             ),
             "GetExpertLoad": rpc.unary_handler(self.get_expert_load),
+            "GetModelInfo": rpc.unary_handler(self.get_model_info),
         }
-        for name in ("Tokenize", "GetModelInfo", "GetPlacement"):
+        for name in ("Tokenize", "GetPlacement"):
             methods[name] = rpc.unary_handler(self._relay(name))
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -114,6 +115,13 @@ class GatewayServicer:
                         raise
 
         return relay
+
+    async def get_model_info(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """As a worker says, with the number of workers that serve now."""
+        answer = await self._relay("GetModelInfo")(request, context)
+        info = generation_pb2.GetModelInfoResponse.FromString(answer)
+        info.dp_size = len(self._pool.workers)
+        return bytes(info.SerializeToString())
 
     async def get_expert_load(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """The experts' counters, which every worker reads alike, and the dispatch counters of all workers added up."""
@@ -183,6 +191,11 @@ class Gateway:
     def local_calls(self) -> LocalCalls:
         """The services as this process itself may call them."""
         return LocalCalls(self._handlers())
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no place yet. From any thread."""
+        return self._admission.num_waiting
 
     async def update_workers(self, addresses: dict[int, str]) -> None:
         """The attention workers that are ready, by dp_rank."""

@@ -134,9 +134,10 @@ class ControllerActor:
             self._expert_map,
             _proposer(self._config, self._request),
             self._config.expert_shards.rebalancing,
-            self._create_shard,
+            self._create_process,
             self._config.drain_timeout_s,
             self._config.expert_shards.autoscaling,
+            self._config.attention_workers.autoscaling,
         )
         certificates = process_folder(self._config.tls, PeerRole.CONTROLLER)
         self._admin = AdminServer(self._controller, process_credentials(certificates))
@@ -162,18 +163,18 @@ class ControllerActor:
         _, port = serve_http(host, self._config.controller.metrics_port, make_wsgi_app(registry), contexts)
         return port
 
-    def _create_shard(self, ep_rank: int) -> ManagedProcess:
+    def _create_process(self, role: RoleName, rank: int) -> ManagedProcess:
         """One more. Ray starts it when it has room; an autoscaler makes some. Raises Unavailable."""
-        actors = _actors(self._config, RoleName.SHARD)
-        if ep_rank < len(actors):  # its bundle is free since the one before it has left
-            group = get_placement_group(_group_name(RoleName.SHARD, self._config.ray.namespace))
-            options = _in_group(actors[ep_rank], group, ep_rank)
+        actors = _actors(self._config, role)
+        if rank < len(actors):  # its bundle is free since the one before it has left
+            group = get_placement_group(_group_name(role, self._config.ray.namespace))
+            options = _in_group(actors[rank], group, rank)
         else:
-            options = _unbooked_options(self._config, ep_rank)
+            options = _unbooked_options(self._config, role, rank)
         try:
-            return _create_process(RoleName.SHARD, ep_rank, options, self._config, self._host)
+            return _create_process(role, rank, options, self._config, self._host)
         except ValueError as error:  # Ray's word for a name that is taken
-            raise Unavailable(f"shard {ep_rank} is still ending: {error}; ask again", retry_after_s=1.0) from error
+            raise Unavailable(f"{role} {rank} is still ending: {error}; ask again", retry_after_s=1.0) from error
 
     def status(self, owner: str) -> ClusterStatus | None:
         """None until the actors are created. Tells the controller that its owner is there."""
@@ -258,7 +259,9 @@ def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedPro
         # role are all there are.
         are_all_found = found[RoleName.WORKER if role is RoleName.SHARD else RoleName.GATEWAY]
         for rank in found[role] if are_all_found else range(len(actors)):
-            options = _in_group(actors[rank], group, rank) if rank < len(actors) else _unbooked_options(config, rank)
+            options = (
+                _in_group(actors[rank], group, rank) if rank < len(actors) else _unbooked_options(config, role, rank)
+            )
             options["get_if_exists"] = True
             processes.append(_create_process(role, rank, options, config, host))
     labels = {"label_selector": config.gateway.labels or None}
@@ -332,9 +335,11 @@ def _in_group(actor: ActorConfig, group: PlacementGroup, rank: int) -> dict[str,
     return _options(actor) | {"scheduling_strategy": strategy}
 
 
-def _unbooked_options(config: MobulaConfig, ep_rank: int) -> dict[str, Any]:
-    """Of a shard for which nothing was booked at the start. On a cluster of ours there is nobody to book against."""
-    actor = config.expert_shards.actor_config(ep_rank)
+def _unbooked_options(config: MobulaConfig, role: RoleName, rank: int) -> dict[str, Any]:
+    """Of a process for which nothing was booked at the start. On a cluster of ours there is nobody to book against."""
+    actor: ActorConfig = config.attention_workers
+    if role is RoleName.SHARD:
+        actor = config.expert_shards.actor_config(rank)
     if config.ray.address is None:
         actor = actor.model_copy(update={"num_cpus": 0.0})
     return _options(actor) | ({"label_selector": actor.labels} if actor.labels else {})

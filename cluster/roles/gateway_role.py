@@ -79,6 +79,10 @@ class GatewayRole(Role):
         self._loop.run(self._gateway.update_admin(admin_address), CONTROL_TIMEOUT_S)
         self._loop.run(self._gateway.update_workers(dict(workers)), CONTROL_TIMEOUT_S)
 
+    def num_waiting(self) -> int:
+        """Requests that have no place yet."""
+        return self._gateway.num_waiting if self._gateway else 0
+
     def _http_app(self) -> WSGIApplication:
         assert self._gateway
         if self._config.gateway.dashboard:

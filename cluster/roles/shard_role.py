@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, Quarantine
-from cluster.controller.shard_scaling import ShardWork
+from cluster.controller.shard_usage import ShardWork
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import open_model
 from cluster.roles.role import Role, failure_domain

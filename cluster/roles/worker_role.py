@@ -24,6 +24,7 @@ from attention.worker_report import WorkerReport
 from cluster.checkpoint.model_shapes import model_shape
 from cluster.config import ActorConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, Quarantine
+from cluster.controller.worker_usage import WorkerWork
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import ServedModel, cache_config, open_model
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
@@ -182,6 +183,13 @@ class WorkerRole(Role):
         sampler, shape = self._sampler
         token_bytes = shape.num_moe_layers * shape.top_k * id_dtype(shape.gate.n_routed_experts).itemsize
         return header_to_json(TraceHeader(model=shape, source=shape.name)), sampler.take(max_bytes // token_bytes)
+
+    def work(self) -> WorkerWork:
+        """What it is doing now."""
+        assert self._engine
+        stats = self._engine.stats
+        places_ratio = stats.num_running / self._config.attention_workers.engine.max_num_seqs
+        return WorkerWork(max(stats.cache_usage_ratio, places_ratio), stats.num_running, stats.num_waiting)
 
     def engine_stats(self) -> EngineStats:
         """What the engine was doing after its latest step."""

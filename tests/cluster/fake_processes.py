@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cluster.config import RebalancingConfig, ShardScalingConfig
+from cluster.config import RebalancingConfig, ShardScalingConfig, WorkerScalingConfig
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
 from cluster.controller.process import ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
@@ -118,11 +118,12 @@ def system(
     rebalancing: RebalancingConfig | None = None,
     scaling: ShardScalingConfig | None = None,
     num_replicas: int = 1,
+    worker_scaling: WorkerScalingConfig | None = None,
 ) -> tuple[Controller, dict[str, FakeProcess]]:
     names = [(RoleName.SHARD, rank) for rank in range(num_shards)]
     names += [(RoleName.WORKER, rank) for rank in range(num_workers)] + [(RoleName.GATEWAY, 0)]
     fakes = {f"{role}-{rank}": FakeProcess(f"{role}-{rank}") for role, rank in names}
-    controller = controller_of(fakes, num_shards, clock, proposer, rebalancing, scaling, num_replicas)
+    controller = controller_of(fakes, num_shards, clock, proposer, rebalancing, scaling, num_replicas, worker_scaling)
     return controller, fakes
 
 
@@ -134,6 +135,7 @@ def controller_of(
     rebalancing: RebalancingConfig | None = None,
     scaling: ShardScalingConfig | None = None,
     num_replicas: int = 1,
+    worker_scaling: WorkerScalingConfig | None = None,
 ) -> Controller:
     """One that has just started, over processes that may have run before."""
 
@@ -141,17 +143,19 @@ def controller_of(
         role, _, rank = name.partition("-")
         return ManagedProcess(role=RoleName(role), rank=int(rank), handle=fakes[name])
 
-    def create_shard(rank: int) -> ManagedProcess:
-        fakes[f"shard-{rank}"] = FakeProcess(f"shard-{rank}")
-        return process(f"shard-{rank}")
+    def create(role: RoleName, rank: int) -> ManagedProcess:
+        name = f"{role}-{rank}"
+        fakes[name] = FakeProcess(name)
+        return process(name)
 
     return Controller(
         [process(name) for name in fakes],
         placed(grouped_gate(), num_shards, num_replicas),
         proposer,
         rebalancing or RebalancingConfig(),
-        create_shard,
-        scaling=scaling,
+        create,
+        shard_scaling=scaling,
+        worker_scaling=worker_scaling,
         clock=clock,
     )
 

@@ -103,6 +103,8 @@ def test_shards_are_scaled_and_drained_through_the_gateway(gateway: GatewayHost,
     with AdminClient(gateway.address) as client:
         assert list(client.scale_shards(4).added_ep_ranks) == [2, 3]
         assert list(client.scale_shards(1).drained_ep_ranks) == [1]
+        assert list(client.scale_workers(3).added_dp_ranks) == [1, 2]
+        assert list(client.scale_workers(0).drained_dp_ranks) == [0]
         client.drain(admin_pb2.PROCESS_ROLE_SHARD, 1)
         error = refused(lambda: client.drain(admin_pb2.PROCESS_ROLE_UNSPECIFIED, 0))
     assert controller.drained == [1]
@@ -152,7 +154,7 @@ def test_a_fault_of_the_controller_is_internal_with_an_id_and_without_its_words(
     assert "secret" not in error.details()
 
 
-@pytest.mark.parametrize("method", ["GetStatus", "Rebalance", "ScaleShards", "Drain"])
+@pytest.mark.parametrize("method", ["GetStatus", "Rebalance", "ScaleShards", "ScaleWorkers", "Drain"])
 @pytest.mark.parametrize("request_bytes", [b"\x98\x06\x01", b"\xff"], ids=["unknown field", "no message"])
 def test_a_request_that_is_none_is_the_clients_fault(gateway: GatewayHost, method: str, request_bytes: bytes) -> None:
     with grpc.insecure_channel(gateway.address) as channel:

@@ -103,11 +103,13 @@ def test_a_shard_that_is_added_where_one_has_left_takes_what_was_booked_for_it(
     monkeypatch.setattr(actors, "get_placement_group", lambda name: f"the group {name}")
     monkeypatch.setattr(actors, "_create_process", create)
     count = CONFIG.expert_shards.count
-    actor._create_shard(count - 1)
-    actor._create_shard(count)
+    actor._create_process(RoleName.SHARD, count - 1)
+    actor._create_process(RoleName.SHARD, count)
+    actor._create_process(RoleName.WORKER, 100)
     strategy = created[count - 1]["scheduling_strategy"]
     assert (strategy.placement_group, strategy.placement_group_bundle_index) == (
         "the group mobula/mobula-shards",
         count - 1,
     )
     assert "scheduling_strategy" not in created[count]
+    assert "scheduling_strategy" not in created[100]

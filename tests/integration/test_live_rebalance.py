@@ -60,7 +60,7 @@ def controlled(
             processes.append(ManagedProcess(role=role, rank=rank, handle=handle))
             handles[processes[-1].name] = handle
 
-    def create_shard(rank: int) -> ManagedProcess:
+    def create(_: RoleName, rank: int) -> ManagedProcess:
         role = ShardRole(system.config, rank, HOST)
         handles[f"shard-{rank}"] = RoleProcess(lambda: ShardRole(system.config, rank, HOST), role)
         return ManagedProcess(role=RoleName.SHARD, rank=rank, handle=handles[f"shard-{rank}"])
@@ -70,7 +70,7 @@ def controlled(
         system.plan.expert_map,
         proposer or Proposer(shuffled, system.plan.model.expert_bytes),
         rebalancing or RebalancingConfig(),
-        create_shard,
+        create,
         drain_timeout_s=1.0,
     )
     controller.start()

@@ -28,11 +28,17 @@ def run(gateway: GatewayHost, *arguments: str) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("count", "words"),
-    [("4", "shards 2, 3 start"), ("1", "shards 1 give up their units"), ("2", "there are 2 shards already")],
+    ("role", "count", "words"),
+    [
+        ("shards", "4", "shards 2, 3 start"),
+        ("shards", "1", "shards 1 give up their units"),
+        ("shards", "2", "there are 2 shards already"),
+        ("workers", "3", "workers 1, 2 start"),
+        ("workers", "1", "there are 1 workers already"),
+    ],
 )
-def test_scaling_says_which_shards_come_or_go(gateway: GatewayHost, count: str, words: str) -> None:
-    result = run(gateway, "scale", "shards", count)
+def test_scaling_says_which_processes_come_or_go(gateway: GatewayHost, role: str, count: str, words: str) -> None:
+    result = run(gateway, "scale", role, count)
     assert result.exit_code == 0, result.output
     assert words in result.output
 
@@ -46,7 +52,7 @@ def test_draining_says_that_it_has_begun(gateway: GatewayHost, controller: FakeC
 
 def test_what_is_refused_is_one_line_on_stderr(gateway: GatewayHost, controller: FakeController) -> None:
     controller.error = errors.RebalanceRefused("no placement can be computed: too few shards")
-    for arguments in (("drain", "shard", "0"), ("scale", "shards", "1")):
+    for arguments in (("drain", "shard", "0"), ("scale", "shards", "1"), ("scale", "workers", "2")):
         result = run(gateway, *arguments)
         assert result.exit_code == 1
         assert "too few shards" in result.stderr

@@ -3,9 +3,11 @@ gets them back, and ends.
 """
 
 import os
+import re
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,12 +107,14 @@ def test_attention_and_experts_are_separate_processes(deployment: Deployment) ->
     assert generate(deployment)
 
 
-def test_one_scrape_gives_the_series_of_every_process(deployment: Deployment) -> None:
-    import urllib.request
-
-    generate(deployment)
+def scraped(deployment: Deployment) -> str:
     with urllib.request.urlopen(f"http://{deployment.metrics_address}/metrics") as response:
-        page = response.read().decode()
+        return str(response.read().decode())
+
+
+def test_one_scrape_gives_the_series_of_every_process(deployment: Deployment) -> None:
+    generate(deployment)
+    page = scraped(deployment)
     assert page.count("mobula_process_up{") == 5
     assert 'mobula_generation_tokens_total{dp_rank="' in page
     assert 'mobula_ep_rank_tokens_total{ep_rank="1"}' in page
@@ -189,6 +193,31 @@ def test_a_shard_is_added_and_one_drained_while_requests_run(deployment: Deploym
         finally:
             stopping.set()
         assert set(texts.result(TIMEOUT_S)) == {text}
+
+
+def test_a_worker_is_added_serves_is_drained_and_comes_back(deployment: Deployment) -> None:
+    text = generate(deployment, num_tokens=60)
+    with AdminClient(deployment.address) as client, ThreadPoolExecutor(max_workers=6) as pool:
+        for count in (3, 2, 3):
+            client.scale_workers(count)
+            wait_until(lambda count=count: workers_that_serve(client) == list(range(count)))
+            texts = pool.map(lambda _: generate(deployment, num_tokens=60), range(6))
+            assert set(texts) == {text}
+            if count == 3:
+                page = scraped(deployment)
+                assert float(re.findall(r'^mobula_generation_tokens_total{dp_rank="2"} (\S+)', page, re.M)[0]) > 0
+        client.drain(admin_pb2.PROCESS_ROLE_WORKER, 0)
+        wait_until(lambda: workers_that_serve(client) == [1, 2])
+        assert generate(deployment, num_tokens=60) == text
+        assert list(client.scale_workers(2).added_dp_ranks) == []
+
+
+def workers_that_serve(client: AdminClient) -> list[int]:
+    """Ranks of all workers once they are ready, and everything serves."""
+    status = client.status()
+    workers = [process for process in status.processes if process.name.startswith("worker")]
+    is_ready = all(worker.state == admin_pb2.PROCESS_STATE_READY for worker in workers)
+    return [int(worker.name.removeprefix("worker-")) for worker in workers] if status.is_serving and is_ready else []
 
 
 def is_placed_on(client: AdminClient, ep_ranks: list[int], old_version: int) -> bool:

@@ -5,7 +5,7 @@ import pytest
 from cluster.config import ShardScalingConfig
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
-from cluster.controller.shard_scaling import ShardWork
+from cluster.controller.shard_usage import ShardWork
 from protos.errors import Unavailable
 from tests.cluster.controller.test_membership import drained_under, evenly, names
 from tests.cluster.fake_processes import FakeProcess, run, system
