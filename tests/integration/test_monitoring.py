@@ -165,6 +165,18 @@ def test_every_query_of_a_board_has_data(watched: Watched, board: str) -> None:
         wait_for(lambda: empty() == [], f"no data for {empty()}")
 
 
+def test_what_keda_asks_has_an_answer(watched: Watched) -> None:
+    """Its windows made seconds."""
+    files = [MONITORING.parent / "keda" / name for name in ("workers.yaml", "shards.yaml")]
+    jobs = [job for path in files for job in yaml.safe_load_all(path.read_text())]
+    queries = [trigger["metadata"]["query"] for job in jobs for trigger in job["spec"]["triggers"]]
+    assert len(queries) == 4
+    queries = [re.sub(r"\[\d+m\]", "[6s]", re.sub(r"\[\d+m:\d+[ms]\]", "[6s:1s]", query)) for query in queries]
+    with traffic(watched.system):
+        wait_for(lambda: all(watched.metrics.query(query) for query in queries), f"an answer to each of {queries}")
+    assert {watched.metrics.query(query)[0]["value"][1] for query in queries} <= {"0", "1"}
+
+
 def test_every_record_has_data(watched: Watched) -> None:
     groups = yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]["groups"]
     names = [rule["record"] for group in groups for rule in group["rules"] if "record" in rule]

@@ -12,8 +12,8 @@ from tests.k8s.manifests import COMPONENTS, TARGETS, crd_folder, groups, pods, r
 
 VERSIONS = ("1.32", "1.37")  # of Kubernetes, from the oldest that is supported to the newest
 
-
-NOT_AT_HAND = ("cert-manager.io/v1",)  # no folder here has their definitions; see test_certificates.py
+# No folder here has their definitions; see test_certificates.py and test_keda.py.
+NOT_AT_HAND = ("cert-manager.io/v1", "keda.sh/v1alpha1")
 
 
 def is_custom(manifest: dict[str, Any]) -> bool:
