@@ -48,6 +48,30 @@ def test_each_role_has_a_certificate_that_carries_its_name() -> None:
     assert certificates["mobula-public-tls"]["usages"] == ["server auth"]  # no process would take it for a peer's
 
 
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_prometheus_asks_metrics_pages_as_they_want_it(name: str) -> None:
+    manifests = render(f"overlays/{name}")
+    for monitor in of_kind(manifests, "PodMonitor"):
+        endpoints = monitor["spec"]["podMetricsEndpoints"]
+        settings = config(manifests)
+        assert {e.get("scheme", "http") for e in endpoints} == {"https" if settings.tls.metrics else "http"}
+        assert any("authorization" in e for e in endpoints) == settings.gateway.http_key
+        if settings.tls.metrics:
+            names = [e["tlsConfig"]["serverName"] for e in endpoints]
+            assert names == [
+                *map(role_name, (PeerRole.WORKER, PeerRole.SHARD)),
+                "mobula",
+                role_name(PeerRole.CONTROLLER),
+            ]
+            certificates = {c["spec"]["secretName"]: c["spec"] for c in of_kind(manifests, "Certificate")}
+            for endpoint in endpoints:
+                for secret in (endpoint["tlsConfig"]["ca"]["secret"], endpoint["tlsConfig"].get("keySecret")):
+                    assert secret is None or secret["name"] in certificates
+            assert "mobula" in certificates["mobula-public-tls"]["dnsNames"]
+            own = certificates["mobula-prometheus-tls"]
+            assert own["dnsNames"] not in [[role_name(peer)] for peer in PeerRole]  # opens no gRPC port
+
+
 def test_authority_is_signed_by_itself_and_signs_the_others() -> None:
     manifests = render(WITH_TLS)
     issuers = {issuer["metadata"]["name"]: issuer["spec"] for issuer in of_kind(manifests, "Issuer")}

@@ -14,7 +14,19 @@ from cluster import serve_app
 from cluster.commands.cli import app
 from cluster.config import ActorConfig, MobulaConfig, PlacementStrategy
 from cluster.controller.lease import LEASE_S
-from tests.k8s.manifests import K8S, TARGETS, Group, Manifest, config, groups, of_kind, pods, ray_cluster_spec, render
+from tests.k8s.manifests import (
+    K8S,
+    OVERLAYS,
+    TARGETS,
+    Group,
+    Manifest,
+    config,
+    groups,
+    of_kind,
+    pods,
+    ray_cluster_spec,
+    render,
+)
 
 PLAIN = "overlays/raycluster"  # without Serve
 STOP_MARGIN_S = 30.0  # beyond the drains of gateways, workers and shards, for a process to end
@@ -71,11 +83,13 @@ def test_each_role_finds_its_nodes_by_label_and_has_one_for_each_process(target:
 @pytest.mark.parametrize("target", TARGETS)
 def test_rays_autoscaler_may_get_what_mobula_may_ask_for(target: str) -> None:
     manifests = render(target)
-    spec, scaling = ray_cluster_spec(manifests), config(manifests).expert_shards.autoscaling
-    assert spec.get("enableInTreeAutoscaling", False) == scaling.enabled
+    spec, settings = ray_cluster_spec(manifests), config(manifests)
+    scalings = {"expert": settings.expert_shards.autoscaling, "attention": settings.attention_workers.autoscaling}
+    assert spec.get("enableInTreeAutoscaling", False) == any(scaling.enabled for scaling in scalings.values())
     for group in spec["workerGroupSpecs"]:
         fewest, most = group["minReplicas"], group["maxReplicas"]
-        if scaling.enabled and group["groupName"] == "expert":
+        scaling = scalings.get(group["groupName"])
+        if scaling and scaling.enabled:
             assert (fewest, most) == (scaling.min_count, scaling.max_count)
             assert fewest <= group["replicas"] <= most
         else:
@@ -242,6 +256,14 @@ def test_pod_knows_its_address(target: str) -> None:
     for group in groups(render(target)).values():
         variables: dict[str, Any] = {variable["name"]: variable for variable in group.container["env"]}
         assert variables["POD_IP"]["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_that_the_product_would_refuse_says_so(name: str) -> None:
+    settings = config(render(f"overlays/{name}"))
+    paths = [K8S / "overlays" / name / file for file in ("kustomization.yaml", "cluster.yaml")]
+    firsts = [path.read_text(encoding="utf-8").splitlines()[0] for path in paths if path.exists()]
+    assert [first.startswith("# A plan") for first in firsts] == [settings.expert_shards.device != "cpu"] * len(firsts)
 
 
 def test_every_file_says_on_its_first_line_what_it_is_for() -> None:
