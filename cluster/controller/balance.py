@@ -18,6 +18,7 @@ from cluster.controller.process import ManagedProcess, ProcessState
 from cluster.controller.rebalance import (
     Float64Array,
     Hysteresis,
+    RebalanceCause,
     RebalancePlan,
     RebalanceStatus,
     plan_rebalance,
@@ -107,6 +108,11 @@ class Balance:
         """The rebalance under way and those before."""
         return self._rebalancer.status()
 
+    def num_begun(self) -> dict[RebalanceCause, int]:
+        """Rebalances since the start, by why. From any thread."""
+        begun = self._rebalancer.num_begun
+        return {cause: begun[cause] for cause in RebalanceCause}
+
     def round(self, expert_map: ExpertMap, *, is_serving: bool) -> None:
         """One round under the placement in use."""
         self._expert_map = expert_map
@@ -154,10 +160,10 @@ class Balance:
         speeds = {ep_rank: known.speed or 1.0 for ep_rank, known in traits.items()}
         return plan_rebalance(self._expert_map, new, load, self._proposer.expert_bytes, hysteresis, speeds)
 
-    def begin(self, plan: RebalancePlan, reason: str, *, is_serving: bool) -> None:
+    def begin(self, plan: RebalancePlan, cause: RebalanceCause, reason: str, *, is_serving: bool) -> None:
         """Begins what was planned, if there is anything to move. Raises RebalanceRefused when it cannot begin now.
 
-        reason: why, in words.
+        cause, reason: why, for series and in words.
         """
         status = self._rebalancer.status()
         if not self.is_idle:
@@ -178,7 +184,8 @@ class Balance:
             self._newest_version = plan.new.placement_version
             logger.info("version %d moves %d units, %d bytes", self._newest_version, len(plan.moves), plan.moved_bytes)
             self._members = self.membership.members()
-            self._rebalancer.begin(plan, reason, is_urgent=any(shard.is_lost for shard in self.membership.shards))
+            is_urgent = any(shard.is_lost for shard in self.membership.shards)
+            self._rebalancer.begin(plan, cause, reason, is_urgent=is_urgent)
 
     def _observe_load(self) -> None:
         for source, (ep_rank, counts) in list(self._counts.items()):
@@ -210,7 +217,8 @@ class Balance:
             try:
                 plan = self.plan()
                 are_ready = all(s.is_ready for s in self.membership.shards if s.rank in members)
-                self.begin(plan, self.membership.change_in_words(), is_serving=are_ready)
+                cause, reason = self.membership.change()
+                self.begin(plan, cause, reason, is_serving=are_ready)
             except RebalanceRefused as error:
                 logger.warning("shards %s cannot take over yet: %s", sorted(members), error)
                 self._change_at_s = self._clock() + CHANGE_RETRY_S
@@ -253,6 +261,6 @@ class Balance:
             plan = self.plan()
             logger.info("rebalance: %s", plan.reason)
             if plan.is_worth_it:
-                self.begin(plan, plan.reason, is_serving=is_serving)
+                self.begin(plan, RebalanceCause.GAIN, plan.reason, is_serving=is_serving)
         except RebalanceRefused as error:
             logger.warning("no rebalance: %s", error)

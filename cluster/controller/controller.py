@@ -40,7 +40,7 @@ from cluster.controller.process import (
     ProcessState,
     RoleName,
 )
-from cluster.controller.rebalance import RebalancePlan
+from cluster.controller.rebalance import RebalanceCause, RebalancePlan
 from cluster.controller.replica_check import ReplicaCheck
 from cluster.controller.shard_usage import shards_by_load
 from cluster.controller.worker_membership import WorkerMembership
@@ -125,6 +125,10 @@ class Controller:
     def traffic(self) -> Traffic | None:
         """What the shards computed of late; None before it was looked at. From any thread."""
         return self._balance.traffic
+
+    def num_rebalances(self) -> dict[RebalanceCause, int]:
+        """That were begun, by why. From any thread."""
+        return self._balance.num_begun()
 
     def plan_rebalance(self) -> RebalancePlan:
         """What a rebalance would do now. From any other thread. Raises RebalanceRefused."""
@@ -227,7 +231,7 @@ class Controller:
 
     def _begin_rebalance(self) -> RebalancePlan:
         plan = self._balance.plan()
-        self._balance.begin(plan, "asked for", is_serving=self._status.is_serving)
+        self._balance.begin(plan, RebalanceCause.BY_HAND, "asked for", is_serving=self._status.is_serving)
         self._status = replace(self._status, rebalance=self._balance.status())  # who asked for it sees it from now on
         return plan
 

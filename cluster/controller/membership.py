@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from cluster.controller.process import ManagedProcess, ProcessState, RoleName
+from cluster.controller.rebalance import RebalanceCause
 from protos.errors import InvalidRequest
 from router.expert_map import ExpertMap
 
@@ -149,13 +150,14 @@ class ShardMembership:
         is_coming = any(s.health.state in COMING for s in self.staying if s.rank not in self._placed_on)
         return not is_coming and self.members() != self._placed_on
 
-    def change_in_words(self) -> str:
-        """Which shards came, leave and are lost since the placement in use was computed."""
+    def change(self) -> tuple[RebalanceCause, str]:
+        """Which shards came, leave and are lost since the placement in use was made: the worst of it, and in words."""
         came = sorted(self.members() - self._placed_on)
         lost = [shard.rank for shard in self.staying if shard.is_lost and shard.rank in self._placed_on]
         leave = sorted(self._placed_on - self.members() - set(lost))
         changes = (("came", came), ("leave", leave), ("are lost", lost))
-        return ", ".join(f"shards {ranks} {what}" for what, ranks in changes if ranks)
+        cause = RebalanceCause.LOST if lost else RebalanceCause.DRAINED if leave else RebalanceCause.ADDED
+        return cause, ", ".join(f"shards {ranks} {what}" for what, ranks in changes if ranks)
 
     def remove_drained(self, expert_map: ExpertMap, drain_timeout_s: float, now_s: float) -> None:
         """Ends the shards that leave and hold nothing; call it while no rebalance is under way."""

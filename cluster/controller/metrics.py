@@ -4,7 +4,7 @@ Few series for every size of model: per layer the largest term and some quantile
 asked for. The full matrix is in the call GetExpertLoad. Built when somebody scrapes, from values that do not change.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from cluster.controller.process import ClusterStatus
-from cluster.controller.rebalance import RebalanceState
+from cluster.controller.rebalance import RebalanceCause, RebalanceState
 from router.balance_terms import BalanceTerms, Traffic, balance_terms
 from router.gate_config import GateConfig
 
@@ -30,12 +30,17 @@ class ControllerMetrics(Collector):
         gate: GateConfig,
         status: Callable[[], ClusterStatus],
         traffic: Callable[[], Traffic | None],
+        num_rebalances: Callable[[], Mapping[RebalanceCause, int]],
         has_expert_series: bool,
     ) -> None:
-        """status, traffic: of the controller, from any thread. has_expert_series: one for each (layer, expert)."""
+        """status, traffic, num_rebalances: of the controller, from any thread.
+
+        has_expert_series: one for each (layer, expert).
+        """
         self._gate = gate
         self._status = status
         self._traffic = traffic
+        self._num_rebalances = num_rebalances
         self._has_expert_series = has_expert_series
         registry.register(self)
 
@@ -59,6 +64,12 @@ class ControllerMetrics(Collector):
         rebalances.add_metric(["done"], rebalance.num_done)
         rebalances.add_metric(["aborted"], rebalance.num_aborted)
         yield rebalances
+        begun = CounterMetricFamily(
+            "mobula_rebalances_begun", "Rebalances since the controller started, by why.", labels=["cause"]
+        )
+        for cause, count in self._num_rebalances().items():
+            begun.add_metric([cause.value], count)
+        yield begun
         yield _gauge(
             "mobula_rebalance_under_way",
             "1 while experts move.",

@@ -70,6 +70,16 @@ class RebalanceState(StrEnum):
     RELEASING = "releasing"  # shards drop what only the old version needed
 
 
+class RebalanceCause(StrEnum):
+    """Why a rebalance was begun."""
+
+    BY_HAND = "by_hand"  # an operator asked
+    GAIN = "gain"  # it is expected to save enough of the experts' time
+    ADDED = "added"  # a shard is given units: a new one, or one that is back
+    DRAINED = "drained"  # a shard is to end
+    LOST = "lost"  # the others take over a shard's units
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceStatus:
     """The rebalance under way, and those before it.

@@ -12,13 +12,21 @@ controller's thread. Knows nothing of load or policies.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 from cluster.controller.process import ManagedProcess, RoleName
-from cluster.controller.rebalance import RebalancePlan, RebalanceState, RebalanceStatus, StagePart, parts_to_stage
+from cluster.controller.rebalance import (
+    RebalanceCause,
+    RebalancePlan,
+    RebalanceState,
+    RebalanceStatus,
+    StagePart,
+    parts_to_stage,
+)
 from cluster.controller.unit_sources import NO_SOURCES, UnitSources
 from router.expert_map import ExpertMap
 
@@ -60,6 +68,7 @@ class Rebalancer:
         self._parts: dict[int, list[StagePart]] = {}  # yet to be read, by ep_rank; the first may be under way
         self._calls: dict[str, Future[Any]] = {}  # by process
         self._status = RebalanceStatus()
+        self.num_begun: Counter[RebalanceCause] = Counter()
         self._began_s = 0.0  # the latest
         self._succeeded_s: float | None = None
 
@@ -72,7 +81,7 @@ class Rebalancer:
         since = None if self._succeeded_s is None else self._clock() - self._succeeded_s
         return replace(self._status, seconds_since_success=since)
 
-    def begin(self, plan: RebalancePlan, reason: str, *, is_urgent: bool = False) -> None:
+    def begin(self, plan: RebalancePlan, cause: RebalanceCause, reason: str, *, is_urgent: bool = False) -> None:
         """Starts a rebalance; every shard that has units in the new placement must be ready.
 
         reason: why, in words.
@@ -96,6 +105,7 @@ class Rebalancer:
             reason=reason,
         )
         self._began_s = self._clock()
+        self.num_begun[cause] += 1
         logger.info("rebalance to version %d: %d units, %s", plan.new.placement_version, len(plan.moves), reason)
 
     def step(self) -> None:

@@ -86,6 +86,7 @@ def status_fields(status: ClusterStatus) -> dict[str, Any]:
             "num_done": rebalance.num_done,
             "num_aborted": rebalance.num_aborted,
             "last_result": rebalance.last_result,
+            "reason": rebalance.reason,
             "seconds_since_success": rebalance.seconds_since_success,
         },
     }

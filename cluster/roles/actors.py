@@ -154,6 +154,7 @@ class ControllerActor:
             gate=self._request.gate,
             status=controller.status,
             traffic=controller.traffic,
+            num_rebalances=controller.num_rebalances,
             has_expert_series=self._config.controller.expert_series,
         )
         contexts = None

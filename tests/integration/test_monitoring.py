@@ -21,7 +21,7 @@ from cluster.config import RebalancingConfig
 from cluster.controller import balance
 from cluster.controller.controller import Controller
 from cluster.controller.metrics import ControllerMetrics
-from cluster.controller.rebalance import RebalanceState
+from cluster.controller.rebalance import RebalanceCause, RebalanceState
 from cluster.gateway.http_server import serve_http
 from cluster.roles.actors import _proposer
 from tests.checkpoints import write_checkpoint
@@ -91,6 +91,7 @@ def tell_gateway(system: System, controller: Controller) -> None:
         gate=system.plan.placement_request.gate,
         status=controller.status,
         traffic=controller.traffic,
+        num_rebalances=controller.num_rebalances,
         has_expert_series=True,
     )
     _, port = serve_http(HOST, 0, make_wsgi_app(registry))
@@ -126,6 +127,14 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.2)
 
 
+def marked_causes(metrics: HttpApi) -> set[str]:
+    """Of the rebalances that boards mark now."""
+    boards = [json.loads(path.read_text()) for path in (MONITORING / "boards").glob("*.json")]
+    queries = {annotation["expr"] for board in boards for annotation in board["annotations"]["list"]}
+    assert len(queries) == len(RebalanceCause)
+    return {result["metric"]["cause"] for query in queries for result in metrics.query(query)}
+
+
 def is_firing(alerts: HttpApi) -> bool:
     active = alerts.get("/api/v2/alerts", active="true")
     return any(alert["labels"]["alertname"] == ALERT and alert["status"]["state"] == "active" for alert in active)
@@ -141,6 +150,7 @@ def test_imbalance_fires_an_alert_that_a_rebalance_ends(watched: Watched) -> Non
         controller.rebalance()
         wait_for(lambda: controller.status().rebalance.state is RebalanceState.IDLE, "the rebalance ends")
         assert controller.status().rebalance.num_done == 1
+        wait_for(lambda: marked_causes(metrics) == {"by_hand"}, "boards mark the rebalance")
         wait_for(lambda: not is_firing(alerts), f"{ALERT} ends")
         after = float(metrics.query("mobula_expert_load_total_balancedness")[0]["value"][1])
     assert after > EVEN_ENOUGH

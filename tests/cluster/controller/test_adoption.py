@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from cluster.controller.balance import Proposer
+from cluster.controller.rebalance import RebalanceCause
 from tests.cluster.controller.test_membership import drained_under, evenly
 from tests.cluster.fake_processes import controller_of, run, system
 from tests.fake_experts import grouped_gate, random_placement
@@ -51,6 +52,7 @@ def test_a_shard_that_nobody_saw_since_the_controller_was_replaced_is_lost_after
     assert expert_map.ep_ranks == (0, 2)
     assert sorted(addresses) == [0, 2]
     assert second.status().is_serving
+    assert second.num_rebalances() == {cause: int(cause is RebalanceCause.LOST) for cause in RebalanceCause}
 
 
 def test_shards_are_told_to_drop_what_a_dead_controller_staged_once_no_worker_needs_anything_else() -> None:

@@ -10,6 +10,7 @@ import pytest
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
 from cluster.controller.process import ProcessState
+from cluster.controller.rebalance import RebalanceCause
 from cluster.controller.rebalancer import URGENT_BYTES_PER_S
 from protos.errors import InvalidRequest, RebalanceRefused
 from router.expert_map import ExpertMap
@@ -78,6 +79,7 @@ def test_a_shard_that_is_added_starts_and_is_given_units(cluster) -> None:
     assert fakes["shard-3"].told("stage")
     assert controller.status().is_serving
     assert controller.status().rebalance.reason == "shards [3] came"
+    assert controller.num_rebalances()[RebalanceCause.ADDED] == 1
 
 
 def test_a_shard_that_is_drained_ends_when_the_others_have_its_units_and_they_keep_their_ranks(cluster) -> None:
@@ -89,6 +91,7 @@ def test_a_shard_that_is_drained_ends_when_the_others_have_its_units_and_they_ke
     assert names(controller) == SHARDS  # forwards to it are under way
     assert "is drained" in dict(controller.status().processes)["shard-1"].detail
     assert controller.status().rebalance.reason == "shards [1] leave"
+    assert controller.num_rebalances()[RebalanceCause.DRAINED] == 1
     assert fakes["shard-1"].told("stop") == []
     drained_under(fakes, 2)
     run(controller, 6)

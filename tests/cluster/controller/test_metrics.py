@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from cluster.controller.metrics import ControllerMetrics
-from cluster.controller.rebalance import RebalanceStatus
+from cluster.controller.rebalance import RebalanceCause, RebalanceStatus
 from cluster.controller.shard_traffic import ShardTraffic
 from experts.metrics import ShardMetrics
 from router.balance_terms import Traffic, balance_terms
@@ -82,7 +82,12 @@ def page(traffic: Traffic | None, gate: GateConfig, *, has_expert_series: bool =
     registry = CollectorRegistry()
     status = serving_status(3, replace(RebalanceStatus(num_done=2, num_aborted=1), seconds_since_success=12.5))
     ControllerMetrics(
-        registry, gate=gate, status=lambda: status, traffic=lambda: traffic, has_expert_series=has_expert_series
+        registry,
+        gate=gate,
+        status=lambda: status,
+        traffic=lambda: traffic,
+        num_rebalances=lambda: dict.fromkeys(RebalanceCause, 0) | {RebalanceCause.LOST: 3},
+        has_expert_series=has_expert_series,
     )
     lines = generate_latest(registry).decode().splitlines()
     return [line for line in lines if not line.startswith("#")]
@@ -92,6 +97,8 @@ def test_rebalances_are_counted_and_the_last_success_is_told() -> None:
     series = page(None, GATE)
     assert 'mobula_rebalances_total{outcome="done"} 2.0' in series
     assert 'mobula_rebalances_total{outcome="aborted"} 1.0' in series
+    assert 'mobula_rebalances_begun_total{cause="lost"} 3.0' in series
+    assert 'mobula_rebalances_begun_total{cause="by_hand"} 0.0' in series
     assert "mobula_rebalance_age_seconds 12.5" in series
     assert "mobula_expert_shards 2.0" in series
 

@@ -11,7 +11,7 @@ from cluster.config import RebalancingConfig
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
 from cluster.controller.process import RoleName
-from cluster.controller.rebalance import Hysteresis, RebalancePlan, RebalanceState, plan_rebalance
+from cluster.controller.rebalance import Hysteresis, RebalanceCause, RebalancePlan, RebalanceState, plan_rebalance
 from cluster.controller.unit_sources import NO_SOURCES, UnitSources
 from protos.errors import InternalError, RebalanceRefused
 from router.expert_map import ExpertMap
@@ -68,6 +68,7 @@ def test_shards_stage_and_activate_before_workers_are_told_and_release_after_the
     assert status.rebalance.state is RebalanceState.IDLE
     assert (status.rebalance.num_done, status.rebalance.num_aborted) == (1, 0)
     assert status.rebalance.reason == "asked for"
+    assert controller.num_rebalances()[RebalanceCause.BY_HAND] == 1
     assert re.fullmatch(r"version 2 is served: 24 units moved in \d+\.\d s", status.rebalance.last_result)
     assert status.rebalance.moved_bytes == status.rebalance.planned_bytes == plan.moved_bytes == 24 * 2 * 10
     steps = [step for step in order if not step.endswith(("health", "load_counts", "update_members"))]

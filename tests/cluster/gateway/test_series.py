@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics, make_w
 from attention.metrics import EngineMetrics
 from attention.sequence import FinishReason
 from cluster.controller.metrics import ControllerMetrics
+from cluster.controller.rebalance import RebalanceCause
 from cluster.gateway.http_server import serve_http
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.roles.metrics import ProcessMetrics
@@ -62,7 +63,12 @@ def controller() -> CollectorRegistry:
     )
     registry = CollectorRegistry()
     ControllerMetrics(
-        registry, gate=request.gate, status=serving_status, traffic=lambda: traffic, has_expert_series=False
+        registry,
+        gate=request.gate,
+        status=serving_status,
+        traffic=lambda: traffic,
+        num_rebalances=lambda: dict.fromkeys(RebalanceCause, 0),
+        has_expert_series=False,
     )
     return registry
 

@@ -20,6 +20,14 @@ from grafana_foundation_sdk.models.dashboard import (
 )
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
+# Marks of rebalances, by why they were begun: name and colour.
+CAUSES = {
+    "by_hand": ("by hand", "blue"),
+    "gain": ("saves time", "purple"),
+    "added": ("shard added", "green"),
+    "drained": ("shard drained", "yellow"),
+    "lost": ("shard lost", "red"),
+}
 WIDTH = 24
 HEIGHT = 8
 PANELS = {
@@ -213,15 +221,16 @@ def build(name: str) -> str:
         .time("now-30m", "now")
         .tooltip(DashboardCursorSync.CROSSHAIR)
         .with_variable(dashboard.DatasourceVariable("source").label("Prometheus").type("prometheus"))
-        .annotation(
+    )
+    for cause, (name, color) in CAUSES.items():
+        board = board.annotation(
             dashboard.AnnotationQuery()
-            .name("Rebalances")
+            .name(f"Rebalance: {name}")
             .datasource(SOURCE)
             .enable(True)
-            .icon_color("purple")
-            .expr("changes(mobula_controller_placement_version[1m]) > 0")
+            .icon_color(color)
+            .expr(f'increase(mobula_rebalances_begun_total{{cause="{cause}"}}[1m]) > 0')
         )
-    )
     for panel in panels:
         board = board.with_panel(_panel(panel))
     return JSONEncoder(sort_keys=True, indent=1).encode(board.build()) + "\n"
