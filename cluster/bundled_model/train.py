@@ -113,7 +113,7 @@ def train(
     optimizers = make_optimizers(model, config)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(2, "train", torch.set_num_threads, (1,))
     started = time.perf_counter()
     with Progress(*columns) as progress, pool:
         task = progress.add_task("training", total=len(steps))

@@ -120,7 +120,7 @@ class Conversion:
         """What is written for each tensor of the source, in order. A thread each: torch's own would share out every
         small operation and wait for one another more than they compute.
         """
-        pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(num_threads, "convert", torch.set_num_threads, (1,))
         coming: deque[Future[dict[str, Tensor]]] = deque()
         try:
             for name, tensors in self.groups.items():

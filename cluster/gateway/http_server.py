@@ -37,7 +37,8 @@ class _HttpServer(ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
+            arguments = (request, client_address)
+            threading.Thread(target=self.process_request_thread, args=arguments, name="http-call", daemon=True).start()
         else:
             self.shutdown_request(request)
 

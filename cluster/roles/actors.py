@@ -124,7 +124,7 @@ class ControllerActor:
         except Exception:
             logger.exception("the controller could not start; its process ends in %g s", FAILED_END_S)
             end = threading.Timer(FAILED_END_S, _end_process)
-            end.daemon = True
+            end.daemon, end.name = True, "failed-end"
             end.start()
             raise
 
