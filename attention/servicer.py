@@ -150,7 +150,11 @@ class InferenceServicer:
 
 
 def trace_layer(span: Span, sample: LayerSample) -> None:
-    """Adds a layer with a part for each shard that it asked."""
+    """Adds a layer with a part for each shard that it asked, from the times that came with the answers.
+
+    Made here and not by the shard: a forward carries the rows of many requests, of which this is one; so frames need no
+    context, a shard's process no exporter, and hosts no common clock.
+    """
     values: dict[str, Value] = {"mobula.layer_id": sample.layer_id, "mobula.num_rows": sample.num_rows}
     layer = span.add("layer", sample.begin_s, sample.end_s, values)
     for shard in sample.shards:

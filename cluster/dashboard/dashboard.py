@@ -24,6 +24,7 @@ from protos.loop_thread import LoopThread
 logger = logging.getLogger(__name__)
 
 MAX_AGE_S = 0.5  # of an answer that several pages share
+MAX_WAIT_S = 1.0  # of a page for what another one collects; then it gets what was known before
 LOG_INTERVAL_S = 2.0  # between two looks at the status for the log
 TIMEOUT_S = 8.0  # above that of a shard's answer about its load
 INFERENCE = "mobula.v1.Inference"
@@ -38,7 +39,8 @@ class Dashboard:
         self._loop = loop
         self._pages = pages
         self._log = EventLog()
-        self._lock = threading.Lock()  # of all below, and of the log
+        self._collecting = threading.Lock()  # held as long as processes take to answer
+        self._lock = threading.Lock()  # of all below, and of the log; held for moments
         self._collected_s = float("-inf")
         self._state: dict[str, Any] = {}
         self._placement: dict[str, Any] | None = None
@@ -54,15 +56,27 @@ class Dashboard:
         self._stopping.set()
 
     def state(self, known_placement_version: int, last_event: int) -> dict[str, Any]:
-        """Everything, but of the placement and the log only what the page lacks."""
+        """Everything, but of the placement and the log only what the page lacks.
+
+        Who asks while another page's answer takes long gets the one before; for the first one it waits.
+        """
+        max_wait_s = MAX_WAIT_S if self._state else -1.0
+        if time.monotonic() - self._collected_s > MAX_AGE_S and self._collecting.acquire(timeout=max_wait_s):
+            try:
+                self._collect_unless_fresh()
+            finally:
+                self._collecting.release()
         with self._lock:
-            if time.monotonic() - self._collected_s > MAX_AGE_S:
-                self._state = self._collect()
-                self._collected_s = time.monotonic()
             state = self._state | {"events": self._log.after(last_event)}
             if self._placement and self._placement["placement_version"] != known_placement_version:
                 state["placement"] = self._placement
         return state
+
+    def _collect_unless_fresh(self) -> None:
+        if time.monotonic() - self._collected_s > MAX_AGE_S:
+            collected = self._collect()
+            with self._lock:
+                self._state, self._collected_s = collected, time.monotonic()
 
     def _collect(self) -> dict[str, Any]:
         state = self._loop.run(self._ask(), 2 * TIMEOUT_S)
