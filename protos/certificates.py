@@ -95,7 +95,7 @@ class CertificateFolder:
         try:
             certificate = x509.load_pem_x509_certificates(chain)[0]
             authorities = x509.load_pem_x509_certificates(authority)
-            names = _dns_names(certificate)
+            names = dns_names(certificate)
         except ValueError as error:
             raise CertificateError(f"{self.path}: {CHAIN} or {AUTHORITY} is not a PEM certificate: {error}") from error
         if self._required_name is not None and self._required_name not in names:
@@ -143,7 +143,8 @@ class CertificateFolder:
         return frozenset((revoked.issuer.rfc4514_string(), entry.serial_number) for entry in revoked)
 
 
-def _dns_names(certificate: x509.Certificate) -> frozenset[str]:
+def dns_names(certificate: x509.Certificate) -> frozenset[str]:
+    """That a certificate carries."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:

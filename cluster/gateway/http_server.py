@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS = 64  # at once; more are closed
 TIMEOUT_S = 10.0  # for a handshake, and between two parts of a request
 
-MakeContext = Callable[[], ssl.SSLContext]
+Secure = Callable[[socket.socket], ssl.SSLSocket]
 
 
 class _HttpServer(ThreadingMixIn, WSGIServer):
@@ -29,7 +29,7 @@ class _HttpServer(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
     request_queue_size = 128  # connections that wait to be accepted; the default of 5 makes bursts wait for seconds
-    make_context: MakeContext | None = None
+    secure: Secure | None = None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -51,10 +51,10 @@ class _HttpServer(ThreadingMixIn, WSGIServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         """In the connection's thread: who connects and says nothing keeps nobody else waiting."""
         request.settimeout(TIMEOUT_S)
-        if self.make_context is None:
+        if self.secure is None:
             super().finish_request(request, client_address)
             return
-        with self.make_context().wrap_socket(request, server_side=True) as secured:
+        with self.secure(request) as secured:
             super().finish_request(secured, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -70,12 +70,11 @@ class _QuietHandler(WSGIRequestHandler):
         logger.debug(format, *args)
 
 
-def serve_http(
-    host: str, port: int, app: WSGIApplication, make_context: MakeContext | None = None
-) -> tuple[WSGIServer, int]:
+def serve_http(host: str, port: int, app: WSGIApplication, secure: Secure | None = None) -> tuple[WSGIServer, int]:
     """Starts a process's HTTP port, in a thread of its own. Returns server and port.
 
-    make_context: of TLS, asked for each connection; None for plaintext. Raises Unavailable if the port is taken.
+    secure: makes TLS of each connection, and raises OSError for whom it refuses; None for plaintext. Raises Unavailable
+    if the port is taken.
     """
     try:
         server = make_server(host, port, app, _HttpServer, _QuietHandler)
@@ -83,7 +82,7 @@ def serve_http(
         raise Unavailable(
             f"cannot serve metrics on {host}:{port}: {error.strerror}; set another metrics_port"
         ) from error
-    server.make_context = make_context
+    server.secure = secure
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     return server, int(server.server_port)
 

@@ -30,7 +30,7 @@ from cluster.gateway.http_server import serve_http
 from cluster.logs import log_to_stderr
 from cluster.roles.role import node_address
 from cluster.roles.role_actor import GatewayActor, RoleActor, ShardActor, WorkerActor
-from cluster.security.http_tls import server_contexts
+from cluster.security.http_tls import PROCESS_READERS, secured_connections
 from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
 from protos.certificates import CertificateFolder
@@ -157,11 +157,12 @@ class ControllerActor:
             num_rebalances=controller.num_rebalances,
             has_expert_series=self._config.controller.expert_series,
         )
-        contexts = None
+        secure = None
         if certificates:
             CertificateMetrics(registry, "controller").watch(PeerRole.CONTROLLER.value, certificates)
-            contexts = server_contexts(certificates, is_mutual=True) if self._config.tls.metrics else None
-        _, port = serve_http(host, self._config.controller.metrics_port, make_wsgi_app(registry), contexts)
+            if self._config.tls.metrics:
+                secure = secured_connections(certificates, is_mutual=True, readers=PROCESS_READERS)
+        _, port = serve_http(host, self._config.controller.metrics_port, make_wsgi_app(registry), secure)
         return port
 
     def _create_process(self, role: RoleName, rank: int) -> ManagedProcess:

@@ -11,11 +11,11 @@ from cluster.controller.process import ProcessHealth, ProcessState
 from cluster.dashboard.dashboard import Dashboard
 from cluster.dashboard.web import GatewayApp
 from cluster.gateway.gateway import Gateway
-from cluster.gateway.http_server import MakeContext
+from cluster.gateway.http_server import Secure
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
 from cluster.security.http_key import KeyedApp
-from cluster.security.http_tls import client_contexts, server_contexts
+from cluster.security.http_tls import client_contexts, secured_connections
 from cluster.security.key_guard import KeyCheck
 from cluster.security.keys import KeyRing
 from cluster.security.metrics import KeyMetrics
@@ -91,12 +91,12 @@ class GatewayRole(Role):
         app = GatewayApp(self._metrics, self._dashboard)
         return KeyedApp(app, self._keys) if self._keys and self._config.gateway.http_key else app
 
-    def _http_contexts(self) -> MakeContext | None:
+    def _http_tls(self) -> Secure | None:
         """With the certificate that clients see, and asking for theirs as the gRPC port does."""
         tls = self._config.tls
         if not (tls.metrics and self._shown):
             return None
-        return server_contexts(self._shown, is_mutual=tls.require_client_certificate)
+        return secured_connections(self._shown, is_mutual=tls.require_client_certificate)
 
     def _stop(self, drain_timeout_s: float) -> None:
         if self._dashboard:

@@ -20,9 +20,9 @@ from prometheus_client import CollectorRegistry, disable_created_metrics, make_w
 
 from cluster.config import ActorConfig, GatewayConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
-from cluster.gateway.http_server import MakeContext, close_http, serve_http
+from cluster.gateway.http_server import Secure, close_http, serve_http
 from cluster.roles.metrics import ProcessMetrics
-from cluster.security.http_tls import server_contexts
+from cluster.security.http_tls import PROCESS_READERS, secured_connections
 from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
 from cluster.tracing import tracing_of
@@ -92,7 +92,7 @@ class Role(ABC):
             ProcessMetrics(self._registry, self._name)
             address, weight_bytes = self._load(expert_map)
             self._http_server, metrics_port = serve_http(
-                self._bind_host, self._ports().metrics_port, self._http_app(), self._http_contexts()
+                self._bind_host, self._ports().metrics_port, self._http_app(), self._http_tls()
             )
         except Exception as error:  # the top of the process's start: the controller shows it
             logger.exception("could not load")
@@ -151,11 +151,11 @@ class Role(ABC):
         app: WSGIApplication = make_wsgi_app(self._registry)
         return app
 
-    def _http_contexts(self) -> MakeContext | None:
-        """TLS of the HTTP port, if it is wanted: whoever scrapes shows a certificate of the processes' authority."""
+    def _http_tls(self) -> Secure | None:
+        """Of the HTTP port, if it is wanted: whoever reads shows a certificate that says so."""
         if not (self._config.tls.metrics and self._folder):
             return None
-        return server_contexts(self._folder, is_mutual=True)
+        return secured_connections(self._folder, is_mutual=True, readers=PROCESS_READERS)
 
     @abstractmethod
     def _ports(self) -> ActorConfig | GatewayConfig:

@@ -1,8 +1,8 @@
 """A certificate authority in a folder, for tests and for deployments without one; on Kubernetes cert-manager is it.
 
-Layout: `authority/` (its key: keep it away from the machines that serve), `ROLE/` for each kind of process, `public/`
-for the gateway's port, `clients/NAME/`. Each of them holds what protos/certificates.py reads, and `ca.crl`. Files are
-replaced as a whole, keys are readable for their owner only.
+Layout: `authority/` (its key: keep it away from the machines that serve), `ROLE/` for each kind of process, `metrics/`
+for who reads their series, `public/` for the gateway's port, `clients/NAME/`. Each of them holds what
+protos/certificates.py reads, and `ca.crl`. Files are replaced as a whole, keys are readable for their owner only.
 """
 
 import datetime
@@ -16,12 +16,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from cluster.security.http_tls import READER_NAME
 from cluster.security.private_file import replace_file
 from protos.certificates import AUTHORITY, CHAIN, KEY, REVOKED, CertificateError
 from protos.credentials import PeerRole
 from protos.mutual_tls import role_name
 
-AUTHORITY_FOLDER, PUBLIC_FOLDER, CLIENTS_FOLDER = "authority", "public", "clients"
+AUTHORITY_FOLDER, PUBLIC_FOLDER, CLIENTS_FOLDER, READER_FOLDER = "authority", "public", "clients", "metrics"
 AUTHORITY_KEY = "ca.key"
 AUTHORITY_DAYS = 3650
 CLOCK_SKEW = datetime.timedelta(minutes=5)  # a certificate is valid at once on machines whose clock is behind
@@ -83,9 +84,10 @@ class Authority:
         self._write_revoked(folder, self._revoked())
 
     def issue_roles(self, days: float) -> None:
-        """New certificates for every kind of process."""
+        """New certificates for every kind of process, and for a Prometheus that reads the series of each."""
         for role in PeerRole:
             self.issue(self.folder / role.value, role.value, [role_name(role)], days)
+        self.issue(self.folder / READER_FOLDER, READER_FOLDER, [READER_NAME], days)
 
     def revoke(self, certificate: x509.Certificate) -> None:
         """Adds it to the list in every folder. Raises CertificateError when it is not of this authority."""

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from prometheus_client import CollectorRegistry, Gauge, generate_latest, make_wsgi_app
 
-from cluster.gateway.http_server import MAX_CONNECTIONS, MakeContext, get, serve_http
+from cluster.gateway.http_server import MAX_CONNECTIONS, Secure, get, serve_http
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.security.authority import Authority
-from cluster.security.http_tls import client_contexts, server_contexts
+from cluster.security.http_tls import PROCESS_READERS, client_contexts, secured_connections
 from protos.certificates import CertificateFolder
 from protos.credentials import PeerRole
 from protos.mutual_tls import role_name
@@ -24,10 +25,10 @@ TIMEOUT_S = 5.0
 
 
 @contextmanager
-def served(make_context: MakeContext | None = None) -> Iterator[str]:
+def served(secure: Secure | None = None) -> Iterator[str]:
     registry = CollectorRegistry()
     Gauge("mobula_test", "Test.", registry=registry).set(7)
-    server, port = serve_http(HOST, 0, make_wsgi_app(registry), make_context)
+    server, port = serve_http(HOST, 0, make_wsgi_app(registry), secure)
     try:
         yield f"{HOST}:{port}"
     finally:
@@ -40,14 +41,14 @@ def authority(tmp_path: Path) -> Authority:
     return make_authority(tmp_path / "tls")
 
 
-def contexts(authority: Authority, role: PeerRole) -> MakeContext:
-    return server_contexts(role_folder(authority, role), is_mutual=True)
+def guarded(authority: Authority, role: PeerRole) -> Secure:
+    return secured_connections(role_folder(authority, role), is_mutual=True, readers=PROCESS_READERS)
 
 
 def test_the_gateway_scrapes_processes_over_tls_and_believes_only_their_role(authority: Authority) -> None:
     metrics = GatewayMetrics()
     metrics.processes.make_context = client_contexts(role_folder(authority, PeerRole.GATEWAY))
-    with served(contexts(authority, PeerRole.SHARD)) as address:
+    with served(guarded(authority, PeerRole.SHARD)) as address:
         metrics.processes.targets = {"shard-0": address, "worker-0": address}  # the second one is not what it says
         page = generate_latest(metrics.of_all).decode()
     assert "mobula_test 7.0" in page
@@ -57,29 +58,49 @@ def test_the_gateway_scrapes_processes_over_tls_and_believes_only_their_role(aut
 
 def test_who_shows_no_certificate_gets_no_page(authority: Authority) -> None:
     believing = ssl.create_default_context(cafile=authority.folder / "shard" / "ca.crt")
-    with served(contexts(authority, PeerRole.SHARD)) as address:
+    with served(guarded(authority, PeerRole.SHARD)) as address:
         with pytest.raises((OSError, http.client.HTTPException)):
             get(address, "/metrics", TIMEOUT_S, 10_000, (believing, role_name(PeerRole.SHARD)))
         with pytest.raises((OSError, http.client.HTTPException)):
             get(address, "/metrics", TIMEOUT_S, 10_000, None)
 
 
+def test_only_those_who_may_read_get_a_page_and_no_longer_when_they_are_revoked(authority: Authority) -> None:
+    authority.issue(authority.folder / "clients" / "anna", "anna", ["anna"], days=1)
+
+    def read(shown: str) -> bytes:
+        context = client_contexts(CertificateFolder(authority.folder / shown))()
+        return get(address, "/metrics", TIMEOUT_S, 10_000, (context, role_name(PeerRole.SHARD)))
+
+    with served(guarded(authority, PeerRole.SHARD)) as address:
+        assert b"mobula_test" in read("metrics")
+        assert b"mobula_test" in read("gateway")
+        for shown in ("clients/anna", "worker"):
+            with pytest.raises((OSError, http.client.HTTPException)):
+                read(shown)
+        revoked = x509.load_pem_x509_certificate((authority.folder / "metrics" / "tls.crt").read_bytes())
+        authority.revoke(revoked)
+        with pytest.raises((OSError, http.client.HTTPException)):
+            read("metrics")
+        assert b"mobula_test" in read("gateway")
+
+
 def test_a_renewed_certificate_is_shown_to_the_next_connection(authority: Authority) -> None:
     folder = CertificateFolder(authority.folder / "public")
     believing = ssl.create_default_context(cafile=authority.folder / "public" / "ca.crt")
-    with served(server_contexts(folder, is_mutual=False)) as address:
+    with served(secured_connections(folder, is_mutual=False)) as address:
         assert b"mobula_test" in get(address, "/metrics", TIMEOUT_S, 10_000, (believing, "localhost"))
         authority.issue(folder.path, "gateway", ["renamed.example"], days=1)
         assert b"mobula_test" in get(address, "/metrics", TIMEOUT_S, 10_000, (believing, "renamed.example"))
 
 
 def test_clients_that_say_nothing_keep_nobody_waiting_and_are_bounded(authority: Authority) -> None:
-    for make_context in (None, contexts(authority, PeerRole.SHARD)):
-        with served(make_context) as address:
+    for secure in (None, guarded(authority, PeerRole.SHARD)):
+        with served(secure) as address:
             host, port = address.split(":")
             silent = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(MAX_CONNECTIONS - 1)]
             tls = None
-            if make_context:
+            if secure:
                 tls = client_contexts(role_folder(authority, PeerRole.GATEWAY))(), role_name(PeerRole.SHARD)
             assert b"mobula_test" in get(address, "/metrics", TIMEOUT_S, 10_000, tls)
             more = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(4)]
