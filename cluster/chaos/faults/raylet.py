@@ -49,7 +49,7 @@ class KillRaylet(Fault):
         port = self._address.rpartition(":")[2]
         self._wait(self._ray_start("--head", f"--port={port}", "--include-dashboard=false"))
         self._wait(self._start_node())
-        spread = {"strategy": "SPREAD", "num_cpus": ACTOR_CPUS, "count": NUM_NODES}
+        spread = {"strategy": "STRICT_SPREAD", "num_cpus": ACTOR_CPUS, "count": NUM_NODES}
         return Surroundings(
             settings={
                 "attention_workers": spread,
