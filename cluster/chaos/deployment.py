@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -84,8 +84,8 @@ class LocalDeployment:
         """Waits until every process serves. settings: a user's. Raises StartError with the last lines of its log."""
         self.config = merged(merged(SETTINGS, surroundings.settings), settings)
         gateway = self.config["gateway"]
-        for key in ("port", "metrics_port"):  # fixed, so that a gateway that comes back is found again
-            gateway.setdefault(key, free_port(gateway["host"]))
+        for key, count in (("port", 1), ("metrics_port", gateway["count"])):  # fixed: who comes back is found
+            gateway.setdefault(key, free_port(gateway["host"], count))
         path = self.folder / "mobula.yaml"
         path.write_text(yaml.safe_dump(self.config), encoding="utf-8")
         command = [*surroundings.command, sys.executable, "-m", "cluster.commands.cli", "serve", "--config", str(path)]
@@ -155,8 +155,18 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def free_port(host: str) -> int:
-    """One that nobody listens on now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def free_port(host: str, count: int = 1) -> int:
+    """One that nobody uses now, nor the `count` - 1 after it."""
+    while True:
+        with ExitStack() as stack:
+            probes = [stack.enter_context(_socket(host)) for _ in range(count)]
+            probes[0].bind((host, 0))
+            port = int(probes[0].getsockname()[1])
+            with suppress(OSError, OverflowError):  # one of the others is taken, or beyond the last
+                for number, probe in enumerate(probes[1:], start=1):
+                    probe.bind((host, port + number))
+                return port
+
+
+def _socket(host: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -1,7 +1,6 @@
 """A gateway's process: the front door, the Prometheus endpoint of the whole system, and the dashboard."""
 
-import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from wsgiref.types import WSGIApplication
@@ -105,21 +104,16 @@ class GatewayRole(Role):
             self._loop.run(self._gateway.stop(drain_timeout_s))
 
     def _ports(self) -> GatewayConfig:
-        """Of several gateways on a machine each has its own, the next that is free, but for the one they share."""
-        settings = self._config.gateway
-        ports = {"metrics_port": settings.metrics_port, "health_port": settings.health_port}
-        free = {name: _first_free(self._bind_host, port, settings.count) for name, port in ports.items() if port}
-        return settings.model_copy(update=free)
+        return self._config.gateway
 
+    def _candidates(self, port: int) -> Sequence[int]:
+        """Of several gateways on a machine each has its own, the next that is free, but for the one they share.
 
-def _first_free(host: str, port: int, count: int) -> int:
-    """The first of `count` ports that nobody listens on; the last, where whoever listens then says so, if none is."""
-    for candidate in range(port, port + count - 1):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, candidate))
-            except OSError:
-                continue
-            return candidate
-    return port + count - 1
+        On the cluster that ends with the command all are on one machine: gateway 0, which shows every process, has the
+        first.
+        """
+        if not port:
+            return (0,)
+        ports = range(port, port + self._config.gateway.count)
+        first = self._rank if self._config.ray.address is None else 0
+        return (*ports[first:], *ports[:first])

@@ -8,8 +8,11 @@ import os
 import resource
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 from wsgiref.simple_server import WSGIServer
 from wsgiref.types import WSGIApplication
 
@@ -27,11 +30,14 @@ from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
 from cluster.tracing import tracing_of
 from protos.credentials import PLAINTEXT, PeerRole
+from protos.errors import Unavailable
 from protos.health_server import serve_health
 from protos.loop_thread import LoopThread
 from router.expert_map import ExpertMap
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CONTROL_TIMEOUT_S = 10.0  # for what the control thread asks of the event loop
 
@@ -91,8 +97,9 @@ class Role(ABC):
             self._use_certificates()
             ProcessMetrics(self._registry, self._name)
             address, weight_bytes = self._load(expert_map)
-            self._http_server, metrics_port = serve_http(
-                self._bind_host, self._ports().metrics_port, self._http_app(), self._http_tls()
+            app, tls = self._http_app(), self._http_tls()
+            self._http_server, metrics_port = self._on_free_port(
+                self._ports().metrics_port, lambda port: serve_http(self._bind_host, port, app, tls)
             )
         except Exception as error:  # the top of the process's start: the controller shows it
             logger.exception("could not load")
@@ -161,10 +168,29 @@ class Role(ABC):
     def _ports(self) -> ActorConfig | GatewayConfig:
         """The settings that name this role's ports."""
 
+    def _candidates(self, port: int) -> Sequence[int]:
+        """The ports of which the first free one is taken where `port` is configured."""
+        return (port,)
+
+    def _on_free_port(self, port: int, listen: Callable[[int], T]) -> T:
+        """Listens there, on the first of the candidates. Tried, not looked up: others may start at this moment.
+
+        Raises Unavailable when none is free.
+        """
+        *first, last = self._candidates(port)
+        for candidate in first:
+            with suppress(Unavailable):
+                return listen(candidate)
+        return listen(last)
+
     def _serve_health(self, health: health_aio.HealthServicer) -> None:
         """On a port of its own too, if one is configured. Raises Unavailable."""
-        if port := self._ports().health_port:
-            self._health_server = self._loop.run(serve_health(health, self._bind_host, port), CONTROL_TIMEOUT_S)
+        if wanted := self._ports().health_port:
+
+            def serve(port: int) -> grpc.aio.Server:
+                return self._loop.run(serve_health(health, self._bind_host, port), CONTROL_TIMEOUT_S)
+
+            self._health_server = self._on_free_port(wanted, serve)
 
 
 def _node_start_s() -> float:
