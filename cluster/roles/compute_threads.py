@@ -19,8 +19,12 @@ def share_of_cores(num_processes: int) -> int:
     Workers and shards take turns more than they run at once, so each kind shares out all the cores. The kernels'
     threads sleep when they have nothing to do and take their work in small pieces: more threads than cores cost little.
     """
-    cores = usable_cores()
-    return min(MAX_THREADS, max(min(MIN_THREADS, cores), cores // num_processes))
+    return share_of(usable_cores(), num_processes)
+
+
+def share_of(num_cores: int, num_processes: int) -> int:
+    """The same of so many cores."""
+    return min(MAX_THREADS, max(min(MIN_THREADS, num_cores), num_cores // num_processes))
 
 
 def usable_cores(cpu_max: Path = CGROUP_CPU_MAX) -> int:

@@ -15,6 +15,7 @@ from unittest import mock
 
 from cluster.config import MobulaConfig, parse_config
 from cluster.controller.process import ProcessState
+from cluster.roles.compute_threads import share_of
 from cluster.roles.preflight import check
 from cluster.roles.role import Role
 from cluster.roles.shard_role import ShardRole
@@ -22,7 +23,6 @@ from cluster.roles.worker_role import WorkerRole
 from tests.bench.load_client import LoadClient
 from tests.bench.measured_model import MeasuredModel, measured_models
 from tests.bench.row import Options, Row, Unmeasurable
-from tests.bench.served_system import thread_counts
 from tests.bench.stopwatch import KERNELS, Stopwatch
 
 NAME = "layers"
@@ -98,7 +98,7 @@ def _steps(worker: Connection) -> list[dict[str, float]]:
 @contextmanager
 def _system(model: MeasuredModel, options: Options, router: dict[str, Any]) -> Iterator[tuple[LoadClient, Connection]]:
     """A timed worker and its shards, each a process; a client of the worker."""
-    worker_threads, shard_threads = thread_counts(options.num_threads, NUM_SHARDS)
+    worker_threads, shard_threads = share_of(options.num_threads, 1), share_of(options.num_threads, NUM_SHARDS)
     workers = {"count": 1, "num_threads": worker_threads, "router": router}
     shards = {"count": NUM_SHARDS, "num_threads": shard_threads}
     config = parse_config({"model": str(model.folder), "attention_workers": workers, "expert_shards": shards})

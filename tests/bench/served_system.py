@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import yaml
 
+from cluster.roles.compute_threads import share_of
 from tests.bench.process import BenchProcess
 from tests.bench.row import Unmeasurable
 
@@ -36,7 +37,7 @@ class ServedSystem:
 
         settings: further keys of the configuration, over those made here.
         """
-        worker, shard = thread_counts(num_threads, num_shards)
+        worker, shard = share_of(num_threads, 1), share_of(num_threads, num_shards)  # as by default
         self._config: dict[str, Any] = {
             "model": str(model),
             "gateway": {"port": 0, "metrics_port": 0},
@@ -79,11 +80,6 @@ class ServedSystem:
             if match := SERVING.search(line):
                 return match.group(1)
         raise Unmeasurable(f"the system did not start: {self._process.last_words}")
-
-
-def thread_counts(num_cores: int, num_shards: int) -> tuple[int, int]:
-    """Threads of the worker and of each shard. They take turns, so each side may have all cores."""
-    return num_cores, max(1, num_cores // num_shards)
 
 
 def merge(target: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 from tests.bench.process import parse_pss_bytes, process_kind
-from tests.bench.served_system import merge, thread_counts
+from tests.bench.served_system import merge
 
 
 def test_proportional_set_size_is_read_in_bytes() -> None:
@@ -20,9 +20,3 @@ def test_settings_are_merged_at_every_depth() -> None:
     config = {"attention_workers": {"count": 1, "engine": {"max_num_seqs": 128}}}
     merge(config, {"attention_workers": {"engine": {"block_size": 16}}})
     assert config == {"attention_workers": {"count": 1, "engine": {"max_num_seqs": 128, "block_size": 16}}}
-
-
-def test_worker_and_shards_take_turns_on_all_cores() -> None:
-    assert thread_counts(2, 2) == (2, 1)
-    assert thread_counts(2, 4) == (2, 1)
-    assert thread_counts(8, 2) == (8, 4)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.roles.compute_threads import share_of_cores, usable_cores
+from cluster.roles.compute_threads import share_of, share_of_cores, usable_cores
 
 
 @pytest.mark.parametrize(("content", "limit"), [("max 100000", None), ("150000 100000", 2), ("50000 100000", 1)])
@@ -19,3 +19,8 @@ def test_without_a_quota_the_affinity_counts(tmp_path: Path) -> None:
 
 def test_every_process_gets_a_thread_and_two_where_there_are_two_cores() -> None:
     assert share_of_cores(1) >= share_of_cores(1000) == min(2, usable_cores())
+
+
+def test_processes_share_the_cores_out_but_none_has_fewer_threads_than_two() -> None:
+    assert [share_of(8, n) for n in (1, 2, 4, 8)] == [8, 4, 2, 2]
+    assert share_of(1, 1) == 1
