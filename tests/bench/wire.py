@@ -3,11 +3,11 @@
     python -m tests.bench.wire [number of rows ...]
 
 Shards are processes of their own whose computation is next to nothing; what they say that it took is subtracted. Calls
-are back to back ("hot"), in blocks of each way in turn. "frame" is one call to one shard, from its rows to its sums;
-"layer" is dispatch and combine of the router over two shards; "echo" is a bare stream of grpc.aio that sends the same
-bytes to and fro, which has no other thread to wake on either side; "doorbell" is a message of no content to another
-process and back, each asleep until it comes: the machine's own price of waking two processes, below which nothing goes
-that does not spin.
+are back to back ("hot"), in blocks of each way in turn. "frame" is one call to one shard, from its rows to its sums,
+also under mutual TLS; "layer" is dispatch and combine of the router over two shards; "echo" is a bare stream of
+grpc.aio that sends the same bytes to and fro, which has no other thread to wake on either side; "doorbell" is a message
+of no content to another process and back, each asleep until it comes: the machine's own price of waking two processes,
+below which nothing goes that does not spin.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,10 @@ from experts.servicer import ExpertServer
 from experts.shard import ExpertShard, ShardConfig
 from experts.weight_store import ExpertModel, Unit
 from protos import expert_pb2, ring, rpc, tensor_pb2
+from protos.certificates import CertificateFolder
+from protos.credentials import Credentials, PeerRole
 from protos.loop_thread import LoopThread
+from protos.mutual_tls import MutualTls, role_name
 from protos.poller import Poller
 from router.completions import Completions, ForwardAnswer, ForwardCall
 from router.grpc_transport import GrpcTransport
@@ -46,6 +50,7 @@ from router.router import Router
 from router.transport import ShardTransport
 from tests.bench.row import Options, Row, Unmeasurable
 from tests.bench.table import table_of
+from tests.certificates import make_authority
 from tests.fake_experts import MOE_LAYER_IDS, RandomReader, grouped_gate, placed, random_rows, router_to
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +85,7 @@ def measure(num_rows: int, num_blocks: int) -> Iterator[Row]:
     for name, samples in blocks.items():
         against = {
             "frame grpc": ("frame echo",),
+            "frame grpc tls": ("frame grpc",),
             "frame ring": ("frame grpc", "frame doorbell"),
             "layer ring": ("layer grpc",),
         }
@@ -97,7 +103,9 @@ def blocks_in_turn(num_rows: int, num_blocks: int) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     loop, poller = LoopThread("loop"), Poller()
     with ExitStack() as stack:
-        shards = [stack.enter_context(shard_process(ep_rank)) for ep_rank in range(NUM_SHARDS)]
+        certificates = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mobula-bench-")))
+        make_authority(certificates)
+        shards = [stack.enter_context(shard_process(ep_rank, certificates)) for ep_rank in range(NUM_SHARDS)]
         ports = [json.loads(shard.stdout.readline()) for shard in shards if shard.stdout]
         addresses = {ep_rank: f"127.0.0.1:{port['shard']}" for ep_rank, port in enumerate(ports)}
 
@@ -110,13 +118,17 @@ def blocks_in_turn(num_rows: int, num_blocks: int) -> dict[str, list[float]]:
         expert_map = placed(GATE, NUM_SHARDS)
         ring_router = router_to(GATE, expert_map, shared_memory, addresses=addresses, poller=poller)
         grpc_router = router_to(GATE, expert_map, stream, addresses=addresses)
-        transports: list[ShardTransport] = [shared_memory(addresses[0]), stream(addresses[0])]
+        secured = GrpcTransport(
+            f"127.0.0.1:{ports[0]['secured']}", loop.loop, credentials=role_credentials(certificates, PeerRole.WORKER)
+        )
+        transports: list[ShardTransport] = [shared_memory(addresses[0]), stream(addresses[0]), secured]
         wait_until_connected(transports, ring_router, grpc_router)
         example = frame_call(transports[0], poller, num_rows)
         ways = {
             "frame doorbell": doorbell_call(ports[0]["doorbell"]),
             "frame ring": example,
             "frame grpc": frame_call(transports[1], poller, num_rows),
+            "frame grpc tls": frame_call(secured, poller, num_rows),
             "frame echo": echo_call(f"127.0.0.1:{ports[0]['echo']}", num_rows),
             "layer ring": layer_call(ring_router, num_rows),
             "layer grpc": layer_call(grpc_router, num_rows),
@@ -231,14 +243,18 @@ def echo_call(address: str, num_rows: int) -> Call:
     return call
 
 
-def shard_process(ep_rank: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.bench.wire", "--serve", str(ep_rank)]
+def role_credentials(certificates: Path, role: PeerRole) -> Credentials:
+    return MutualTls(CertificateFolder(certificates / role.value, role_name(role)))
+
+
+def shard_process(ep_rank: int, certificates: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.bench.wire", "--serve", str(ep_rank), "--certificates", str(certificates)]
     return subprocess.Popen(  # ends with its stdin, so also when this process is killed
         command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
-def serve(ep_rank: int) -> None:
+def serve(ep_rank: int, certificates: Path) -> None:
     """A shard and an echo, until stdin ends; prints their ports."""
     sys.setswitchinterval(0.0005)
     torch.set_num_threads(1)
@@ -254,8 +270,11 @@ def serve(ep_rank: int) -> None:
     shard.start()
     loop = LoopThread("loop")
     server = loop.run(ExpertServer.start(shard, "127.0.0.1", 0))
+    credentials = role_credentials(certificates, PeerRole.SHARD)
+    secured = loop.run(ExpertServer.start(shard, "127.0.0.1", 0, credentials))
     echo, echo_port = loop.run(start_echo())
-    print(json.dumps({"shard": server.port, "echo": echo_port, "doorbell": start_doorbell()}), flush=True)
+    ports = {"shard": server.port, "secured": secured.port, "echo": echo_port, "doorbell": start_doorbell()}
+    print(json.dumps(ports), flush=True)
     sys.stdin.read()
     del echo
 
@@ -301,9 +320,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--certificates", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.serve is not None:
-        serve(parsed.serve)
+        serve(parsed.serve, parsed.certificates)
     elif parsed.measure is not None:
         print(json.dumps(blocks_in_turn(parsed.measure, parsed.blocks)))
     else:
