@@ -254,6 +254,7 @@ class Controller:
             before = process.health
             process.health = _answer(process)
             process.address = process.health.address or process.address
+            process.go_on_with_departure()
             if before.state is not process.health.state:
                 logger.info("%s: %s -> %s %s", process.name, before.state, process.health.state, process.health.detail)
 

@@ -38,7 +38,7 @@ class Departures:
                 f"no other worker is ready to go on with the requests of worker {dp_rank}; ask again when one is",
                 retry_after_s=5.0,
             )
-        worker.is_leaving, worker.is_replaced = True, False
+        worker.leave()
 
     def restart(self, role: RoleName, rank: int, *, is_serving: bool) -> None:
         """It ends, and another generation takes its place. Raises InvalidRequest, and NotServing: one at a time."""

@@ -172,7 +172,7 @@ class ShardMembership:
     def _leave(self, ranks: Collection[int]) -> None:
         for shard in self.shards:
             if shard.rank in ranks:
-                shard.is_leaving = True
+                shard.leave()
                 logger.info("%s is drained", shard.name)
 
     def _place_of(self, rank: int) -> int:

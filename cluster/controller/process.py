@@ -51,6 +51,8 @@ class ProcessHealth:
         metrics_address: host:port of its Prometheus endpoint, once READY.
         detail: what it is doing, or why it failed.
         must_leave: its node is about to end.
+        is_leaving: it was told that it is drained; a controller that starts later goes on with that.
+        is_stopping: it was told to stop, and takes nothing new.
         domain: failure domain that the process runs in, its node or zone; "" if not known.
         weight_bytes: weights kept in memory.
         num_units: placement units that a shard holds.
@@ -68,6 +70,8 @@ class ProcessHealth:
     detail: str = ""
     pid: int = 0
     must_leave: bool = False
+    is_leaving: bool = False
+    is_stopping: bool = False
     domain: str = ""
     weight_bytes: int = 0
     num_units: int = 0
@@ -160,6 +164,17 @@ class ManagedProcess:
     def is_ending(self) -> bool:
         """Whether nothing new should be given to it."""
         return self.is_leaving or self.is_replaced
+
+    def leave(self) -> None:
+        """It is drained from now on. It keeps that in mind too, for a controller after this one."""
+        self.is_leaving, self.is_replaced = True, False
+        self.handle.call("leave")  # one that is gone has nothing to keep
+
+    def go_on_with_departure(self) -> None:
+        """What a controller before this one has begun. One that it told to stop, and nothing else, is replaced."""
+        self.is_leaving = self.is_leaving or self.health.is_leaving
+        if self.health.is_stopping and self.stopping is None and not self.is_ending:
+            self.is_replaced = True
 
     def has_stopped(self, drain_timeout_s: float, now_s: float) -> bool:
         """Whether it did what the first of these calls tells it, or has had its time."""

@@ -60,6 +60,7 @@ class Role(ABC):
         self._tracing = tracing_of(config.tracing, self._name)
         disable_created_metrics()  # a series more for each counter and histogram, for when it was made
         self._must_leave = False  # once said, not taken back
+        self._is_leaving = False  # the same
         self._node_started_s = _node_start_s()  # a leave file that is older is of a container before this one
         self._health_server: grpc.aio.Server | None = None
         self._http_server: WSGIServer | None = None
@@ -78,10 +79,20 @@ class Role(ABC):
     def health(self) -> ProcessHealth:
         """This process about itself."""
         self._must_leave = self._must_leave or self._is_node_ending()
-        health = replace(self._health, peak_rss_bytes=_peak_rss_bytes(), must_leave=self._must_leave)
+        health = replace(
+            self._health,
+            peak_rss_bytes=_peak_rss_bytes(),
+            must_leave=self._must_leave,
+            is_leaving=self._is_leaving,
+            is_stopping=self._ending.locked(),
+        )
         if self._must_leave and health.state is ProcessState.NEW:
             return replace(health, detail=f"loads nothing: {self._config.leave_file} says that its node ends")
         return health
+
+    def leave(self) -> None:
+        """It is drained, and ends when a controller says so: this one, or the next one, which sees it in `health`."""
+        self._is_leaving = True
 
     def load(self, expert_map: ExpertMap) -> None:
         """From NEW to READY. What goes wrong is not raised but shown by `health`, as FAILED.

@@ -59,7 +59,7 @@ class FakeProcess:
         self.is_alive = True
         self.is_starting = False
         self.placement_version = 0
-        self.must_leave = False
+        self.must_leave = self.is_leaving = self.is_stopping = False
         self.error: Exception | None = None
 
     def die(self) -> None:
@@ -74,6 +74,8 @@ class FakeProcess:
             return future  # never answered: the test has no time to wait
         self.calls.append((method, args))
         self.on_call(method)
+        self.is_leaving = self.is_leaving or method == "leave"
+        self.is_stopping = self.is_stopping or method == "stop"
         if method == "load":
             self.state = ProcessState.FAILED if self.error else ProcessState.READY
         if method == "update_placement":
@@ -105,6 +107,8 @@ class FakeProcess:
             detail=detail,
             pid=1,
             must_leave=self.must_leave,
+            is_leaving=self.is_leaving,
+            is_stopping=self.is_stopping,
             placement_version=self.placement_version,
             oldest_placement_version=self.placement_version,
         )

@@ -1,8 +1,10 @@
 """A controller that starts among processes that another one left."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 
 from cluster.controller.balance import Proposer
+from cluster.controller.process import RoleName
 from cluster.controller.rebalance import RebalanceCause
 from tests.cluster.controller.test_membership import drained_under, evenly
 from tests.cluster.fake_processes import controller_of, run, system
@@ -67,3 +69,35 @@ def test_shards_are_told_to_drop_what_a_dead_controller_staged_once_no_worker_ne
     second = controller_of(fakes, num_shards=2)
     run(second, 4)
     assert len(fakes["shard-0"].told("serve_only")) == num_told + 1
+
+
+def test_a_shard_that_a_dead_controller_was_draining_leaves_all_the_same() -> None:
+    first, fakes = system(num_shards=3, proposer=Proposer(evenly, expert_bytes=10))
+    run(first, 4)
+    first._balance.membership.drain(1)
+    second = controller_of(fakes, 3, proposer=Proposer(evenly, expert_bytes=10))
+    drained_under(fakes, 2)
+    run(second, 12)
+    assert [name for name, _ in second.status().processes if "shard" in name] == ["shard-0", "shard-2"]
+    assert not fakes["shard-1"].is_alive
+    assert second.status().is_serving
+
+
+def test_a_worker_that_a_dead_controller_told_to_stop_leaves_or_is_replaced_as_was_meant() -> None:
+    first, fakes = system(num_workers=3)
+    run(first, 4)
+    for worker in ("worker-0", "worker-1"):
+        fakes[worker].answers["stop"] = Future()  # it takes time, and the controller dies meanwhile
+    first._departures.restart(RoleName.WORKER, 1, is_serving=True)
+    first._departures.drain_worker(0)
+    run(first, 2)
+    assert fakes["worker-0"].told("stop")
+    generation = fakes["worker-1"].generation
+    for worker in ("worker-0", "worker-1"):
+        del fakes[worker].answers["stop"]
+    second = controller_of(fakes, num_shards=2)
+    run(second, 6)
+    assert not fakes["worker-0"].is_alive
+    assert fakes["worker-1"].generation != generation
+    assert [name for name, _ in second.status().processes if "worker" in name] == ["worker-1", "worker-2"]
+    assert second.status().is_serving

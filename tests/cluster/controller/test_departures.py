@@ -29,7 +29,8 @@ def test_a_drained_worker_gets_nothing_new_before_it_is_told_to_stop_and_is_gone
         fakes[name].on_call = lambda method, name=name: order.append(f"{name} {method}")  # type: ignore[misc]
     controller._departures.drain_worker(0)
     run(controller, 3)
-    assert [step for step in order if "health" not in step] == ["gateway-0 update_members", "worker-0 stop"]
+    steps = [step for step in order if "health" not in step]
+    assert steps == ["worker-0 leave", "gateway-0 update_members", "worker-0 stop"]
     assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {1}
     assert fakes["worker-0"].is_alive
     stopped.set_result(None)
