@@ -381,4 +381,6 @@ def _describe(fault: Any) -> str:
         return f"{path}: unknown key"
     if fault["type"] == "value_error":  # of our own checks, which name what was given
         return f"{path}: {fault['ctx']['error']}"
+    if fault["type"] == "model_type":
+        return f"{path}: must be a mapping of keys to values, got {reprlib.repr(fault['input'])}"
     return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {reprlib.repr(fault['input'])}"

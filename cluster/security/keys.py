@@ -10,6 +10,7 @@ import hmac
 import json
 import logging
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Right(StrEnum):
     REFLECTION = "reflection"  # asking the server for its .proto files
 
 
-KeyId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+KEY_ID = r"[a-z0-9][a-z0-9-]{0,31}"
+KeyId = Annotated[str, Field(pattern=f"^{KEY_ID}$")]
 
 
 class Key(BaseModel, frozen=True, extra="forbid"):
@@ -74,6 +76,10 @@ class KeyFile(BaseModel, frozen=True, extra="forbid"):
 
 def new_key(key_id: str, rights: frozenset[Right], **limits: object) -> tuple[Key, str]:
     """An entry, and the text to give to its holder, which is kept nowhere. Raises KeyFileError for a bad id."""
+    if not re.fullmatch(KEY_ID, key_id):
+        raise KeyFileError(
+            f"the id is {key_id!r}: take 1 to 32 lower-case letters, digits and hyphens, no hyphen first"
+        )
     secret = secrets.token_urlsafe(SECRET_BYTES)
     data = {"id": key_id, "secret_sha256": _hash(secret), "rights": rights, **limits}
     try:

@@ -38,6 +38,7 @@ def test_values_reach_the_part_that_reads_them() -> None:
             "expert_shards: num_replicas is 3, count is 2: a shard holds a unit once; raise count or lower",
         ),
         ({"gateway": {"port": 70000}}, "gateway.port: input should be less than or equal to 65535, got 70000"),
+        ({"attention_workers": [1]}, "attention_workers: must be a mapping of keys to values, got [1]"),
         ({"dtype": "float16"}, "dtype: input should be 'auto', 'float32' or 'bfloat16', got 'float16'"),
         ({"drain_timeout_s": float("nan")}, "drain_timeout_s: input should be greater than or equal to 0, got nan"),
         ({"attention_workers": {"router": {"forward_timeout_s": -1.0}}}, "attention_workers.router.forward_timeout_s"),
