@@ -43,9 +43,10 @@ def processes_view(status: ClusterStatus | None) -> RenderableType:
     """One line a process."""
     if status is None or not status.processes:
         return Text("waiting for Ray to place the processes ...", style="dim")
-    table = Table(box=None, padding=(0, 2))
-    for heading in ("process", "state", "pid", "units", "weights", "address"):
-        table.add_column(heading, style="bold" if heading == "process" else None)
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for heading in ("process", "state", "pid", "units", "weights"):
+        table.add_column(heading, style="bold" if heading == "process" else None, no_wrap=True)
+    table.add_column("address", overflow="fold")
     for name, health in status.processes:
         is_up = health.pid != 0
         table.add_row(

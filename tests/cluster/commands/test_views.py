@@ -93,6 +93,23 @@ def test_counts_stay_short(count: int, text: str) -> None:
     assert format_count(count) == text
 
 
+def test_where_a_process_listens_and_what_it_is_about_are_both_shown_on_a_narrow_terminal() -> None:
+    health = ProcessHealth(
+        generation="a",
+        state=ProcessState.READY,
+        pid=1_234_567,
+        address="10.0.0.1:50051",
+        num_units=10,
+        weight_bytes=10**9,
+        detail="is drained",
+    )
+    status = ClusterStatus(processes=(("gateway-0", health),), is_serving=True, placement_version=1)
+    text = text_of(processes_view(status), 60)
+    assert "…" not in text
+    assert "10.0.0.1:50051" in text
+    assert "drained" in text
+
+
 def test_a_layer_wider_than_the_terminal_is_summed_over_neighbours() -> None:
     text = text_of(experts_view(load(*range(256)), pb.GetPlacementResponse(ep_size=2), 100), width=100)
     assert max(len(line) for line in text.splitlines()) <= 100
