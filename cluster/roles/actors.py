@@ -268,7 +268,8 @@ def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedPro
             processes.append(_create_process(role, rank, options, config, host))
     labels = {"label_selector": config.gateway.labels or None}
     options = _options(ActorConfig(num_cpus=CONTROL_CPUS)) | labels | {"get_if_exists": True}
-    options["scheduling_strategy"] = "SPREAD"  # a node that is lost should not take all of them along
+    if config.gateway.count > 1:
+        options["scheduling_strategy"] = "SPREAD"  # a node that is lost should not take all of them along
     processes += [
         _create_process(RoleName.GATEWAY, rank, options, config, host) for rank in range(config.gateway.count)
     ]
