@@ -4,6 +4,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
+from cluster.security.http_tls import READER_NAME
 from protos.credentials import PeerRole
 from protos.mutual_tls import role_name
 from tests.k8s.manifests import OVERLAYS, Manifest, config, groups, of_kind, render
@@ -69,7 +70,7 @@ def test_prometheus_asks_metrics_pages_as_they_want_it(name: str) -> None:
                     assert secret is None or secret["name"] in certificates
             assert "mobula" in certificates["mobula-public-tls"]["dnsNames"]
             own = certificates["mobula-prometheus-tls"]
-            assert own["dnsNames"] not in [[role_name(peer)] for peer in PeerRole]  # opens no gRPC port
+            assert own["dnsNames"] == [READER_NAME]  # of no role: opens no gRPC port
 
 
 def test_authority_is_signed_by_itself_and_signs_the_others() -> None:
