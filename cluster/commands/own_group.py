@@ -9,10 +9,12 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from types import FrameType
 
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ONCE_S = 0.5  # signals so close together are one: `make`, say, passes on to the command what its group was sent
 PR_SET_PDEATHSIG = 1  # of Linux
 
 
@@ -43,8 +45,13 @@ def continue_in_own_group() -> None:
 def _wait_for(child: int) -> int:
     """The status to end with."""
     asked_by: list[int] = []
+    passed_on_s = float("-inf")
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal passed_on_s
+        if time.monotonic() - passed_on_s < ONCE_S:
+            return
+        passed_on_s = time.monotonic()
         asked_by.append(number)
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGINT)

@@ -54,6 +54,21 @@ def test_what_asks_to_end_reaches_the_child_once_as_ctrl_c_and_it_ends_in_order(
     assert (process.returncode, out, err) == (0, "in order\n", "")
 
 
+def test_a_signal_that_comes_twice_at_once_is_passed_on_once_and_a_later_one_again() -> None:
+    process, _ = start(
+        "",
+        "caught = []\nsignal.signal(signal.SIGINT, lambda number, frame: caught.append(number))\n"
+        f"{SAY_UP}time.sleep(1.5)\nprint(len(caught), flush=True)\n",
+    )
+    to_group(process, signal.SIGTERM)
+    time.sleep(0.1)
+    to_one(process, signal.SIGTERM)
+    time.sleep(0.7)
+    to_one(process, signal.SIGTERM)
+    out, _ = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, out) == (0, "2\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_child_that_still_imports_ends_at_once_with_the_status_of_the_signal(number: int) -> None:
     process, _ = start("", f"{SAY_UP}time.sleep(60)\n")
