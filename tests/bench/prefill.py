@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from attention.micro_batch import MAX_MICRO_BATCHES, NUM_TRIALS
 from tests.bench.load_client import LoadClient
 from tests.bench.measured_model import MeasuredModel, measured_models
 from tests.bench.peers.peer import RunningPeer
@@ -12,6 +13,7 @@ from tests.bench.turns import Cell, measure_in_turn
 NAME = "prefill"
 NUM_TOKENS = (512, 2048, 8192)
 MAX_PEER_TOKENS = 2048
+NUM_WARM_UPS = MAX_MICRO_BATCHES * NUM_TRIALS  # until the number of micro-batches is chosen by what was measured
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -23,9 +25,12 @@ def rows(options: Options) -> Iterator[Row]:
             continue
         try:
             with model.served(options) as (_, client):
-                client.prefill(16, 0)
                 lengths = [length for length in NUM_TOKENS if length < client.max_model_len]
-                cells = [_cell(model, client, length) for length in (lengths[:1] if options.is_quick else lengths)]
+                lengths = lengths[:1] if options.is_quick else lengths
+                for length in lengths:
+                    for seed in range(NUM_WARM_UPS):
+                        client.prefill(length, -1 - seed)
+                cells = [_cell(model, client, length) for length in lengths]
                 yield from measure_in_turn(cells, model, options)
         except Unmeasurable as error:
             yield Row.missing(NAME, model.params, str(error))

@@ -57,6 +57,8 @@ def measure_in_turn(cells: Sequence[Cell], model: MeasuredModel, options: Option
                 else:  # without a peer to compare with, once for all
                     num_repeats = options.num_repeats if number == 0 else 0
                 try:
+                    if running and cell.theirs:
+                        cell.theirs(running, 0)  # the first of a kind is cold; ours have had theirs
                     for repeat in range(num_repeats):
                         _one_turn(cell, kept, running, probe, options, seed=1 + 100 * number + repeat)
                 except Unmeasurable as error:
