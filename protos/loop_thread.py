@@ -3,12 +3,16 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 STOP_TIMEOUT_S = 5.0  # for what is cancelled to end
+
+
+class LoopEnded(RuntimeError):
+    """The event loop has ended, or ended while it was waited for."""
 
 
 class LoopThread:
@@ -34,25 +38,26 @@ class LoopThread:
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Starts the coroutine on the loop; its future is cancelled when the loop ends first.
 
-        Raises RuntimeError when the loop has ended: nobody would ever answer.
+        Raises LoopEnded: nobody would ever answer.
         """
         with self._lock:
             if self._is_stopped:
                 coroutine.close()
-                raise RuntimeError(f"the event loop of {self._thread.name} has ended")
+                raise LoopEnded(f"the event loop {self._thread.name} has ended")
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """The coroutine's result. Raises TimeoutError after `timeout_s`, having cancelled it; otherwise as `submit`.
-
-        Raises concurrent.futures.CancelledError when the loop ends meanwhile.
-        """
+        """The coroutine's result. Raises TimeoutError after `timeout_s`, having cancelled it; LoopEnded."""
         future = self.submit(coroutine)
         try:
             return future.result(timeout_s)
         except TimeoutError:
             future.cancel()
             raise
+        except CancelledError:
+            if not self._is_stopped:
+                raise
+            raise LoopEnded(f"the event loop {self._thread.name} has ended") from None
 
     def stop(self) -> None:
         """Cancels what still runs, and ends the loop and its thread. Another call does nothing."""

@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 from typing import Any
 
 from cluster.controller.admin_messages import cluster_status
@@ -19,7 +18,7 @@ from cluster.dashboard.metrics_summary import summarize
 from cluster.dashboard.state import load_fields, model_fields, placement_fields, status_fields
 from cluster.gateway.local_calls import LocalCallFailed, LocalCalls
 from protos import admin_pb2, generation_pb2
-from protos.loop_thread import LoopThread
+from protos.loop_thread import LoopEnded, LoopThread
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ class Dashboard:
         while not self._stopping.wait(LOG_INTERVAL_S):
             try:
                 status = self._loop.run(self._cluster_status(), 2 * TIMEOUT_S)
-            except (LocalCallFailed, TimeoutError, CancelledError) as error:
+            except (LocalCallFailed, TimeoutError, LoopEnded) as error:
                 logger.debug("no status for the log: %s", error)
                 continue
             except Exception:  # the loop's top: one failed look must not end the log

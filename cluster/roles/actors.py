@@ -36,6 +36,7 @@ from cluster.security.process_tls import process_credentials, process_folder
 from protos.certificates import CertificateFolder
 from protos.credentials import PeerRole
 from protos.errors import Unavailable
+from protos.loop_thread import LoopEnded
 from router.expert_map import ExpertMap
 from router.placement import PlacementRequest
 from router.placement.members import ShardTraits, place_on
@@ -369,8 +370,8 @@ def _settle(answer: Future[Any], done: Future[Any]) -> None:
     error = done.exception()
     if error is None:
         answer.set_result(done.result())
-    elif isinstance(error, RayActorError):
-        answer.set_exception(ProcessDied(str(error)))
+    elif isinstance(error, RayActorError) or (isinstance(error, RayTaskError) and isinstance(error.cause, LoopEnded)):
+        answer.set_exception(ProcessDied(str(error)))  # one that has stopped is as good as dead until it is
     elif isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         answer.set_exception(error.cause)
     else:

@@ -148,13 +148,15 @@ class Role(ABC):
         """Lets what is in flight end, then ends every thread and port of the process. Another call does nothing."""
         if not self._ending.acquire(blocking=False):
             return
-        self._stop(drain_timeout_s)
-        if self._health_server:
-            self._loop.run(self._health_server.stop(None), CONTROL_TIMEOUT_S)
-        if self._http_server:
-            close_http(self._http_server)
-        self._tracing.close()
-        self._loop.stop()
+        try:
+            self._stop(drain_timeout_s)
+            if self._health_server:
+                self._loop.run(self._health_server.stop(None), CONTROL_TIMEOUT_S)
+        finally:
+            if self._http_server:
+                close_http(self._http_server)
+            self._tracing.close()
+            self._loop.stop()
 
     @abstractmethod
     def _stop(self, drain_timeout_s: float) -> None:

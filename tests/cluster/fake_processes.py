@@ -72,6 +72,9 @@ class FakeProcess:
             return future
         if self.is_starting:
             return future  # never answered: the test has no time to wait
+        if self.is_stopping and method not in ("health", "stop"):
+            future.set_exception(ProcessDied(self.name))
+            return future
         self.calls.append((method, args))
         self.on_call(method)
         self.is_leaving = self.is_leaving or method == "leave"

@@ -3,11 +3,11 @@
 import asyncio
 import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from protos.loop_thread import LoopThread
+from protos.loop_thread import LoopEnded, LoopThread
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def test_who_waits_when_the_loop_ends_is_told(thread: LoopThread) -> None:
         waiting = pool.submit(thread.run, wait_for_ever())
         assert has_begun.wait(5.0)
         thread.stop()
-        with pytest.raises(CancelledError):
+        with pytest.raises(LoopEnded):
             waiting.result(5.0)
 
 
 def test_a_loop_that_has_ended_takes_nothing(thread: LoopThread) -> None:
     thread.stop()
     thread.stop()
-    with pytest.raises(RuntimeError, match="has ended"):
+    with pytest.raises(LoopEnded, match="has ended"):
         thread.run(seven())
