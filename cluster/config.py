@@ -250,7 +250,8 @@ class GatewayConfig(StrictModel):
     resume_timeout_s: Annotated[float, Field(ge=0)] = 60.0  # an answer that has begun waits so long for another worker
     # A worker that is asked whether it is there and says nothing for so long, and for longer than is usual for it, has
     # its calls handed to another one, though its connection stands. A busy machine may leave it without a core so long.
-    silence_timeout_s: Annotated[float, Field(gt=0)] = 0.5
+    # At most as long as a silent connection is kept.
+    silence_timeout_s: Annotated[float, Field(ge=0.1, le=5.0)] = 0.5
     read_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a client that takes nothing for so long is cut off
     http_key: bool = False  # the HTTP port wants a key with the right `admin`: Bearer, or the password of Basic
     keys: str | None = None  # file of bearer keys, see `mobula keys`; unset: whoever reaches the port may do everything
