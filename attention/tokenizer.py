@@ -97,7 +97,7 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids, with the beginning-of-sequence token in front if the model wants it and the text lacks it."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
+        ids = self._encode(text, add_special_tokens=True)
         if self._bos_token_id is None:
             return ids
         if ids[:2] == [self._bos_token_id] * 2:
@@ -109,7 +109,12 @@ class Tokenizer:
 
         Raises NoChatTemplate, ChatTemplateRefused.
         """
-        ids: list[int] = self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids
+        return self._encode(self.render_chat(messages), add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """As a batch of one: `encode` keeps the interpreter's lock, for most of a second with a megabyte of text, and a
+        process that cannot say that it is well meanwhile is taken for a silent one."""
+        ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def render_chat(self, messages: ChatMessages) -> str:

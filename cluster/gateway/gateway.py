@@ -65,11 +65,11 @@ class GatewayServicer:
 
     async def generate(self, request: bytes, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """Inference.Generate."""
-        rpc.check_size(request)
         with (
             self._metrics.request() as outcome,
             self._tracing.span("gateway.Generate", context.invocation_metadata() or ()) as span,
         ):
+            rpc.check_size(request)
             costs = self._admission.costs
             try:
                 async with self._admission.place(

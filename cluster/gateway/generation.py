@@ -27,6 +27,7 @@ from protos.tracing import NO_SPAN, Span
 logger = logging.getLogger(__name__)
 
 MAX_LOSSES = 3  # workers that a request may lose: it may be what they die of
+MAX_SILENCES = 5  # workers that a request leaves because they are silent; then it waits for the next one's word
 RETRY_S = 0.1  # between two looks for a worker
 
 
@@ -62,7 +63,10 @@ class Generation:
         self._has_begun = False  # the client has had an answer
         self._has_ended = False  # the client has had the last answer, or the worker has no more
         self._num_losses = 0
-        self._lost_s: float | None = None  # when the worker of an answer that has begun was lost; None while it has one
+        self._num_silences = 0
+        self._lost_s: float | None = (
+            None  # when its worker was lost, or silent; None while it has one, or waits for its first
+        )
 
     async def answers(self, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """GenerateResponses, to the last one.
@@ -86,7 +90,8 @@ class Generation:
         self._span.note("mobula.dp_rank", worker.dp_rank)
         metadata = self._span.passed_on(forwarded(context))
         call = worker.generate()(self._relayed.SerializeToString(), timeout=context.time_remaining(), metadata=metadata)
-        worker.calls.add(call)
+        if self._num_silences < MAX_SILENCES:  # else it stays where it is
+            worker.calls.add(call)
         try:
             async for response in call:
                 self._note(response)
@@ -139,6 +144,7 @@ class Generation:
             return
         if self._has_begun:
             self._metrics.count_resume(reason)
+        if self._has_begun or reason is ResumeReason.SILENT:  # which may be heard again
             self._lost_s = self._clock() if self._lost_s is None else self._lost_s
         logger.warning(
             "request %s: worker %d at %s is gone (%s) after %d tokens, trying another: %s",
@@ -151,6 +157,7 @@ class Generation:
             extra={"request_id": self._relayed.request_id},
         )
         self._num_losses += reason is ResumeReason.LOST
+        self._num_silences += reason is ResumeReason.SILENT
         if self._num_losses >= MAX_LOSSES:
             raise errors.Unavailable(
                 f"{self._num_losses} attention workers were lost while they computed this request; it is not tried "
@@ -158,7 +165,10 @@ class Generation:
             )
 
     async def _next_worker(self, tried: list[WorkerChannel]) -> WorkerChannel:
-        """One that was not tried; an answer that has begun waits for one. Raises Unavailable when there is none."""
+        """One that was not tried; an answer that has begun, or whose worker was silent, waits for one.
+
+        Raises Unavailable when there is none.
+        """
         while True:
             try:
                 return self._pool.choose(tried, self._mean_tokens)

@@ -21,11 +21,13 @@ logger = logging.getLogger(__name__)
 INFERENCE = generation_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 WORKER = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-READY, TRANSIENT_FAILURE, SHUTDOWN = (
+READY, IDLE, TRANSIENT_FAILURE, SHUTDOWN = (
     grpc.ChannelConnectivity.READY,
+    grpc.ChannelConnectivity.IDLE,
     grpc.ChannelConnectivity.TRANSIENT_FAILURE,
     grpc.ChannelConnectivity.SHUTDOWN,
 )
+REACHABLE = (READY, IDLE)  # as far as is known
 CAPACITY_TIMEOUT_S = 10.0
 QUESTION_TIMEOUT_S = 10.0  # of one that asks whether a worker is there
 NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
@@ -190,8 +192,8 @@ class WorkerPool:
         await worker.channel.close(grace=0)
 
     def _hand_over(self, silent: WorkerChannel) -> None:
-        """Ends the calls of a worker that is silent if there is another one that is not."""
-        if any(not worker.is_silent for worker in self.workers.values()):
+        """Ends the calls of a worker that is silent if there is another one that can be reached and is not."""
+        if any(not worker.is_silent and worker.channel.get_state() in REACHABLE for worker in self.workers.values()):
             for call in silent.calls:
                 call.cancel()
 

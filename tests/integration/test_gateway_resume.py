@@ -92,3 +92,34 @@ def test_a_silent_worker_keeps_its_calls_while_there_is_no_other() -> None:
         opened.workers[0].link.release()
         assert [answer.text for answer in answers] == ["1 ", "2 "]
         assert len(opened.workers[0].relayed) == 1
+
+
+def test_a_silent_worker_keeps_its_calls_while_no_other_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    with front() as opened:
+        opened.workers[0].num_until_held = 0
+        unreachable = grpc.ChannelConnectivity.TRANSIENT_FAILURE
+        monkeypatch.setattr(opened.gateway.pool.workers[1].channel, "get_state", lambda **_: unreachable)
+        give_up_s = time.monotonic() + 5.0
+        answers = opened.generate("count to 2")
+        while not opened.gateway.pool.workers[0].is_silent:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+        time.sleep(0.3)  # some turns of the watch
+        opened.workers[0].link.release()
+        assert [answer.text for answer in answers] == ["0 ", "1 "]
+        assert len(opened.workers[0].relayed) == 1
+
+
+def test_a_request_that_finds_every_worker_silent_waits_for_the_first_that_is_heard() -> None:
+    with front() as opened:
+        for worker in opened.workers:
+            worker.num_until_held = 0
+        answers = opened.generate("count to 2")
+        give_up_s = time.monotonic() + 5.0
+        while not all(worker.is_silent for worker in opened.gateway.pool.workers.values()):
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+        for worker in opened.workers:
+            worker.num_until_held = None
+            worker.link.release()
+        assert [answer.text for answer in answers] == ["0 ", "1 "]
