@@ -50,13 +50,23 @@ def _speaks_tls(host: str, port: int) -> bool:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols([HTTP2])
-    with suppress(OSError), _connected(host, port, context):  # ssl.SSLError is one
-        return True
-    return False
+    try:
+        with _connected(host, port, context):
+            return True
+    except ssl.SSLError as error:  # an alert is TLS: before 1.3 that is how a client's certificate is asked for
+        return "ALERT" in (error.reason or "")
+    except OSError:
+        return False
 
 
 def _why_not_believed(host: str, port: int, address: str, access: ClientAccess) -> str | None:
-    context = _context(access)
+    try:
+        context = _context(access)
+    except (OSError, ValueError) as error:  # ssl.SSLError is the former, what is no text the latter
+        return (
+            f"{address} speaks TLS, but a file that was given is not what it should be ({error}): --tls-ca is an "
+            "authority's certificate, --cert and --key a certificate and its own private key, all as PEM"
+        )
     context.check_hostname = False
     try:
         with _connected(host, port, context) as connection:
@@ -66,6 +76,8 @@ def _why_not_believed(host: str, port: int, address: str, access: ClientAccess) 
             f"the certificate of {address} is not to be believed: {error.verify_message}; give --tls-ca the ca.crt of "
             "its tls.clients folder (public/ca.crt where `mobula certs make` wrote it)"
         )
+    except OSError:  # TLS 1.2 wants a client's certificate during the handshake, or the other side hung up
+        return _why_refused(host, port, address, context, access)
     if host not in names and not any(name.startswith("*.") and host.endswith(name[1:]) for name in names):
         return (
             f"the certificate of {address} is for {', '.join(names) or 'no name'}, not for {host}; call it by one of "

@@ -15,6 +15,8 @@ from protos.errors import InvalidRequest, NotServing
 
 logger = logging.getLogger(__name__)
 
+MAX_ADDED = 16  # workers at a time: each is a process with weights of its own, and a slip of the finger is cheap so
+
 
 class WorkerMembership:
     """Adds to the controller's records."""
@@ -50,6 +52,12 @@ class WorkerMembership:
         taken = {worker.rank for worker in self.workers}
         free = [rank for rank in range(count + len(taken)) if rank not in taken]
         added = free[: count - len(staying)]
+        if len(added) > MAX_ADDED:
+            raise InvalidRequest(
+                f"count is {count}, {len(staying)} workers are there and at most {MAX_ADDED} are added at a time; "
+                f"ask for at most {len(staying) + MAX_ADDED}, and again when they serve",
+                field="count",
+            )
         for rank in added:
             worker = self._create(rank)
             worker.is_joining = True

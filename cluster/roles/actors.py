@@ -267,6 +267,8 @@ def _create_processes(config: MobulaConfig, host: str | None) -> list[ManagedPro
             )
             options["get_if_exists"] = True
             processes.append(_create_process(role, rank, options, config, host))
+            # One that was added and has not come yet is waited for by nobody, whoever asked for it.
+            processes[-1].is_joining = role is RoleName.WORKER and bool(are_all_found) and rank >= len(actors)
     labels = {"label_selector": config.gateway.labels or None}
     options = _options(ActorConfig(num_cpus=CONTROL_CPUS)) | labels | {"get_if_exists": True}
     if config.gateway.count > 1:

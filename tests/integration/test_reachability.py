@@ -1,6 +1,8 @@
 """What a command says when its gateway and it do not agree on TLS, or nobody listens."""
 
 import socket
+import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,3 +103,52 @@ def test_an_address_where_nobody_listens_is_told_so() -> None:
 @pytest.mark.parametrize("address", ["gateway", "gateway:", ":50051", "gateway:port"])
 def test_what_is_no_address_is_named(address: str) -> None:
     assert why_unreachable(address, ClientAccess()) == f"{address!r} is not host:port"
+
+
+@pytest.mark.parametrize(
+    ("key", "certificate", "authority_text"),
+    [("other", "ann", None), ("ann", "ann", b"no certificate"), ("ann", "ann", b"\xff\xfe")],
+)
+def test_files_that_do_not_fit_are_told_with_their_options(
+    authority: Authority, key: str, certificate: str, authority_text: bytes | None
+) -> None:
+    clients = authority.folder / "clients"
+    authority.issue(clients / "other", "other", (), days=1)
+    access = ClientAccess(
+        is_tls=True,
+        authority=authority_text or (authority.folder / "public" / "ca.crt").read_bytes(),
+        certificate=(clients / certificate / "tls.crt").read_bytes(),
+        private_key=(clients / key / "tls.key").read_bytes(),
+    )
+    with listening(ServerTls(CertificateFolder(authority.folder / "public"), is_mutual=False)) as address:
+        reason = why_unreachable(address, access)
+    assert reason
+    assert "--tls-ca is an authority's certificate, --cert and --key" in reason
+
+
+def test_a_port_of_tls_1_2_that_wants_a_certificate_speaks_tls(authority: Authority) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    public = authority.folder / "public"
+    context.load_cert_chain(public / "tls.crt", public / "tls.key")
+    context.load_verify_locations(public / "ca.crt")
+    context.verify_mode = ssl.CERT_REQUIRED
+    with socket.create_server((HOST, 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                try:
+                    context.wrap_socket(connection, server_side=True).close()
+                except OSError:
+                    connection.close()
+
+        threading.Thread(target=serve, name="tls-1.2", daemon=True).start()
+        address = f"{HOST}:{listener.getsockname()[1]}"
+        reason = why_unreachable(address, believing(authority))
+        listener.shutdown(socket.SHUT_RDWR)
+    assert reason
+    assert "wants a client's certificate" in reason
