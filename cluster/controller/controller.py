@@ -269,7 +269,7 @@ class Controller:
     def _is_placement_used_alone(self) -> bool:
         """Whether every worker knows the placement and has no forward under an older one under way."""
         return all(
-            worker.is_joining
+            (worker.is_joining and not worker.is_ready)  # one that is ready may compute for a controller before this
             or (worker.is_connected and worker.health.oldest_placement_version == self._expert_map.placement_version)
             for worker in self._members(RoleName.WORKER)
         )

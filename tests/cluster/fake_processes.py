@@ -59,6 +59,7 @@ class FakeProcess:
         self.is_alive = True
         self.is_starting = False
         self.placement_version = 0
+        self.oldest_placement_version: int | None = None  # under which a forward is under way, if not the newest
         self.must_leave = self.is_leaving = self.is_stopping = False
         self.error: Exception | None = None
 
@@ -113,7 +114,7 @@ class FakeProcess:
             is_leaving=self.is_leaving,
             is_stopping=self.is_stopping,
             placement_version=self.placement_version,
-            oldest_placement_version=self.placement_version,
+            oldest_placement_version=self.oldest_placement_version or self.placement_version,
         )
 
 

@@ -40,6 +40,23 @@ def test_the_placement_that_a_worker_knows_goes_on() -> None:
     assert told.placement_version == 9
 
 
+def test_shards_keep_what_an_added_worker_still_computes_with() -> None:
+    first, fakes = system(num_workers=3)
+    run(first, 4)
+    fakes["shard-0"].calls.clear()
+    for name in ("worker-0", "worker-1", "worker-2"):
+        fakes[name].placement_version = 9
+        fakes[name].answers["expert_map"] = MOVED
+    fakes["worker-2"].oldest_placement_version = 8
+    second = controller_of(fakes, num_shards=2)
+    second._processes[4].is_joining = True  # as _create_processes marks a worker beyond those configured
+    run(second, 3)
+    assert fakes["shard-0"].told("serve_only") == []
+    fakes["worker-2"].oldest_placement_version = None
+    run(second, 1)
+    assert [told.placement_version for (told,) in fakes["shard-0"].told("serve_only")] == [9]
+
+
 def test_a_shard_that_nobody_saw_since_the_controller_was_replaced_is_lost_after_a_while_too() -> None:
     now_s = 0.0
     first, fakes = system(num_shards=3)
