@@ -103,7 +103,7 @@ class Controller:
         )
         self._replica_check = ReplicaCheck(lambda: self._members(RoleName.SHARD), clock)
         self._departures = Departures(processes, drain_timeout_s, clock)
-        self._workers = WorkerMembership(processes, partial(create, RoleName.WORKER), self._departures)
+        self._workers = WorkerMembership(processes, partial(create, RoleName.WORKER), self._departures, clock)
         self._scalings = (
             shards_by_load(self._balance.membership, shard_scaling or ShardScalingConfig(), clock),
             workers_by_load(processes, self._workers, worker_scaling or WorkerScalingConfig(), clock),
@@ -207,9 +207,10 @@ class Controller:
         self._clear_nodes()
         self._load()
         self._balance.round(self._expert_map, is_serving=self._status.is_serving)
-        is_changing = self._balance.membership.is_changing or self._workers.is_changing
-        for scaling in self._scalings:
-            scaling.round(is_settled=self._status.is_serving and self._balance.is_idle and not is_changing)
+        is_settled = self._status.is_serving and self._balance.is_idle and not self._balance.membership.is_changing
+        shard_scaling, worker_scaling = self._scalings
+        shard_scaling.round(is_settled=is_settled and not self._workers.is_missing_one)
+        worker_scaling.round(is_settled=is_settled and not self._workers.is_changing)
         self._inbox.answer()
         shards = {p.rank: p for p in self._members(RoleName.SHARD) if p.rank in self._expert_map.ep_ranks}
         # Also of those that are away: a worker that knows one's old address uses its replicas until it is back.

@@ -45,7 +45,8 @@ class Departures:
         process = self._find(role, rank)
         if process.is_replaced:
             return
-        if not is_serving or any(other.is_replaced or not other.is_ready for other in self._processes):
+        waited_for = [other for other in self._processes if not other.is_joining]
+        if not is_serving or any(other.is_replaced or not other.is_ready for other in waited_for):
             raise NotServing(
                 f"not every process is ready, so {process.name} stays; ask again when the system serves",
                 retry_after_s=5.0,

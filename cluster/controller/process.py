@@ -148,6 +148,7 @@ class ManagedProcess:
     is_lost: bool = False  # a shard that was ready and is gone for so long that others take over its units
     is_leaving: bool = False  # a shard that gives up its units, or a worker its requests, and then ends
     is_joining: bool = False  # a worker that was added while the system serves: nobody waits for it
+    join_by_s: float | None = None  # else a joining worker is given up; a moment of the controller's clock
     is_replaced: bool = False  # it is to end, and another generation to take its place
     stopping: Future[Any] | None = None  # once it was told to end
     stop_by_s: float = 0.0  # else it is killed; a moment of the controller's clock

@@ -10,24 +10,30 @@ from collections.abc import Callable
 
 from cluster.controller.departures import Departures
 from cluster.controller.membership import MemberChange
-from cluster.controller.process import ManagedProcess, RoleName
-from protos.errors import InvalidRequest, NotServing
+from cluster.controller.process import ManagedProcess, ProcessState, RoleName
+from protos.errors import InvalidRequest, MobulaError, NotServing
 
 logger = logging.getLogger(__name__)
 
 MAX_ADDED = 16  # workers at a time: each is a process with weights of its own, and a slip of the finger is cheap so
+JOIN_TIMEOUT_S = 600.0  # for a worker to begin to load; a cluster may have to get a node and its image first
 
 
 class WorkerMembership:
     """Adds to the controller's records."""
 
     def __init__(
-        self, processes: list[ManagedProcess], create: Callable[[int], ManagedProcess], departures: Departures
+        self,
+        processes: list[ManagedProcess],
+        create: Callable[[int], ManagedProcess],
+        departures: Departures,
+        clock: Callable[[], float],
     ) -> None:
         """create: starts the worker of a rank, without waiting; raises MobulaError when it cannot now."""
         self._processes = processes
         self._create = create
         self._departures = departures
+        self._clock = clock
 
     @property
     def workers(self) -> list[ManagedProcess]:
@@ -38,6 +44,11 @@ class WorkerMembership:
     def is_changing(self) -> bool:
         """Whether a worker comes, leaves or is replaced."""
         return any(worker.is_ending or not worker.is_connected for worker in self.workers)
+
+    @property
+    def is_missing_one(self) -> bool:
+        """Whether one that had joined leaves, is replaced or is away."""
+        return any(worker.is_ending or not (worker.is_connected or worker.is_joining) for worker in self.workers)
 
     def scale(self, count: int) -> MemberChange:
         """From now on `count` workers: new ones take the lowest free ranks, the highest ranks leave.
@@ -66,9 +77,30 @@ class WorkerMembership:
         return MemberChange(added=tuple(added))
 
     def note_arrivals(self) -> None:
-        """A worker that gives answers has joined: from then on it is missed when it is away."""
-        for worker in self.workers:
-            worker.is_joining = worker.is_joining and not worker.is_connected
+        """A worker that gives answers has joined: from then on it is missed when it is away.
+
+        One that does not begin to load in time is drained: while it is awaited, load does not change their number.
+        """
+        for worker in [worker for worker in self.workers if worker.is_joining]:
+            worker.is_joining = not worker.is_connected
+            if worker.join_by_s is None or worker.health.state is ProcessState.LOADING:
+                worker.join_by_s = self._clock() + JOIN_TIMEOUT_S
+            elif worker.is_joining and not worker.is_leaving and self._clock() >= worker.join_by_s:
+                self._give_up(worker)
+
+    def _give_up(self, worker: ManagedProcess) -> None:
+        try:
+            self._departures.drain_worker(worker.rank)
+        except MobulaError as error:
+            logger.warning("%s has not started, and is awaited on: %s", worker.name, error)
+            worker.join_by_s = self._clock() + JOIN_TIMEOUT_S
+        else:
+            logger.warning(
+                "%s has not started in %.0f s, and is drained; add nodes, or lower num_cpus or num_gpus of "
+                "attention_workers",
+                worker.name,
+                JOIN_TIMEOUT_S,
+            )
 
     def _drain(self, staying: list[ManagedProcess], leaving: list[ManagedProcess]) -> MemberChange:
         if not any(worker.is_ready and not worker.is_replaced for worker in staying):

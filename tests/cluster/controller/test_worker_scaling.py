@@ -9,7 +9,8 @@ import pytest
 
 from cluster.config import WorkerScalingConfig
 from cluster.controller.controller import Controller
-from cluster.controller.process import ProcessState
+from cluster.controller.process import ProcessState, RoleName
+from cluster.controller.worker_membership import JOIN_TIMEOUT_S
 from cluster.controller.worker_usage import WorkerWork
 from protos.errors import InvalidRequest, NotServing
 from tests.cluster.fake_processes import FakeProcess, answered, run, system
@@ -117,6 +118,42 @@ def test_a_worker_that_is_added_gets_requests_when_it_is_ready_and_is_missed_by_
     fakes["worker-2"].die()
     run(controller, 1)
     assert not controller.status().is_serving
+
+
+def test_a_worker_that_never_starts_holds_up_no_restart_and_no_shards_and_is_given_up_in_time() -> None:
+    now_s = 0.0
+    controller, fakes = system(2, clock=lambda: now_s)
+    run(controller, 4)
+    answered(controller, lambda: controller.scale_workers(3))
+    fakes["worker-2"].die()
+    run(controller, 2)
+    assert controller._workers.is_changing
+    assert not controller._workers.is_missing_one
+    generation = fakes["worker-0"].generation
+    answered(controller, lambda: controller.restart(RoleName.WORKER, 0))
+    run(controller, 6)
+    assert fakes["worker-0"].generation != generation
+    now_s = JOIN_TIMEOUT_S - 1.0
+    run(controller, 4)
+    assert names(controller) == ["worker-0", "worker-1", "worker-2"]
+    now_s = JOIN_TIMEOUT_S + 1.0
+    run(controller, 4)
+    assert names(controller) == ["worker-0", "worker-1"]
+    assert not controller._workers.is_changing
+    assert controller.status().is_serving
+
+
+def test_a_worker_that_loads_for_long_is_awaited() -> None:
+    now_s = 0.0
+    controller, fakes = system(2, clock=lambda: now_s)
+    run(controller, 4)
+    answered(controller, lambda: controller.scale_workers(3))
+    fakes["worker-2"].state = ProcessState.LOADING
+    controller._workers.workers[2].is_joining = True  # it had no time to load at once
+    for _ in range(3):
+        now_s += JOIN_TIMEOUT_S
+        run(controller, 1)
+    assert names(controller) == ["worker-0", "worker-1", "worker-2"]
 
 
 def test_a_drained_worker_comes_back_under_its_number() -> None:
