@@ -206,7 +206,7 @@ def test_nobody_at_the_address_is_an_error_with_a_hint() -> None:
         pass
     result = run(host, "status")
     assert result.exit_code == 1
-    assert "is this its address?" in result.stderr.replace("\n", " ")
+    assert "is this its --address?" in result.stderr.replace("\n", " ")
 
 
 def test_an_operator_moves_experts_of_a_controller_that_supervises_processes() -> None:
