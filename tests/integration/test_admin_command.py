@@ -198,7 +198,7 @@ def test_a_gateway_that_does_not_know_the_controller_is_an_error_without_a_wrong
         result = run(host, "status")
     assert result.exit_code == 1
     assert "UNAVAILABLE: the gateway does not know the controller yet" in result.stderr
-    assert "is this its address?" not in result.stderr
+    assert "is this its --address?" not in result.stderr
 
 
 def test_nobody_at_the_address_is_an_error_with_a_hint() -> None:
