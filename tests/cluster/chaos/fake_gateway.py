@@ -30,12 +30,13 @@ class Gateway:
         return bound
 
     async def _generate(self, request: generation_pb2.GenerateRequest, context: object) -> AsyncIterator[bytes]:
-        for _ in range(len(request.received_token_ids), request.sampling_params.max_tokens):
+        for position in range(len(request.received_token_ids), request.sampling_params.max_tokens):
             token_id = request.sampling_params.seed + self.lies
             yield generation_pb2.GenerateResponse(token_ids=[token_id]).SerializeToString()
-            await asyncio.sleep(0.001)
-            while self.hangs:
-                await asyncio.sleep(0.01)
+            if position + 1 < request.sampling_params.max_tokens:  # who has all tokens is not kept waiting for one
+                await asyncio.sleep(0.001)
+                while self.hangs:
+                    await asyncio.sleep(0.01)
 
     def close(self) -> None:
         self.loop.run(self._server.stop(None))
