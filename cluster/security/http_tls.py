@@ -33,7 +33,7 @@ def secured_connections(
         try:
             if is_mutual:
                 _check(wrapped, folder, readers)
-        except HttpCertificateRefused:
+        except BaseException:
             wrapped.close()
             raise
         return wrapped
@@ -48,10 +48,13 @@ def client_contexts(folder: CertificateFolder) -> Callable[[], ssl.SSLContext]:
 
 def _check(connection: ssl.SSLSocket, folder: CertificateFolder, readers: Collection[str]) -> None:
     shown = connection.getpeercert(binary_form=True)
-    if shown is None or folder.current().has_revoked(ssl.DER_cert_to_PEM_cert(shown).encode()):
-        raise HttpCertificateRefused("the certificate is revoked")
-    if readers and dns_names(x509.load_der_x509_certificate(shown)).isdisjoint(readers):
-        raise HttpCertificateRefused(f"the certificate carries none of {', '.join(sorted(readers))}")
+    try:
+        if shown is None or folder.current().has_revoked(ssl.DER_cert_to_PEM_cert(shown).encode()):
+            raise HttpCertificateRefused("the certificate is revoked")
+        if readers and dns_names(x509.load_der_x509_certificate(shown)).isdisjoint(readers):
+            raise HttpCertificateRefused(f"the certificate carries none of {', '.join(sorted(readers))}")
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise HttpCertificateRefused(f"the certificate cannot be read: {error}") from error
 
 
 class _Contexts:
