@@ -18,7 +18,8 @@ from protos.bounded_file import read_bounded
 from router.placement.members import ShardTraits
 from router.router_config import RouterConfig
 
-Count = Annotated[int, Field(ge=1, le=4096)]
+MAX_COUNT = 4096  # processes of a role
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 FixedPort = Annotated[int, Field(ge=1, le=65535)]
 

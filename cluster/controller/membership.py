@@ -5,10 +5,12 @@ One that is drained gives its units to the others by a rebalance, and ends. Othe
 shard takes a number that is free. Knows nothing of load, policies or Ray.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+from cluster.config import MAX_COUNT
 from cluster.controller.process import ManagedProcess, ProcessState, RoleName
 from cluster.controller.rebalance import RebalanceCause
 from protos.errors import InvalidRequest
@@ -24,6 +26,12 @@ class MemberChange(NamedTuple):
 
     added: tuple[int, ...] = ()
     drained: tuple[int, ...] = ()
+
+
+def free_ranks(members: Collection[ManagedProcess], num_added: int) -> list[int]:
+    """So many, the lowest that none of a role's processes has."""
+    taken = {member.rank for member in members}
+    return list(itertools.islice((rank for rank in itertools.count() if rank not in taken), max(0, num_added)))
 
 
 class ShardMembership:
@@ -63,15 +71,15 @@ class ShardMembership:
         """
         if count < 1:
             raise InvalidRequest(f"count is {count}, at least 1 shard must hold the experts", field="count")
+        if count > MAX_COUNT:
+            raise InvalidRequest(f"count is {count}, limit is {MAX_COUNT} shards", field="count")
         staying = [shard.rank for shard in self.staying]
         if count < len(staying):
             drained = staying[count:]
             self._check(staying[:count])
             self._leave(drained)
             return MemberChange(drained=tuple(drained))
-        taken = {shard.rank for shard in self.shards}
-        free = [rank for rank in range(count + len(taken)) if rank not in taken]
-        added = free[: count - len(staying)]
+        added = free_ranks(self.shards, count - len(staying))
         if not added:
             return MemberChange()
         self._check([*staying, *added])

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 
 from cluster.controller.departures import Departures
-from cluster.controller.membership import MemberChange
+from cluster.controller.membership import MemberChange, free_ranks
 from cluster.controller.process import ManagedProcess, ProcessState, RoleName
 from protos.errors import InvalidRequest, MobulaError, NotServing
 
@@ -60,15 +60,14 @@ class WorkerMembership:
         staying = [worker for worker in self.workers if not worker.is_leaving]
         if count < len(staying):
             return self._drain(staying[:count], staying[count:])
-        taken = {worker.rank for worker in self.workers}
-        free = [rank for rank in range(count + len(taken)) if rank not in taken]
-        added = free[: count - len(staying)]
-        if len(added) > MAX_ADDED:
+        num_added = count - len(staying)
+        if num_added > MAX_ADDED:
             raise InvalidRequest(
                 f"count is {count}, {len(staying)} workers are there and at most {MAX_ADDED} are added at a time; "
                 f"ask for at most {len(staying) + MAX_ADDED}, and again when they serve",
                 field="count",
             )
+        added = free_ranks(self.workers, num_added)
         for rank in added:
             worker = self._create(rank)
             worker.is_joining = True

@@ -145,6 +145,8 @@ def test_fewer_shards_means_the_last_ones_leave_and_only_if_the_rest_can_hold_th
         answered(controller, lambda: controller.scale_shards(0))
     with pytest.raises(RebalanceRefused, match="use at most 24 shards"):
         answered(controller, lambda: controller.scale_shards(1_000))
+    with pytest.raises(InvalidRequest, match="count is 4294967295, limit is 4096 shards"):
+        answered(controller, lambda: controller.scale_shards(2**32 - 1))
     with pytest.raises(InvalidRequest, match=r"no shard 7, only \[0, 1\]"):
         answered(controller, lambda: controller.drain_shard(7))
     assert set(fakes) >= {"shard-0", "shard-1", "shard-2"}

@@ -180,4 +180,6 @@ def test_workers_leave_only_while_one_that_stays_is_ready() -> None:
         answered(controller, lambda: controller.scale_workers(0))
     with pytest.raises(InvalidRequest, match="count is 500, 2 workers are there and at most 16 are added"):
         answered(controller, lambda: controller.scale_workers(500))
+    with pytest.raises(InvalidRequest, match="at most 16 are added"):
+        answered(controller, lambda: controller.scale_workers(2**32 - 1))
     assert names(controller) == ["worker-0", "worker-1"]
