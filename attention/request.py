@@ -96,6 +96,7 @@ class RequestReader:
             allows_missing_experts=request.allow_missing_experts,
         )
         self._go_on_after(sequence, list(request.received_token_ids), "received_token_ids")
+        sequence.num_received_tokens = sequence.num_output_tokens
         return sequence
 
     def relayed_sequence(self, relayed: worker_pb2.RelayedRequest) -> Sequence:

@@ -176,6 +176,7 @@ def _response(sequence: Sequence, output: SequenceOutput) -> generation_pb2.Gene
         response.usage.num_completion_tokens = sequence.num_output_tokens
         response.usage.num_dropped_assignments = sequence.num_dropped_assignments
         response.usage.num_degraded_steps = sequence.num_degraded_steps
+        response.usage.num_received_tokens = sequence.num_received_tokens
     if isinstance(output.matched_stop, str):
         response.matched_stop_string = output.matched_stop
     elif output.matched_stop is not None:

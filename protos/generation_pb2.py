@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/generation.proto\x12\tmobula.v1\x1a\x13protos/tensor.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.mobula.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf0\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x15\n\x08logprobs\x18\n \x01(\rH\x06\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0b \x01(\x08H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokens\"\xf8\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.mobula.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.mobula.v1.TokenIdsH\x00\x12\x32\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x19.mobula.v1.SamplingParams\x12\x1d\n\x15\x61llow_missing_experts\x18\x06 \x01(\x08\x12\x1a\n\x12received_token_ids\x18\x07 \x03(\rB\x07\n\x05input\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"^\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12+\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x15.mobula.v1.TopLogprob\"~\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\x12\x1f\n\x17num_dropped_assignments\x18\x03 \x01(\x04\x12\x1a\n\x12num_degraded_steps\x18\x04 \x01(\r\"\xaa\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.mobula.v1.TokenLogprob\x12\x33\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.mobula.v1.FinishReasonH\x01\x88\x01\x01\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.mobula.v1.Usage\x12\x1d\n\x13matched_stop_string\x18\x07 \x01(\tH\x00\x12\x1f\n\x15matched_stop_token_id\x18\x08 \x01(\rH\x00\x42\x0e\n\x0cmatched_stopB\x10\n\x0e_finish_reason\"K\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.mobula.v1.ChatH\x00\x42\x07\n\x05input\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xda\x03\n\x14GetModelInfoResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.mobula.v1.DType\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x19\n\x11num_hidden_layers\x18\x06 \x01(\r\x12\x13\n\x0bhidden_size\x18\x07 \x01(\r\x12\x15\n\rmoe_layer_ids\x18\x08 \x03(\r\x12\x18\n\x10n_routed_experts\x18\t \x01(\r\x12\x18\n\x10n_shared_experts\x18\n \x01(\r\x12\x1b\n\x13num_experts_per_tok\x18\x0b \x01(\r\x12\x0f\n\x07n_group\x18\x0c \x01(\r\x12\x12\n\ntopk_group\x18\r \x01(\r\x12\x15\n\reos_token_ids\x18\x0e \x03(\r\x12\x19\n\x11has_chat_template\x18\x0f \x01(\x08\x12\x0f\n\x07\x64p_size\x18\x10 \x01(\r\x12\x0f\n\x07\x65p_size\x18\x11 \x01(\r\x12\x0f\n\x07version\x18\x12 \x01(\t\x12\x14\n\x0cmax_num_seqs\x18\x13 \x01(\r\x12\x18\n\x10num_cache_tokens\x18\x14 \x01(\x04\"\x16\n\x14GetExpertLoadRequest\"1\n\tLayerLoad\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x03(\x04\"\x97\x01\n\tShardLoad\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\tnum_units\x18\x03 \x01(\r\x12\x14\n\x0cnum_forwards\x18\x04 \x01(\x04\x12\x10\n\x08num_rows\x18\x05 \x01(\x04\x12\x17\n\x0fnum_assignments\x18\x06 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\"\x96\x01\n\rDispatchStats\x12\x1b\n\x13num_tokens_by_ranks\x18\x01 \x03(\x04\x12\x1b\n\x13max_ranks_per_token\x18\x02 \x01(\r\x12\x12\n\nsent_bytes\x18\x03 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x04\x12\x1f\n\x17num_dropped_assignments\x18\x05 \x01(\x04\"\xaa\x01\n\x15GetExpertLoadResponse\x12\x19\n\x11placement_version\x18\x01 \x01(\x04\x12$\n\x06layers\x18\x02 \x03(\x0b\x32\x14.mobula.v1.LayerLoad\x12$\n\x06shards\x18\x03 \x03(\x0b\x32\x14.mobula.v1.ShardLoad\x12*\n\x08\x64ispatch\x18\x04 \x01(\x0b\x32\x18.mobula.v1.DispatchStats\"\x15\n\x13GetPlacementRequest\"!\n\rUnitPlacement\x12\x10\n\x08\x65p_ranks\x18\x01 \x03(\r\"c\n\x0eLayerPlacement\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x16\n\x0e\x65xpert_to_unit\x18\x02 \x03(\r\x12\'\n\x05units\x18\x03 \x03(\x0b\x32\x18.mobula.v1.UnitPlacement\"\x8a\x01\n\x14GetPlacementResponse\x12\x19\n\x11placement_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x65p_size\x18\x02 \x01(\r\x12)\n\x06layers\x18\x03 \x03(\x0b\x32\x19.mobula.v1.LayerPlacement\x12\x1b\n\x13max_ranks_per_token\x18\x04 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x8d\x03\n\tInference\x12\x45\n\x08Generate\x12\x1a.mobula.v1.GenerateRequest\x1a\x1b.mobula.v1.GenerateResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.mobula.v1.TokenizeRequest\x1a\x1b.mobula.v1.TokenizeResponse\x12O\n\x0cGetModelInfo\x12\x1e.mobula.v1.GetModelInfoRequest\x1a\x1f.mobula.v1.GetModelInfoResponse\x12R\n\rGetExpertLoad\x12\x1f.mobula.v1.GetExpertLoadRequest\x1a .mobula.v1.GetExpertLoadResponse\x12O\n\x0cGetPlacement\x12\x1e.mobula.v1.GetPlacementRequest\x1a\x1f.mobula.v1.GetPlacementResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/generation.proto\x12\tmobula.v1\x1a\x13protos/tensor.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.mobula.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf0\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x15\n\x08logprobs\x18\n \x01(\rH\x06\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0b \x01(\x08H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokens\"\xf8\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.mobula.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.mobula.v1.TokenIdsH\x00\x12\x32\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x19.mobula.v1.SamplingParams\x12\x1d\n\x15\x61llow_missing_experts\x18\x06 \x01(\x08\x12\x1a\n\x12received_token_ids\x18\x07 \x03(\rB\x07\n\x05input\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"^\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12+\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x15.mobula.v1.TopLogprob\"\x9b\x01\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\x12\x1f\n\x17num_dropped_assignments\x18\x03 \x01(\x04\x12\x1a\n\x12num_degraded_steps\x18\x04 \x01(\r\x12\x1b\n\x13num_received_tokens\x18\x05 \x01(\r\"\xaa\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.mobula.v1.TokenLogprob\x12\x33\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.mobula.v1.FinishReasonH\x01\x88\x01\x01\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.mobula.v1.Usage\x12\x1d\n\x13matched_stop_string\x18\x07 \x01(\tH\x00\x12\x1f\n\x15matched_stop_token_id\x18\x08 \x01(\rH\x00\x42\x0e\n\x0cmatched_stopB\x10\n\x0e_finish_reason\"K\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.mobula.v1.ChatH\x00\x42\x07\n\x05input\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xda\x03\n\x14GetModelInfoResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.mobula.v1.DType\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x19\n\x11num_hidden_layers\x18\x06 \x01(\r\x12\x13\n\x0bhidden_size\x18\x07 \x01(\r\x12\x15\n\rmoe_layer_ids\x18\x08 \x03(\r\x12\x18\n\x10n_routed_experts\x18\t \x01(\r\x12\x18\n\x10n_shared_experts\x18\n \x01(\r\x12\x1b\n\x13num_experts_per_tok\x18\x0b \x01(\r\x12\x0f\n\x07n_group\x18\x0c \x01(\r\x12\x12\n\ntopk_group\x18\r \x01(\r\x12\x15\n\reos_token_ids\x18\x0e \x03(\r\x12\x19\n\x11has_chat_template\x18\x0f \x01(\x08\x12\x0f\n\x07\x64p_size\x18\x10 \x01(\r\x12\x0f\n\x07\x65p_size\x18\x11 \x01(\r\x12\x0f\n\x07version\x18\x12 \x01(\t\x12\x14\n\x0cmax_num_seqs\x18\x13 \x01(\r\x12\x18\n\x10num_cache_tokens\x18\x14 \x01(\x04\"\x16\n\x14GetExpertLoadRequest\"1\n\tLayerLoad\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x03(\x04\"\x97\x01\n\tShardLoad\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\tnum_units\x18\x03 \x01(\r\x12\x14\n\x0cnum_forwards\x18\x04 \x01(\x04\x12\x10\n\x08num_rows\x18\x05 \x01(\x04\x12\x17\n\x0fnum_assignments\x18\x06 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\"\x96\x01\n\rDispatchStats\x12\x1b\n\x13num_tokens_by_ranks\x18\x01 \x03(\x04\x12\x1b\n\x13max_ranks_per_token\x18\x02 \x01(\r\x12\x12\n\nsent_bytes\x18\x03 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x04\x12\x1f\n\x17num_dropped_assignments\x18\x05 \x01(\x04\"\xaa\x01\n\x15GetExpertLoadResponse\x12\x19\n\x11placement_version\x18\x01 \x01(\x04\x12$\n\x06layers\x18\x02 \x03(\x0b\x32\x14.mobula.v1.LayerLoad\x12$\n\x06shards\x18\x03 \x03(\x0b\x32\x14.mobula.v1.ShardLoad\x12*\n\x08\x64ispatch\x18\x04 \x01(\x0b\x32\x18.mobula.v1.DispatchStats\"\x15\n\x13GetPlacementRequest\"!\n\rUnitPlacement\x12\x10\n\x08\x65p_ranks\x18\x01 \x03(\r\"c\n\x0eLayerPlacement\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x16\n\x0e\x65xpert_to_unit\x18\x02 \x03(\r\x12\'\n\x05units\x18\x03 \x03(\x0b\x32\x18.mobula.v1.UnitPlacement\"\x8a\x01\n\x14GetPlacementResponse\x12\x19\n\x11placement_version\x18\x01 \x01(\x04\x12\x0f\n\x07\x65p_size\x18\x02 \x01(\r\x12)\n\x06layers\x18\x03 \x03(\x0b\x32\x19.mobula.v1.LayerPlacement\x12\x1b\n\x13max_ranks_per_token\x18\x04 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x8d\x03\n\tInference\x12\x45\n\x08Generate\x12\x1a.mobula.v1.GenerateRequest\x1a\x1b.mobula.v1.GenerateResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.mobula.v1.TokenizeRequest\x1a\x1b.mobula.v1.TokenizeResponse\x12O\n\x0cGetModelInfo\x12\x1e.mobula.v1.GetModelInfoRequest\x1a\x1f.mobula.v1.GetModelInfoResponse\x12R\n\rGetExpertLoad\x12\x1f.mobula.v1.GetExpertLoadRequest\x1a .mobula.v1.GetExpertLoadResponse\x12O\n\x0cGetPlacement\x12\x1e.mobula.v1.GetPlacementRequest\x1a\x1f.mobula.v1.GetPlacementResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2863
-  _globals['_FINISHREASON']._serialized_end=2958
+  _globals['_FINISHREASON']._serialized_start=2893
+  _globals['_FINISHREASON']._serialized_end=2988
   _globals['_CHATMESSAGE']._serialized_start=59
   _globals['_CHATMESSAGE']._serialized_end=103
   _globals['_CHAT']._serialized_start=105
@@ -48,36 +48,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOPLOGPROB']._serialized_end=849
   _globals['_TOKENLOGPROB']._serialized_start=851
   _globals['_TOKENLOGPROB']._serialized_end=945
-  _globals['_USAGE']._serialized_start=947
-  _globals['_USAGE']._serialized_end=1073
-  _globals['_GENERATERESPONSE']._serialized_start=1076
-  _globals['_GENERATERESPONSE']._serialized_end=1374
-  _globals['_TOKENIZEREQUEST']._serialized_start=1376
-  _globals['_TOKENIZEREQUEST']._serialized_end=1451
-  _globals['_TOKENIZERESPONSE']._serialized_start=1453
-  _globals['_TOKENIZERESPONSE']._serialized_end=1506
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1508
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1529
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1532
-  _globals['_GETMODELINFORESPONSE']._serialized_end=2006
-  _globals['_GETEXPERTLOADREQUEST']._serialized_start=2008
-  _globals['_GETEXPERTLOADREQUEST']._serialized_end=2030
-  _globals['_LAYERLOAD']._serialized_start=2032
-  _globals['_LAYERLOAD']._serialized_end=2081
-  _globals['_SHARDLOAD']._serialized_start=2084
-  _globals['_SHARDLOAD']._serialized_end=2235
-  _globals['_DISPATCHSTATS']._serialized_start=2238
-  _globals['_DISPATCHSTATS']._serialized_end=2388
-  _globals['_GETEXPERTLOADRESPONSE']._serialized_start=2391
-  _globals['_GETEXPERTLOADRESPONSE']._serialized_end=2561
-  _globals['_GETPLACEMENTREQUEST']._serialized_start=2563
-  _globals['_GETPLACEMENTREQUEST']._serialized_end=2584
-  _globals['_UNITPLACEMENT']._serialized_start=2586
-  _globals['_UNITPLACEMENT']._serialized_end=2619
-  _globals['_LAYERPLACEMENT']._serialized_start=2621
-  _globals['_LAYERPLACEMENT']._serialized_end=2720
-  _globals['_GETPLACEMENTRESPONSE']._serialized_start=2723
-  _globals['_GETPLACEMENTRESPONSE']._serialized_end=2861
-  _globals['_INFERENCE']._serialized_start=2961
-  _globals['_INFERENCE']._serialized_end=3358
+  _globals['_USAGE']._serialized_start=948
+  _globals['_USAGE']._serialized_end=1103
+  _globals['_GENERATERESPONSE']._serialized_start=1106
+  _globals['_GENERATERESPONSE']._serialized_end=1404
+  _globals['_TOKENIZEREQUEST']._serialized_start=1406
+  _globals['_TOKENIZEREQUEST']._serialized_end=1481
+  _globals['_TOKENIZERESPONSE']._serialized_start=1483
+  _globals['_TOKENIZERESPONSE']._serialized_end=1536
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1538
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1559
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1562
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2036
+  _globals['_GETEXPERTLOADREQUEST']._serialized_start=2038
+  _globals['_GETEXPERTLOADREQUEST']._serialized_end=2060
+  _globals['_LAYERLOAD']._serialized_start=2062
+  _globals['_LAYERLOAD']._serialized_end=2111
+  _globals['_SHARDLOAD']._serialized_start=2114
+  _globals['_SHARDLOAD']._serialized_end=2265
+  _globals['_DISPATCHSTATS']._serialized_start=2268
+  _globals['_DISPATCHSTATS']._serialized_end=2418
+  _globals['_GETEXPERTLOADRESPONSE']._serialized_start=2421
+  _globals['_GETEXPERTLOADRESPONSE']._serialized_end=2591
+  _globals['_GETPLACEMENTREQUEST']._serialized_start=2593
+  _globals['_GETPLACEMENTREQUEST']._serialized_end=2614
+  _globals['_UNITPLACEMENT']._serialized_start=2616
+  _globals['_UNITPLACEMENT']._serialized_end=2649
+  _globals['_LAYERPLACEMENT']._serialized_start=2651
+  _globals['_LAYERPLACEMENT']._serialized_end=2750
+  _globals['_GETPLACEMENTRESPONSE']._serialized_start=2753
+  _globals['_GETPLACEMENTRESPONSE']._serialized_end=2891
+  _globals['_INFERENCE']._serialized_start=2991
+  _globals['_INFERENCE']._serialized_end=3388
 # @@protoc_insertion_point(module_scope)

@@ -100,16 +100,18 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_completion_tokens", "num_dropped_assignments", "num_degraded_steps")
+    __slots__ = ("num_prompt_tokens", "num_completion_tokens", "num_dropped_assignments", "num_degraded_steps", "num_received_tokens")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DROPPED_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     NUM_DEGRADED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECEIVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_completion_tokens: int
     num_dropped_assignments: int
     num_degraded_steps: int
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_completion_tokens: _Optional[int] = ..., num_dropped_assignments: _Optional[int] = ..., num_degraded_steps: _Optional[int] = ...) -> None: ...
+    num_received_tokens: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_completion_tokens: _Optional[int] = ..., num_dropped_assignments: _Optional[int] = ..., num_degraded_steps: _Optional[int] = ..., num_received_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "logprobs", "finish_reason", "usage", "matched_stop_string", "matched_stop_token_id")

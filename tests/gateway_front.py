@@ -17,6 +17,7 @@ from protos.loop_thread import LoopThread
 from tests.cut_link import CutLink
 
 HOST = "127.0.0.1"
+NUM_PROMPT_TOKENS = 3  # of every request, as workers say
 
 
 class FakeWorker:
@@ -68,7 +69,9 @@ class FakeWorker:
         self.num_running += 1
         try:
             if message.text.startswith("count to "):
-                async for response in self._count(len(self.relayed[-1].output_token_ids), int(message.text[9:])):
+                num_received = len(message.received_token_ids)
+                start = num_received + len(self.relayed[-1].output_token_ids)
+                async for response in self._count(start, int(message.text[9:]), num_received):
                     yield response
                 return
             yield generation_pb2.GenerateResponse(text=str(self.dp_rank)).SerializeToString()
@@ -80,12 +83,19 @@ class FakeWorker:
         finally:
             self.num_running -= 1
 
-    async def _count(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+    async def _count(self, start: int, stop: int, num_received: int) -> AsyncGenerator[bytes, None]:
         for token_id in range(start, stop):
             await self._cut_after(token_id - start)
             answer = generation_pb2.GenerateResponse(text=f"{token_id} ", token_ids=[token_id])
             if token_id == stop - 1:
                 answer.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+                answer.usage.MergeFrom(
+                    generation_pb2.Usage(
+                        num_prompt_tokens=NUM_PROMPT_TOKENS,
+                        num_completion_tokens=stop,
+                        num_received_tokens=num_received,
+                    )
+                )
             yield answer.SerializeToString()
         await self._cut_after(stop - start)
 

@@ -90,8 +90,11 @@ class GatewayServicer:
                     async for response in generation.answers(context):
                         yield response
                     if (usage := generation.usage) is not None:
-                        costs.learn_tokens(len(request), usage.num_prompt_tokens, usage.num_completion_tokens)
-                        ticket.used_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
+                        # What the client had came with the request, and was computed like its prompt.
+                        num_given = usage.num_prompt_tokens + usage.num_received_tokens
+                        num_new = usage.num_completion_tokens - usage.num_received_tokens
+                        costs.learn_tokens(len(request), num_given, num_new)
+                        ticket.used_tokens = num_given + num_new
             except grpc.aio.AioRpcError as error:
                 outcome.code = error.code().name
                 await abort_as(context, error)

@@ -64,9 +64,8 @@ class Generation:
         self._has_ended = False  # the client has had the last answer, or the worker has no more
         self._num_losses = 0
         self._num_silences = 0
-        self._lost_s: float | None = (
-            None  # when its worker was lost, or silent; None while it has one, or waits for its first
-        )
+        # When its worker was lost or silent; None while it has one that answers, and before the first.
+        self._lost_s: float | None = None
 
     async def answers(self, context: grpc.aio.ServicerContext) -> rpc.Responses:
         """GenerateResponses, to the last one.

@@ -87,6 +87,7 @@ def test_a_client_that_has_the_beginning_is_told_the_rest_by_whichever_worker():
     wanted = {"text": "a", "sampling_params": SamplingParams(max_tokens=6), "received_token_ids": [98, 99]}
     sequence = read(**wanted)
     assert (sequence.output_token_ids, sequence.max_num_tokens) == ([98, 99], 8)
+    assert make_reader().relayed_sequence(relayed([100], **wanted)).num_received_tokens == 2  # not the other worker's
     assert sequence.advance(100).text == "d"
     assert make_reader().relayed_sequence(relayed([100], **wanted)).output_token_ids == [98, 99, 100]
     with pytest.raises(errors.InvalidRequest, match="ends with output token 5 of 6") as raised:

@@ -5,8 +5,9 @@ import time
 import grpc
 import pytest
 
-from protos import errors
-from tests.gateway_front import front
+from cluster.gateway.request_cost import FIRST_BYTES_PER_TOKEN, WEIGHT
+from protos import errors, generation_pb2
+from tests.gateway_front import NUM_PROMPT_TOKENS, front
 
 
 def test_an_answer_goes_on_with_another_worker_when_its_own_is_lost() -> None:
@@ -123,3 +124,15 @@ def test_a_request_that_finds_every_worker_silent_waits_for_the_first_that_is_he
             worker.num_until_held = None
             worker.link.release()
         assert [answer.text for answer in answers] == ["0 ", "1 "]
+
+
+def test_tokens_that_a_client_had_are_a_part_of_what_it_sent_and_not_of_what_was_generated() -> None:
+    with front(num_workers=1) as opened:
+        costs = opened.gateway._admission.costs
+        before = costs.estimate(0).completion_tokens
+        request = generation_pb2.GenerateRequest(text="count to 6", received_token_ids=[0, 1, 2, 3])
+        assert [answer.text for answer in opened.stub.Generate(request, timeout=10.0)] == ["4 ", "5 "]
+        assert costs.estimate(0).completion_tokens == pytest.approx((1 - WEIGHT) * before + WEIGHT * 2)
+        num_bytes = request.ByteSize()
+        mean = (1 - WEIGHT) * FIRST_BYTES_PER_TOKEN + WEIGHT * num_bytes / (NUM_PROMPT_TOKENS + 4)
+        assert costs.estimate(1000).prompt_tokens == pytest.approx(1000 / mean)
