@@ -52,10 +52,10 @@ class ProcessCollector(Collector):
 
     def pages(self) -> list[str]:
         """The pages of the processes that answer, as they are."""
-        return [page for page in self._scrape_all(dict(self.targets)) if page]
+        return [page for page in self._scrape_all(self._collected()) if page]
 
     def collect(self) -> Iterable[Metric]:
-        targets = dict(self.targets)
+        targets = self._collected()
         pages = self._scrape_all(targets)
         is_up = GaugeMetricFamily(
             "mobula_process_up", "Whether the process answered the last scrape.", labels=["process"]
@@ -71,6 +71,12 @@ class ProcessCollector(Collector):
                 families[family.name].samples.extend(_told_apart(process, family.samples))
         yield is_up
         yield from families.values()
+
+    def _collected(self) -> dict[str, str]:
+        """Over TLS without other gateways, which show clients' certificate and may want a key: whoever scrapes this one
+        scrapes them too."""
+        is_tls = self.make_context is not None
+        return {name: at for name, at in self.targets.items() if not (is_tls and name.startswith("gateway-"))}
 
     def _scrape_all(self, targets: dict[str, str]) -> list[str | None]:
         return list(self._pool.map(self._scrape, targets, targets.values()))

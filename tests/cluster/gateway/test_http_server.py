@@ -50,7 +50,9 @@ def test_the_gateway_scrapes_processes_over_tls_and_believes_only_their_role(aut
     metrics.processes.make_context = client_contexts(role_folder(authority, PeerRole.GATEWAY))
     with served(guarded(authority, PeerRole.SHARD)) as address:
         metrics.processes.targets = {"shard-0": address, "worker-0": address}  # the second one is not what it says
+        metrics.processes.targets["gateway-1"] = address  # shows what clients see: not collected here
         page = generate_latest(metrics.of_all).decode()
+    assert "gateway-1" not in page
     assert "mobula_test 7.0" in page
     assert 'mobula_process_up{process="shard-0"} 1.0' in page
     assert 'mobula_process_up{process="worker-0"} 0.0' in page
