@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster.commands.views import format_bytes, processes_view
+from cluster.byte_count import format_bytes
+from cluster.commands.views import processes_view
 from cluster.controller.process import ClusterStatus, ProcessState, Quarantine, RoleName
 from cluster.controller.rebalance import RebalanceState, RebalanceStatus
 from protos import admin_pb2

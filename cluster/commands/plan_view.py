@@ -3,7 +3,7 @@
 from rich.console import RenderableType
 from rich.table import Table
 
-from cluster.commands.views import format_bytes
+from cluster.byte_count import format_bytes
 from cluster.roles.preflight import ServingPlan
 from experts.kernels.library import instruction_set
 

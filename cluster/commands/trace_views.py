@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster.commands.views import format_bytes
+from cluster.byte_count import format_bytes
 from router.trace.model_shape import ModelShape
 from router.trace.replay import HASHED_POLICIES, ReplayCase, ReplayResult, ReplaySettings
 from router.trace.trace import TraceHeader

@@ -8,6 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cluster.byte_count import format_bytes
 from cluster.client import Generation
 from cluster.controller.process import ClusterStatus, ProcessState
 from protos import generation_pb2
@@ -135,15 +136,6 @@ def kinds_view(load_by_kind: dict[str, generation_pb2.GetExpertLoadResponse], wi
                 "" if is_first else f"{apart:.0%}",
             )
     return Group(title, table)
-
-
-def format_bytes(count: float) -> str:
-    """A size as people write it, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
 
 
 def format_count(count: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
+from cluster.byte_count import format_bytes
 from cluster.controller.process import DRAINS, RESTARTS, ClusterStatus, ProcessHealth, ProcessState
 from cluster.controller.rebalance import RebalanceState
 
@@ -141,7 +142,7 @@ def _placement_changes(last: ClusterStatus, now: ClusterStatus) -> Iterator[Stat
     before, after = last.rebalance, now.rebalance
     if before.state is RebalanceState.IDLE and after.state is not RebalanceState.IDLE:
         why = f" ({after.reason})" if after.reason else ""
-        size = _size(after.planned_bytes)
+        size = format_bytes(after.planned_bytes)
         yield StatusEvent(Level.INFO, "rebalance", f"to version {after.target_version} began{why}: {size} to read")
     if after.num_aborted > before.num_aborted:
         yield StatusEvent(Level.BAD, "rebalance", after.last_result)
@@ -149,7 +150,3 @@ def _placement_changes(last: ClusterStatus, now: ClusterStatus) -> Iterator[Stat
         yield StatusEvent(Level.GOOD, "rebalance", after.last_result)
     if last.placement_version != now.placement_version:
         yield StatusEvent(Level.INFO, "placement", f"workers are told version {now.placement_version}")
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

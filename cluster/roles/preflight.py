@@ -13,10 +13,10 @@ from attention.engine_config import CacheTooSmall
 from attention.latent_cache import LatentCacheConfig
 from attention.tokenizer import BadTokenizer, Tokenizer
 from cluster import bundled_model
+from cluster.byte_count import format_bytes
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.model_config import DTYPES, ModelConfig
 from cluster.checkpoint.quantization import IntQuantization
-from cluster.commands.views import format_bytes
 from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
 from cluster.security.exposure import check_files
 from experts.kernels.library import native
