@@ -48,10 +48,7 @@ def client_options() -> list[tuple[str, int]]:
 def front_options() -> list[tuple[str, int]]:
     """Settings of the server that clients reach: what strangers may hold open, and for how long."""
     return [
-        (
-            "grpc.max_receive_message_length",
-            2 * MAX_CLIENT_MESSAGE_BYTES,
-        ),  # check_size has the limit
+        ("grpc.max_receive_message_length", 2 * MAX_CLIENT_MESSAGE_BYTES),  # check_size has the limit
         ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", 1024),  # calls in flight on one connection
         ("grpc.max_connection_idle_ms", 600_000),

@@ -76,8 +76,10 @@ def _why_not_believed(host: str, port: int, address: str, access: ClientAccess) 
             f"the certificate of {address} is not to be believed: {error.verify_message}; give --tls-ca the ca.crt of "
             "its tls.clients folder (public/ca.crt where `mobula certs make` wrote it)"
         )
-    except OSError:  # TLS 1.2 wants a client's certificate during the handshake, or the other side hung up
+    except ssl.SSLError:  # before TLS 1.3 a client's certificate is asked for in the handshake
         return _why_refused(host, port, address, context, access)
+    except OSError:  # it answered a moment ago: that is for gRPC to tell
+        return None
     if host not in names and not any(name.startswith("*.") and host.endswith(name[1:]) for name in names):
         return (
             f"the certificate of {address} is for {', '.join(names) or 'no name'}, not for {host}; call it by one of "

@@ -1,5 +1,6 @@
 """`mobula scale shards|workers`, `mobula drain shard|worker`: how many processes there are, while they serve."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import grpc
@@ -11,6 +12,8 @@ from protos import admin_pb2
 
 Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 SEE = "`mobula status` shows how far it is"
+COMING = {"shards": "start and are then given units", "workers": "start and are then given requests"}
+LEAVING = {"shards": "give up their units and then end", "workers": "hand their requests over and then end"}
 
 scale_app = typer.Typer(no_args_is_help=True, help="Change how many processes there are, while requests run.")
 drain_app = typer.Typer(no_args_is_help=True, help="Let one process end without a request noticing.")
@@ -27,13 +30,7 @@ def scale_shards(
             change = client.scale_shards(count)
     except grpc.RpcError as error:
         fail_call(error, address)
-    added, drained = list(change.added_ep_ranks), list(change.drained_ep_ranks)
-    if not added and not drained:
-        console.print(f"there are {count} shards already")
-    if added:
-        console.print(f"shards {_listed(added)} start and are then given units; {SEE}", highlight=False)
-    if drained:
-        console.print(f"shards {_listed(drained)} give up their units and then end; {SEE}", highlight=False)
+    _tell("shards", count, change.added_ep_ranks, change.drained_ep_ranks)
 
 
 @scale_app.command("workers")
@@ -47,13 +44,7 @@ def scale_workers(
             change = client.scale_workers(count)
     except grpc.RpcError as error:
         fail_call(error, address)
-    added, drained = list(change.added_dp_ranks), list(change.drained_dp_ranks)
-    if not added and not drained:
-        console.print(f"there are {count} workers already")
-    if added:
-        console.print(f"workers {_listed(added)} start and are then given requests; {SEE}", highlight=False)
-    if drained:
-        console.print(f"workers {_listed(drained)} hand their requests over and then end; {SEE}", highlight=False)
+    _tell("workers", count, change.added_dp_ranks, change.drained_dp_ranks)
 
 
 @drain_app.command("shard")
@@ -82,5 +73,9 @@ def drain_worker(
     console.print(f"worker {dp_rank} hands its requests over and then ends; {SEE}", highlight=False)
 
 
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks))
+def _tell(role: str, count: int, added: Sequence[int], drained: Sequence[int]) -> None:
+    if not added and not drained:
+        console.print(f"there are {count} {role} already")
+    for ranks, what in ((added, COMING[role]), (drained, LEAVING[role])):
+        if ranks:
+            console.print(f"{role} {', '.join(map(str, ranks))} {what}; {SEE}", highlight=False)

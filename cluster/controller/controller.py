@@ -104,10 +104,8 @@ class Controller:
         self._replica_check = ReplicaCheck(lambda: self._members(RoleName.SHARD), clock)
         self._departures = Departures(processes, drain_timeout_s, clock)
         self._workers = WorkerMembership(processes, partial(create, RoleName.WORKER), self._departures, clock)
-        self._scalings = (
-            shards_by_load(self._balance.membership, shard_scaling or ShardScalingConfig(), clock),
-            workers_by_load(processes, self._workers, worker_scaling or WorkerScalingConfig(), clock),
-        )
+        self._shard_scaling = shards_by_load(self._balance.membership, shard_scaling or ShardScalingConfig(), clock)
+        self._worker_scaling = workers_by_load(processes, self._workers, worker_scaling or WorkerScalingConfig(), clock)
         self._is_placed = False  # whether the placement that shards load is settled
         self._inbox = Inbox()
         self._stopping = threading.Event()
@@ -208,9 +206,8 @@ class Controller:
         self._load()
         self._balance.round(self._expert_map, is_serving=self._status.is_serving)
         is_settled = self._status.is_serving and self._balance.is_idle and not self._balance.membership.is_changing
-        shard_scaling, worker_scaling = self._scalings
-        shard_scaling.round(is_settled=is_settled and not self._workers.is_missing_one)
-        worker_scaling.round(is_settled=is_settled and not self._workers.is_changing)
+        self._shard_scaling.round(is_settled=is_settled and not self._workers.is_missing_one)
+        self._worker_scaling.round(is_settled=is_settled and not self._workers.is_changing)
         self._inbox.answer()
         shards = {p.rank: p for p in self._members(RoleName.SHARD) if p.rank in self._expert_map.ep_ranks}
         # Also of those that are away: a worker that knows one's old address uses its replicas until it is back.
