@@ -19,7 +19,7 @@ from attention.layers import Projection, WeightTarget, rms_norm
 from attention.mla_config import MlaConfig
 from attention.rotary import Rotation
 from experts.kernels.linear import KernelHeads
-from experts.kernels.packed_matrix import PANEL_OUTPUTS, pack
+from experts.kernels.packed_matrix import PANEL_OUTPUTS, pack_plain
 
 
 def can_use_kernels(config: MlaConfig) -> bool:
@@ -60,9 +60,9 @@ class KernelMlaWeights:
             query_norm=target.read(f"{prefix}.q_a_layernorm.weight") if has_lora else None,
             query_up=target.projection(f"{prefix}.q_b_proj.weight") if has_lora else None,
             kv_norm=target.read(f"{prefix}.kv_a_layernorm.weight"),
-            absorb_key=KernelHeads([pack([head.T]) for head in keys]),
-            expand_key=KernelHeads([pack([head]) for head in keys]),
-            expand_value=KernelHeads([pack([head]) for head in values]),
+            absorb_key=KernelHeads([pack_plain([head.T]) for head in keys]),
+            expand_key=KernelHeads([pack_plain([head]) for head in keys]),
+            expand_value=KernelHeads([pack_plain([head]) for head in values]),
             output=target.projection(f"{prefix}.o_proj.weight"),
         )
 

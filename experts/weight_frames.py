@@ -12,7 +12,7 @@ from torch import Tensor
 from experts.grouped_ffn import ExpertWeights
 from experts.kernels.expert_set import PackedExpert
 from experts.kernels.library import Format
-from experts.kernels.packed_matrix import PANEL_OUTPUTS, PackedMatrix, empty
+from experts.kernels.packed_matrix import PANEL_OUTPUTS, STEP_INPUTS, PackedMatrix, empty
 from experts.weight_store import Expert, ExpertModel
 from protos import expert_pb2
 from protos.codec import decode_frame, join_frame
@@ -79,6 +79,9 @@ class ExpertCopy:
         if self._expert is None or self._left:
             missing = sum(map(len, self._left))
             raise CopyError(f"the stream of an expert's weights ended early: {missing or 'all'} bytes are missing")
+        for matrix in (self._expert.w13, self._expert.w2):
+            if isinstance(matrix, PackedMatrix) and not matrix.has_sound_dictionaries():
+                raise CopyError("a compact matrix of the copy names exceptions that it does not have")
         return self._expert
 
 
@@ -93,6 +96,7 @@ def _described(matrix: PackedMatrix | Tensor) -> expert_pb2.WeightMatrix:
         num_inputs=matrix.num_inputs,
         group_size=matrix.group_size,
         is_packed=True,
+        num_exceptions=matrix.num_exceptions,
     )
 
 
@@ -112,6 +116,7 @@ def _allocated(header: expert_pb2.CopyExpertHeader, model: ExpertModel) -> Exper
             or matrix.format not in _BY_WIRE
             or (group_size and (matrix.num_inputs % group_size or not is_packed))
             or (not is_packed and _BY_WIRE[matrix.format] is not _DTYPES.get(model.dtype))
+            or matrix.num_exceptions > _max_exceptions(matrix)
         ):
             raise CopyError(f"a matrix of the copy is {str(matrix).split()}, the model's are {list(shape)}")
     if is_packed:
@@ -121,6 +126,7 @@ def _allocated(header: expert_pb2.CopyExpertHeader, model: ExpertModel) -> Exper
                 num_outputs=matrix.num_outputs,
                 num_inputs=matrix.num_inputs,
                 group_size=matrix.group_size,
+                num_exceptions=matrix.num_exceptions,
             )
             for matrix in header.matrices
         )
@@ -130,10 +136,15 @@ def _allocated(header: expert_pb2.CopyExpertHeader, model: ExpertModel) -> Exper
     )
 
 
+def _max_exceptions(matrix: expert_pb2.WeightMatrix) -> int:
+    """Every step of every panel of a compact matrix."""
+    if _BY_WIRE.get(matrix.format) is not Format.COMPACT:
+        return 0
+    return -(-matrix.num_outputs // PANEL_OUTPUTS) * (matrix.num_inputs // STEP_INPUTS)
+
+
 def _memory(expert: Expert) -> Iterator[memoryview]:
-    """The bytes of both matrices and their scales, in place."""
+    """The bytes of both matrices, each with its scales or dictionaries, in place."""
     for matrix in (expert.w13, expert.w2):
-        parts = (matrix,) if isinstance(matrix, Tensor) else (matrix.data, matrix.scales)
-        for part in parts:
-            if part is not None:
-                yield part.view(-1).view(torch.uint8).numpy().data
+        for part in (matrix,) if isinstance(matrix, Tensor) else matrix.parts:
+            yield part.view(-1).view(torch.uint8).numpy().data

@@ -265,7 +265,7 @@ def _as_grouped_ffn_takes_them(
     """Raises WeightShapeError for experts of several kinds: the kernels compute a layer's in one."""
     packed = {expert_id: expert for expert_id, expert in experts.items() if isinstance(expert, PackedExpert)}
     if packed:
-        kinds = {(expert.w13.number_format, expert.w13.group_size) for expert in packed.values()}
+        kinds = {expert.w13.kind for expert in packed.values()}
         if len(kinds) > 1 or len(packed) < len(experts):
             raise WeightShapeError(
                 f"the routed experts of layer {layer_id} are stored in several formats; quantise all of them or none"

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\tmobula.v1\x1a\x13protos/tensor.proto\"\x86\x02\n\rForwardHeader\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x10\n\x08layer_id\x18\x02 \x01(\r\x12\x19\n\x11placement_version\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x17\n\x0fnum_assignments\x18\x05 \x01(\r\x12\x18\n\x10num_partial_sums\x18\x06 \x01(\r\x12\x1f\n\x05\x64type\x18\x07 \x01(\x0e\x32\x10.mobula.v1.DType\x12\x17\n\x0fis_cancellation\x18\x08 \x01(\x08\x12\x12\n\ntimeout_ms\x18\t \x01(\x07\x12\x12\n\x05\x63rc32\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"K\n\x0e\x46orwardRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.mobula.v1.ForwardHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"5\n\rForwardTiming\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\"K\n\x0c\x46orwardError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1c\n\x14quarantined_unit_ids\x18\x03 \x03(\r\"\xd3\x01\n\rForwardResult\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x18\n\x10num_partial_sums\x18\x02 \x01(\r\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.mobula.v1.DType\x12&\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x17.mobula.v1.ForwardError\x12(\n\x06timing\x18\x05 \x01(\x0b\x32\x18.mobula.v1.ForwardTiming\x12\x12\n\x05\x63rc32\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"L\n\x0f\x46orwardResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.mobula.v1.ForwardResult\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"8\n\x11\x43opyExpertRequest\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x11\n\texpert_id\x18\x02 \x01(\r\"\x87\x01\n\x0cWeightMatrix\x12\'\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x17.mobula.v1.WeightFormat\x12\x13\n\x0bnum_outputs\x18\x02 \x01(\r\x12\x12\n\nnum_inputs\x18\x03 \x01(\r\x12\x12\n\ngroup_size\x18\x04 \x01(\r\x12\x11\n\tis_packed\x18\x05 \x01(\x08\"[\n\x10\x43opyExpertHeader\x12)\n\x08matrices\x18\x01 \x03(\x0b\x32\x17.mobula.v1.WeightMatrix\x12\x12\n\x05\x63rc32\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"R\n\x12\x43opyExpertResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.mobula.v1.CopyExpertHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\x15\n\x13GetShardLoadRequest\"6\n\x0eShardLayerLoad\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x03(\x04\"\xbc\x01\n\x14GetShardLoadResponse\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\r\x12\x11\n\tnum_units\x18\x02 \x01(\r\x12\x14\n\x0cnum_forwards\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\x04\x12\x17\n\x0fnum_assignments\x18\x05 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12)\n\x06layers\x18\x07 \x03(\x0b\x32\x19.mobula.v1.ShardLayerLoad*\x94\x01\n\x0cWeightFormat\x12\x1d\n\x19WEIGHT_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15WEIGHT_FORMAT_FLOAT32\x10\x01\x12\x1a\n\x16WEIGHT_FORMAT_BFLOAT16\x10\x02\x12\x16\n\x12WEIGHT_FORMAT_INT8\x10\x03\x12\x16\n\x12WEIGHT_FORMAT_INT4\x10\x04\x32\xf1\x01\n\x0b\x45xpertShard\x12\x44\n\x07\x46orward\x12\x19.mobula.v1.ForwardRequest\x1a\x1a.mobula.v1.ForwardResponse(\x01\x30\x01\x12O\n\x0cGetShardLoad\x12\x1e.mobula.v1.GetShardLoadRequest\x1a\x1f.mobula.v1.GetShardLoadResponse\x12K\n\nCopyExpert\x12\x1c.mobula.v1.CopyExpertRequest\x1a\x1d.mobula.v1.CopyExpertResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\tmobula.v1\x1a\x13protos/tensor.proto\"\x86\x02\n\rForwardHeader\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x10\n\x08layer_id\x18\x02 \x01(\r\x12\x19\n\x11placement_version\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x17\n\x0fnum_assignments\x18\x05 \x01(\r\x12\x18\n\x10num_partial_sums\x18\x06 \x01(\r\x12\x1f\n\x05\x64type\x18\x07 \x01(\x0e\x32\x10.mobula.v1.DType\x12\x17\n\x0fis_cancellation\x18\x08 \x01(\x08\x12\x12\n\ntimeout_ms\x18\t \x01(\x07\x12\x12\n\x05\x63rc32\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"K\n\x0e\x46orwardRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.mobula.v1.ForwardHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"5\n\rForwardTiming\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\"K\n\x0c\x46orwardError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1c\n\x14quarantined_unit_ids\x18\x03 \x03(\r\"\xd3\x01\n\rForwardResult\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x18\n\x10num_partial_sums\x18\x02 \x01(\r\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.mobula.v1.DType\x12&\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x17.mobula.v1.ForwardError\x12(\n\x06timing\x18\x05 \x01(\x0b\x32\x18.mobula.v1.ForwardTiming\x12\x12\n\x05\x63rc32\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"L\n\x0f\x46orwardResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.mobula.v1.ForwardResult\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"8\n\x11\x43opyExpertRequest\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x11\n\texpert_id\x18\x02 \x01(\r\"\x9f\x01\n\x0cWeightMatrix\x12\'\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x17.mobula.v1.WeightFormat\x12\x13\n\x0bnum_outputs\x18\x02 \x01(\r\x12\x12\n\nnum_inputs\x18\x03 \x01(\r\x12\x12\n\ngroup_size\x18\x04 \x01(\r\x12\x11\n\tis_packed\x18\x05 \x01(\x08\x12\x16\n\x0enum_exceptions\x18\x06 \x01(\r\"[\n\x10\x43opyExpertHeader\x12)\n\x08matrices\x18\x01 \x03(\x0b\x32\x17.mobula.v1.WeightMatrix\x12\x12\n\x05\x63rc32\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x08\n\x06_crc32\"R\n\x12\x43opyExpertResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.mobula.v1.CopyExpertHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\x15\n\x13GetShardLoadRequest\"6\n\x0eShardLayerLoad\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x03(\x04\"\xbc\x01\n\x14GetShardLoadResponse\x12\x0f\n\x07\x65p_rank\x18\x01 \x01(\r\x12\x11\n\tnum_units\x18\x02 \x01(\r\x12\x14\n\x0cnum_forwards\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\x04\x12\x17\n\x0fnum_assignments\x18\x05 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12)\n\x06layers\x18\x07 \x03(\x0b\x32\x19.mobula.v1.ShardLayerLoad*\xaf\x01\n\x0cWeightFormat\x12\x1d\n\x19WEIGHT_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15WEIGHT_FORMAT_FLOAT32\x10\x01\x12\x1a\n\x16WEIGHT_FORMAT_BFLOAT16\x10\x02\x12\x16\n\x12WEIGHT_FORMAT_INT8\x10\x03\x12\x16\n\x12WEIGHT_FORMAT_INT4\x10\x04\x12\x19\n\x15WEIGHT_FORMAT_COMPACT\x10\x05\x32\xf1\x01\n\x0b\x45xpertShard\x12\x44\n\x07\x46orward\x12\x19.mobula.v1.ForwardRequest\x1a\x1a.mobula.v1.ForwardResponse(\x01\x30\x01\x12O\n\x0cGetShardLoad\x12\x1e.mobula.v1.GetShardLoadRequest\x1a\x1f.mobula.v1.GetShardLoadResponse\x12K\n\nCopyExpert\x12\x1c.mobula.v1.CopyExpertRequest\x1a\x1d.mobula.v1.CopyExpertResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WEIGHTFORMAT']._serialized_start=1465
-  _globals['_WEIGHTFORMAT']._serialized_end=1613
+  _globals['_WEIGHTFORMAT']._serialized_start=1489
+  _globals['_WEIGHTFORMAT']._serialized_end=1664
   _globals['_FORWARDHEADER']._serialized_start=56
   _globals['_FORWARDHEADER']._serialized_end=318
   _globals['_FORWARDREQUEST']._serialized_start=320
@@ -49,17 +49,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COPYEXPERTREQUEST']._serialized_start=821
   _globals['_COPYEXPERTREQUEST']._serialized_end=877
   _globals['_WEIGHTMATRIX']._serialized_start=880
-  _globals['_WEIGHTMATRIX']._serialized_end=1015
-  _globals['_COPYEXPERTHEADER']._serialized_start=1017
-  _globals['_COPYEXPERTHEADER']._serialized_end=1108
-  _globals['_COPYEXPERTRESPONSE']._serialized_start=1110
-  _globals['_COPYEXPERTRESPONSE']._serialized_end=1192
-  _globals['_GETSHARDLOADREQUEST']._serialized_start=1194
-  _globals['_GETSHARDLOADREQUEST']._serialized_end=1215
-  _globals['_SHARDLAYERLOAD']._serialized_start=1217
-  _globals['_SHARDLAYERLOAD']._serialized_end=1271
-  _globals['_GETSHARDLOADRESPONSE']._serialized_start=1274
-  _globals['_GETSHARDLOADRESPONSE']._serialized_end=1462
-  _globals['_EXPERTSHARD']._serialized_start=1616
-  _globals['_EXPERTSHARD']._serialized_end=1857
+  _globals['_WEIGHTMATRIX']._serialized_end=1039
+  _globals['_COPYEXPERTHEADER']._serialized_start=1041
+  _globals['_COPYEXPERTHEADER']._serialized_end=1132
+  _globals['_COPYEXPERTRESPONSE']._serialized_start=1134
+  _globals['_COPYEXPERTRESPONSE']._serialized_end=1216
+  _globals['_GETSHARDLOADREQUEST']._serialized_start=1218
+  _globals['_GETSHARDLOADREQUEST']._serialized_end=1239
+  _globals['_SHARDLAYERLOAD']._serialized_start=1241
+  _globals['_SHARDLAYERLOAD']._serialized_end=1295
+  _globals['_GETSHARDLOADRESPONSE']._serialized_start=1298
+  _globals['_GETSHARDLOADRESPONSE']._serialized_end=1486
+  _globals['_EXPERTSHARD']._serialized_start=1667
+  _globals['_EXPERTSHARD']._serialized_end=1908
 # @@protoc_insertion_point(module_scope)

@@ -15,11 +15,13 @@ class WeightFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WEIGHT_FORMAT_BFLOAT16: _ClassVar[WeightFormat]
     WEIGHT_FORMAT_INT8: _ClassVar[WeightFormat]
     WEIGHT_FORMAT_INT4: _ClassVar[WeightFormat]
+    WEIGHT_FORMAT_COMPACT: _ClassVar[WeightFormat]
 WEIGHT_FORMAT_UNSPECIFIED: WeightFormat
 WEIGHT_FORMAT_FLOAT32: WeightFormat
 WEIGHT_FORMAT_BFLOAT16: WeightFormat
 WEIGHT_FORMAT_INT8: WeightFormat
 WEIGHT_FORMAT_INT4: WeightFormat
+WEIGHT_FORMAT_COMPACT: WeightFormat
 
 class ForwardHeader(_message.Message):
     __slots__ = ("sequence_number", "layer_id", "placement_version", "num_rows", "num_assignments", "num_partial_sums", "dtype", "is_cancellation", "timeout_ms", "crc32")
@@ -104,18 +106,20 @@ class CopyExpertRequest(_message.Message):
     def __init__(self, layer_id: _Optional[int] = ..., expert_id: _Optional[int] = ...) -> None: ...
 
 class WeightMatrix(_message.Message):
-    __slots__ = ("format", "num_outputs", "num_inputs", "group_size", "is_packed")
+    __slots__ = ("format", "num_outputs", "num_inputs", "group_size", "is_packed", "num_exceptions")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     NUM_INPUTS_FIELD_NUMBER: _ClassVar[int]
     GROUP_SIZE_FIELD_NUMBER: _ClassVar[int]
     IS_PACKED_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXCEPTIONS_FIELD_NUMBER: _ClassVar[int]
     format: WeightFormat
     num_outputs: int
     num_inputs: int
     group_size: int
     is_packed: bool
-    def __init__(self, format: _Optional[_Union[WeightFormat, str]] = ..., num_outputs: _Optional[int] = ..., num_inputs: _Optional[int] = ..., group_size: _Optional[int] = ..., is_packed: _Optional[bool] = ...) -> None: ...
+    num_exceptions: int
+    def __init__(self, format: _Optional[_Union[WeightFormat, str]] = ..., num_outputs: _Optional[int] = ..., num_inputs: _Optional[int] = ..., group_size: _Optional[int] = ..., is_packed: _Optional[bool] = ..., num_exceptions: _Optional[int] = ...) -> None: ...
 
 class CopyExpertHeader(_message.Message):
     __slots__ = ("matrices", "crc32")

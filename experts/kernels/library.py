@@ -13,7 +13,7 @@ import torch
 
 from protos import native_library
 
-ABI = 2  # kAbi in native/kernels.h
+ABI = 3  # kAbi in native/kernels.h
 PROBE_BYTES = 256 * 2**20  # read by the bandwidth probe; larger than any cache
 
 
@@ -24,6 +24,7 @@ class Format(IntEnum):
     BFLOAT16 = 1
     INT8 = 2
     INT4 = 3
+    COMPACT = 4  # bfloat16 in 12 bits, without loss: native/compact.h
 
 
 _CALLS = ("linear", "heads", "experts", "rms_norm", "select_experts", "mla_prepare", "mla_decode", "mla_prefill")
@@ -36,6 +37,7 @@ class CMatrix(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p),
         ("scales", c_void_p),
+        ("dictionaries", c_void_p),
         ("format", c_int32),
         ("num_outputs", c_int32),
         ("num_inputs", c_int32),
@@ -103,4 +105,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.mobula_probe_peak.restype = c_double
     library.mobula_pack.argtypes = [c_void_p, c_void_p, POINTER(CMatrix), c_int, c_int]
     library.mobula_pack.restype = None
+    library.mobula_choose_dictionaries.argtypes = [c_void_p, POINTER(CMatrix), c_int, c_int, c_int]
+    library.mobula_choose_dictionaries.restype = c_int
+    library.mobula_pack_compact.argtypes = [c_void_p, POINTER(CMatrix), c_int, c_int]
+    library.mobula_pack_compact.restype = None
     return library

@@ -6,7 +6,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from experts.kernels.library import format_of, require
+from experts.kernels.library import Format, format_of, require
 from experts.kernels.packed_matrix import PackedMatrix
 
 
@@ -100,7 +100,8 @@ class KernelHeads:
     """x[:, h] @ weights[h].T for each head h."""
 
     def __init__(self, weights: list[PackedMatrix]) -> None:
-        """All of one shape, float32 or bfloat16."""
+        """All of one shape, float32 or bfloat16: what the attention kernels read."""
+        assert {weight.number_format for weight in weights} < {Format.FLOAT32, Format.BFLOAT16}
         self.weights = weights
         self._matrices = (type(weights[0].c_matrix()) * len(weights))(*(weight.c_matrix() for weight in weights))
         self._address = ctypes.addressof(self._matrices)

@@ -14,7 +14,7 @@ from attention.rotary import RotaryConfig, RotaryEmbedding
 from attention.torch_backend import TorchBackend
 from experts.kernels.library import set_num_threads
 from experts.kernels.linear import KernelHeads
-from experts.kernels.packed_matrix import pack
+from experts.kernels.packed_matrix import pack_plain
 from tests.experts.kernels.instruction_sets import each_instruction_set, needs_kernels
 
 __all__ = ["each_instruction_set"]
@@ -168,9 +168,7 @@ class Expansion:
 def expansion(sizes: Sizes, dtype: torch.dtype) -> Expansion:
     key = (torch.randn(sizes.num_heads, sizes.nope, sizes.rank) / math.sqrt(sizes.rank)).to(dtype)
     value = (torch.randn(sizes.num_heads, sizes.value, sizes.rank) / math.sqrt(sizes.rank)).to(dtype)
-    return Expansion(
-        key, value, KernelHeads([pack([head]) for head in key]), KernelHeads([pack([head]) for head in value])
-    )
+    return Expansion(key, value, *(KernelHeads([pack_plain([head]) for head in heads]) for heads in (key, value)))
 
 
 def naive_oracle(query: Tensor, latents: Tensor, weights: Expansion, sizes: Sizes) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from attention.kernel_attention import mla_decode, mla_prefill
 from experts.kernels.library import instruction_set
 from experts.kernels.linear import KernelHeads
-from experts.kernels.packed_matrix import pack
+from experts.kernels.packed_matrix import pack_plain
 from tests.bench.kernel_cell import Cell, measure
 from tests.bench.row import Options, Row, Unmeasurable
 
@@ -76,7 +76,7 @@ def prefill_cell(num_rows: int) -> Cell:
     keys, values = (
         (torch.randn(PREFILL_HEADS, size, RANK) / RANK**0.5).bfloat16() for size in (NOPE, VALUE)
     )  # fmt: skip
-    expand_key, expand_value = (KernelHeads([pack([head]) for head in heads]) for heads in (keys, values))
+    expand_key, expand_value = (KernelHeads([pack_plain([head]) for head in heads]) for heads in (keys, values))
     latents = cache.view(-1, LATENT)[:num_rows]
 
     def theirs() -> Tensor:

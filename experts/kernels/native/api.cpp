@@ -5,7 +5,7 @@
 #include <chrono>
 #include <mutex>
 
-#include "kernels.h"
+#include "compact.h"
 #include "thread_pool.h"
 
 struct GateCall;
@@ -81,6 +81,29 @@ void peak_task(void* context, int task, int) {
   PeakProbe& probe = *(PeakProbe*)context;
   probe.operations[task] = choice.table->peak(probe.format, probe.iterations);
 }
+
+// A panel of pairs of bfloat16 numbers from `count` rows; the others are zero.
+void pack_bf16(const uint32_t* source, int pairs, int count, uint32_t* target) {
+  for (int block = 0; block < pairs; block += 16)  // whole cache lines of each row at a time
+    for (int j = 0; j < kPanelColumns; j++)
+      for (int i = block; i < pairs && i < block + 16; i++)
+        target[(size_t)i * kPanelColumns + j] = j < count ? source[(size_t)j * pairs + i] : 0;
+}
+
+// Rows [num_outputs][num_inputs] of bfloat16 numbers that become panels of a compact matrix from `first_panel` on.
+struct CompactRows {
+  const void* from;
+  const Matrix* to;
+  int first_panel, num_outputs;
+  int num_panels() const { return (num_outputs + kPanelColumns - 1) / kPanelColumns; }
+  // A panel of them as a plain one, in memory of the thread.
+  const uint16_t* plain(int panel) const {
+    const int pairs = to->num_inputs / 2, first = panel * kPanelColumns, left = num_outputs - first;
+    uint32_t* packed = (uint32_t*)own_scratch((size_t)pairs * kPanelColumns * sizeof(uint32_t));
+    pack_bf16((const uint32_t*)from + (size_t)first * pairs, pairs, left < kPanelColumns ? left : kPanelColumns, packed);
+    return (const uint16_t*)packed;
+  }
+};
 
 }  // namespace
 
@@ -193,12 +216,8 @@ void mobula_pack(const void* from, const float* scales, const Matrix* to, int fi
       for (int i = 0; i < k; i++)
         for (int j = 0; j < kPanelColumns; j++) target[(size_t)i * kPanelColumns + j] = j < count ? source[(size_t)j * k + i] : 0.0f;
     } else if (m.format == kBfloat16) {
-      const uint32_t* source = (const uint32_t*)p.from + (size_t)first * (k / 2);
-      uint32_t* target = (uint32_t*)m.data + (size_t)panel * (k / 2) * kPanelColumns;
-      for (int block = 0; block < k / 2; block += 16)  // whole cache lines of each row at a time
-        for (int j = 0; j < kPanelColumns; j++)
-          for (int i = block; i < k / 2 && i < block + 16; i++)
-            target[(size_t)i * kPanelColumns + j] = j < count ? source[(size_t)j * (k / 2) + i] : 0;
+      pack_bf16((const uint32_t*)p.from + (size_t)first * (k / 2), k / 2, count,
+                (uint32_t*)m.data + (size_t)panel * (k / 2) * kPanelColumns);
     } else {
       const int8_t* source = (const int8_t*)p.from + (size_t)first * k;
       const bool is_int4 = m.format == kInt4;
@@ -220,6 +239,34 @@ void mobula_pack(const void* from, const float* scales, const Matrix* to, int fi
           target_scales[group * kPanelColumns + j] = j < count ? p.scales[(size_t)(first + j) * groups + group] : 0.0f;
     }
   }, &pack);
+}
+
+// Chooses the dictionaries of these rows' panels; returns how many exceptions they have, the first of which is the
+// matrix's `first_exception`th. Of the matrix only the dictionaries' memory is used.
+int mobula_choose_dictionaries(const void* from, const Matrix* to, int first_panel, int num_outputs, int first_exception) {
+  std::lock_guard<std::mutex> lock(calls);
+  CompactRows rows = {from, to, first_panel, num_outputs};
+  parallel_for(rows.num_panels(), [](void* context, int panel, int) {
+    const CompactRows& r = *(const CompactRows*)context;
+    choice.table->choose_dictionary(r.plain(panel), r.to->num_inputs, (Dictionary*)r.to->dictionaries + r.first_panel + panel);
+  }, &rows);
+  int num_exceptions = 0;
+  for (int panel = first_panel; panel < first_panel + rows.num_panels(); panel++) {
+    Dictionary& dictionary = ((Dictionary*)to->dictionaries)[panel];
+    dictionary.first_exception = first_exception + num_exceptions;
+    num_exceptions += dictionary.num_exceptions;
+  }
+  return num_exceptions;
+}
+
+// Packs these rows; their dictionaries are chosen, and all memory of the matrix is there.
+void mobula_pack_compact(const void* from, const Matrix* to, int first_panel, int num_outputs) {
+  std::lock_guard<std::mutex> lock(calls);
+  CompactRows rows = {from, to, first_panel, num_outputs};
+  parallel_for(rows.num_panels(), [](void* context, int panel, int) {
+    const CompactRows& r = *(const CompactRows*)context;
+    choice.table->compact_panel(r.plain(panel), r.first_panel + panel, r.to);
+  }, &rows);
 }
 
 }  // extern "C"

@@ -55,7 +55,7 @@ void gate_up_task(void* context, int task, int) {
   const Matrix& matrix = work.call->experts[expert].w13;
   const int start = work.starts[expert], num_rows = work.starts[expert + 1] - start;
   const Panels panels = gate_up_panels(work, matrix, place, panel);
-  for_tiles(num_rows, T::kRows, [&](int tile, int num_tiles, int first, int height) {
+  for_tiles<T>(num_rows, [&](int tile, int num_tiles, int first, int height) {
     alignas(64) float product[kMaxRows * 2 * kPanelColumns];
     typename T::Row x[kMaxRows];
     for (int m = 0; m < height; m++) {
@@ -103,7 +103,7 @@ void down_task(void* context, int task, int) {
       panels.next_first = panel_data(next, panel);
       panels.next_second = count == 2 ? panel_data(next, panel + 1) : nullptr;
     }
-    for_tiles(num_rows, T::kRows, [&](int tile, int num_tiles, int first, int height) {
+    for_tiles<T>(num_rows, [&](int tile, int num_tiles, int first, int height) {
       alignas(64) float product[kMaxRows * 2 * kPanelColumns];
       const typename T::Row* x = work.hidden_rows + (start - work.group_start + first);
       multiply_tile<T>(x, tile, num_tiles, height, panels, count, product);
@@ -152,7 +152,7 @@ void experts_as(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_
   work.inner_panels = num_panels(call.intermediate_size);
   work.hidden_stride = work.inner_panels * kPanelColumns;
   // What the down product reads: bf16 where its tiles take bf16, else float32; int8 and int4 quantise it by row.
-  work.hidden_format = !kIsQuantized && w2.format == kBfloat16 && sizeof(Simd::Bf16Input) == 2 ? kBfloat16 : kFloat32;
+  work.hidden_format = !kIsQuantized && w2.format != kFloat32 && sizeof(Simd::Bf16Input) == 2 ? kBfloat16 : kFloat32;
   work.sums = call.out_format == kFloat32
                   ? (float*)call.out
                   : (float*)scratch(kSumsSlot, sizeof(float) * (size_t)call.num_partial_sums * call.hidden_size);
@@ -184,7 +184,8 @@ void experts(const ExpertsCall* call) {
   if (num_present == 0) return;
   switch (call->experts[present[0]].w13.format) {
     case kFloat32: return experts_as<Tiles<kFloat32>>(*call, order, starts, present, num_present);
-    case kBfloat16: return experts_as<Tiles<kBfloat16>>(*call, order, starts, present, num_present);
+    case kBfloat16:
+    case kCompact: return experts_as<Tiles<kBfloat16>>(*call, order, starts, present, num_present);
     case kInt8: return experts_as<Tiles<kInt8>>(*call, order, starts, present, num_present);
     case kInt4: return experts_as<Tiles<kInt4>>(*call, order, starts, present, num_present);
   }
@@ -197,7 +198,7 @@ double peak(int format, long iterations) {
   alignas(64) float product[kMaxRows * 2 * kPanelColumns];
   static const float one_scale[2 * kPanelColumns] = {};
   constexpr int kInputs = 64;
-  Matrix matrix = {operands, one_scale, format, 2 * kPanelColumns, kInputs, kInputs};
+  Matrix matrix = {operands, one_scale, nullptr, format, 2 * kPanelColumns, kInputs, kInputs};
   const Panels panels = {&matrix, 0, 1};
   const float zero = 0.0f;
   const int32_t sum = 0;

@@ -6,6 +6,7 @@
 //   bfloat16  [panels][K / 2][32][2]
 //   int8      [panels][K / 4][32][4], numbers + 128; scales [panels][K / group_size][32]
 //   int4      [panels][K / 4][16][4], outputs 0-15 in the low nibbles, 16-31 in the high ones, numbers + 8; scales alike
+//   compact   bfloat16 in 12 bits, without loss: see compact.h
 //
 // Row-invariance: one output of one row is summed by one lane over the inputs in ascending order (int8 and int4: exactly
 // within a group, groups in ascending order), however many rows, threads or neighbours there are.
@@ -14,13 +15,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { kAbi = 2 };  // raised with every change of a struct below; library.py refuses another one
+enum { kAbi = 3 };  // raised with every change of a struct below; library.py refuses another one
 enum { kPanelColumns = 32 };
-enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
+enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3, kCompact = 4 };
+
+struct Dictionary;  // compact.h
 
 struct Matrix {  // packed; mirrors PackedMatrix in Python
   const void* data;
   const float* scales;  // int8 and int4
+  const Dictionary* dictionaries;  // compact: [panels], then the exceptions
   int32_t format;
   int32_t num_outputs;  // N, before padding to whole panels
   int32_t num_inputs;   // K
@@ -126,6 +130,8 @@ struct KernelTable {
   void (*mla_prepare)(const MlaPrepareCall*);
   void (*mla_decode)(const MlaDecodeCall*);
   void (*mla_prefill)(const MlaPrefillCall*);
+  void (*choose_dictionary)(const uint16_t* plain, int num_inputs, Dictionary* to);
+  void (*compact_panel)(const uint16_t* plain, int panel, const Matrix* to);
   double (*peak)(int format, long iterations);  // operations of one thread
   float (*read)(const float* data, size_t count);  // a sum, so that it is read; count is a multiple of 64
 };

@@ -45,10 +45,10 @@ void linear_task(void* context, int task, int) {
   const int count = left < work.panels_per_task ? left : work.panels_per_task;
   const int first_column = panel * kPanelColumns, width = count * kPanelColumns;
   const int columns = matrix.num_outputs - first_column < width ? matrix.num_outputs - first_column : width;
-  const bool has_next = left > 2 * count;
-  const Panels panels = {&matrix, panel, panel + 1, has_next ? panel_data(matrix, panel + count) : nullptr,
-                         has_next ? panel_data(matrix, panel + count + 1) : nullptr};
-  for_tiles(num_rows, T::kRows, [&](int tile, int num_tiles, int first, int height) {
+  const int next = count * num_threads();  // from here: the panels between are the other threads'
+  const Panels panels = {&matrix, panel, panel + 1, left > next ? panel_data(matrix, panel + next) : nullptr,
+                         left > next + 1 ? panel_data(matrix, panel + next + 1) : nullptr};
+  for_tiles<T>(num_rows, [&](int tile, int num_tiles, int first, int height) {
     alignas(64) float product[kMaxRows * 2 * kPanelColumns];
     multiply_tile<T>(work.rows + first_row + first, tile, num_tiles, height, panels, count, product);
     store_product(product, width, height, call.out, call.out_format,
@@ -74,7 +74,8 @@ void linear(const LinearCall* call) {
   if (call->num_rows == 0) return;
   switch (call->matrix->format) {
     case kFloat32: return linear_as<Tiles<kFloat32>>(*call);
-    case kBfloat16: return linear_as<Tiles<kBfloat16>>(*call);
+    case kBfloat16:
+    case kCompact: return linear_as<Tiles<kBfloat16>>(*call);
     case kInt8: return linear_as<Tiles<kInt8>>(*call);
     case kInt4: return linear_as<Tiles<kInt4>>(*call);
   }
@@ -107,7 +108,7 @@ void heads_task(void* context, int task, int thread) {
     const int count = panels - panel < 2 ? 1 : 2, first_column = panel * kPanelColumns;
     const int width = count * kPanelColumns;
     const int columns = matrix.num_outputs - first_column < width ? matrix.num_outputs - first_column : width;
-    for_tiles(num_rows, T::kRows, [&](int, int, int first, int height) {
+    for_tiles<T>(num_rows, [&](int, int, int first, int height) {
       alignas(64) float product[kMaxRows * 2 * kPanelColumns];
       multiply<T, false>(rows + first, height, {&matrix, panel, panel + 1}, count, product);
       store_product(product, width, height, call.out, call.out_format,

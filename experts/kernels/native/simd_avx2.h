@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "compact.h"
+
 namespace {
 
 struct Simd {
@@ -77,7 +79,7 @@ struct Simd {
     _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(packed, 0xd8));
   }
 
-  static constexpr int kBf16Rows = 4;  // 8 registers of accumulators, 4 of weights, 2 of activations
+  static constexpr int kBf16Rows = 4, kBf16NarrowRows = 4;  // 8 registers of accumulators, 4 of weights, 2 of activations
   using Bf16Input = float;
   struct Bf16Weights {
     Floats even, odd;
@@ -98,9 +100,23 @@ struct Simd {
     return {_mm256_fmadd_ps(w.odd.a, x.odd, _mm256_fmadd_ps(w.even.a, x.even, sum.a)),
             _mm256_fmadd_ps(w.odd.b, x.odd, _mm256_fmadd_ps(w.even.b, x.even, sum.b))};
   }
+  // The two vectors of a pair of inputs in a compact panel.
+  using Table = const uint8_t*;
+  static Table load_table(const uint8_t* sixteen) { return sixteen; }
+  static void expand_to(Table high_bytes, Ints codes, const uint8_t* low_bytes, uint16_t* to) {
+    uint8_t bytes[64];
+    memcpy(bytes, &codes, sizeof bytes);
+    expand_pair(high_bytes, bytes, low_bytes, to);
+  }
+  static void expand(Table high_bytes, Ints codes, const uint8_t* low_bytes, Bf16Weights* to) {
+    uint16_t numbers[64];
+    expand_to(high_bytes, codes, low_bytes, numbers);
+    to[0] = load_pairs(numbers);
+    to[1] = load_pairs(numbers + kPanelColumns);
+  }
   static constexpr int kFloatRows = 5;
 
-  static constexpr int kByteRows = 3;
+  static constexpr int kByteRows = 3, kByteNarrowRows = 3;
   static Ints load_bytes(const uint8_t* from) {
     return {_mm256_loadu_si256((const __m256i*)from), _mm256_loadu_si256((const __m256i*)(from + 32))};
   }

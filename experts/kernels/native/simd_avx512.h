@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "kernels.h"
+
 namespace {
 
 struct Simd {
@@ -114,7 +116,8 @@ struct Simd {
 
   // --- products of bf16 pairs: the panel has 16 columns x 2 numbers a vector -----------------------------------
 #ifdef MOBULA_AVX512_BF16
-  static constexpr int kBf16Rows = 6;  // 24 accumulators, 4 weights, 1 activation
+  static constexpr int kBf16Rows = 6;  // of 64 columns: 24 accumulators, 4 weights, 1 activation
+  static constexpr int kBf16NarrowRows = 12;  // of 32 columns
   using Bf16Input = uint16_t;          // how activations are fed to a tile
 #ifdef MOBULA_EMULATE_BF16
   using Bf16Weights = __m512i;
@@ -123,7 +126,7 @@ struct Simd {
   using Bf16Weights = __m512bh;
   using Bf16Pair = __m512bh;
 #endif
-  static Bf16Weights load_pairs(const uint16_t* from) { return (Bf16Weights)_mm512_loadu_si512(from); }
+  static Bf16Weights as_pairs(__m512i numbers) { return (Bf16Weights)numbers; }
   static Bf16Pair broadcast_pair(const uint16_t* from) {
     int32_t pair;
     memcpy(&pair, from, 4);
@@ -141,7 +144,8 @@ struct Simd {
   static Floats dot(Floats sum, Bf16Weights w, Bf16Pair x) { return _mm512_dpbf16_ps(sum, w, x); }
 #endif
 #else
-  static constexpr int kBf16Rows = 5;  // 20 accumulators, 8 weights, 2 activations
+  static constexpr int kBf16Rows = 5;  // of 64 columns: 20 accumulators, 8 weights, 2 activations
+  static constexpr int kBf16NarrowRows = 12;  // of 32 columns: 24 accumulators, 4 weights, 2 activations
   using Bf16Input = float;
   struct Bf16Weights {
     Floats even, odd;
@@ -149,8 +153,7 @@ struct Simd {
   struct Bf16Pair {
     Floats even, odd;
   };
-  static Bf16Weights load_pairs(const uint16_t* from) {
-    const __m512i pairs = _mm512_loadu_si512(from);
+  static Bf16Weights as_pairs(__m512i pairs) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)))};
   }
@@ -159,10 +162,26 @@ struct Simd {
     return _mm512_fmadd_ps(w.odd, x.odd, _mm512_fmadd_ps(w.even, x.even, sum));
   }
 #endif
+  static Bf16Weights load_pairs(const uint16_t* from) { return as_pairs(_mm512_loadu_si512(from)); }
+  // The two vectors of a pair of inputs in a compact panel (compact.h).
+  using Table = __m512i;
+  static Table load_table(const uint8_t* sixteen) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)sixteen));
+  }
+  static void expand(Table high_bytes, Ints codes, const uint8_t* low_bytes, Bf16Weights* to) {
+    const __m512i high = _mm512_shuffle_epi8(high_bytes, codes), low = _mm512_loadu_si512(low_bytes);
+    to[0] = as_pairs(_mm512_unpacklo_epi8(low, high));
+    to[1] = as_pairs(_mm512_unpackhi_epi8(low, high));
+  }
+  static void expand_to(Table high_bytes, Ints codes, const uint8_t* low_bytes, uint16_t* to) {
+    const __m512i high = _mm512_shuffle_epi8(high_bytes, codes), low = _mm512_loadu_si512(low_bytes);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi8(low, high));
+    _mm512_storeu_si512(to + kPanelColumns, _mm512_unpackhi_epi8(low, high));
+  }
   static constexpr int kFloatRows = 6;
 
   // --- products of bytes: unsigned weights, signed activations, four numbers a lane -----------------------------
-  static constexpr int kByteRows = 6;
+  static constexpr int kByteRows = 6, kByteNarrowRows = 12;  // of 64 and 32 columns
   static Ints load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
   static Ints broadcast_bytes(const int8_t* from) {
     int32_t four;

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "compact.h"
+
 namespace {
 
 struct Simd {
@@ -97,7 +99,7 @@ struct Simd {
     for (int i = 0; i < 16; i++) to[i] = narrow(x.v[i]);
   }
 
-  static constexpr int kBf16Rows = 2;
+  static constexpr int kBf16Rows = 2, kBf16NarrowRows = 2;
   using Bf16Input = float;
   struct Bf16Weights {
     Floats even, odd;
@@ -112,9 +114,23 @@ struct Simd {
   static Floats dot(Floats sum, Bf16Weights w, Bf16Pair x) {
     return each([&](int i) { return fused(w.odd.v[i], x.odd, fused(w.even.v[i], x.even, sum.v[i])); });
   }
+  // The two vectors of a pair of inputs in a compact panel.
+  using Table = const uint8_t*;
+  static Table load_table(const uint8_t* sixteen) { return sixteen; }
+  static void expand_to(Table high_bytes, Ints codes, const uint8_t* low_bytes, uint16_t* to) {
+    uint8_t bytes[64];
+    memcpy(bytes, &codes, sizeof bytes);
+    expand_pair(high_bytes, bytes, low_bytes, to);
+  }
+  static void expand(Table high_bytes, Ints codes, const uint8_t* low_bytes, Bf16Weights* to) {
+    uint16_t numbers[64];
+    expand_to(high_bytes, codes, low_bytes, numbers);
+    to[0] = load_pairs(numbers);
+    to[1] = load_pairs(numbers + kPanelColumns);
+  }
   static constexpr int kFloatRows = 2;
 
-  static constexpr int kByteRows = 2;
+  static constexpr int kByteRows = 2, kByteNarrowRows = 2;
   static Ints load_bytes(const uint8_t* from) {
     Ints result;
     memcpy(result.v, from, 64);

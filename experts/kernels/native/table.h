@@ -6,7 +6,11 @@
 
 namespace {
 
-const KernelTable kTable = {linear,     heads,       experts, rms_norm,    mla_prepare,
-                            mla_decode, mla_prefill, peak,    read_through};
+const KernelTable kTable = {linear,      heads,
+                            experts,     rms_norm,
+                            mla_prepare, mla_decode,
+                            mla_prefill, choose_dictionary,
+                            compact_panel, peak,
+                            read_through};
 
 }  // namespace

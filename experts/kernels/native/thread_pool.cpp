@@ -133,3 +133,8 @@ void parallel_for(int num_tasks, Task task, void* context) {
 
 void* scratch(int slot, size_t num_bytes) { return pool().buffers[slot].at_least(num_bytes); }
 void* thread_scratch(int thread, size_t num_bytes) { return pool().thread_buffers[thread].at_least(num_bytes); }
+
+void* own_scratch(size_t num_bytes) {
+  static thread_local Buffer buffer;
+  return buffer.at_least(num_bytes);
+}

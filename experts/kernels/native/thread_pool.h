@@ -16,3 +16,4 @@ void parallel_for(int num_tasks, Task task, void* context);
 // Memory that a call may use until it returns; `slot` tells the buffers of one call apart. Kept for the next call.
 void* scratch(int slot, size_t num_bytes);
 void* thread_scratch(int thread, size_t num_bytes);
+void* own_scratch(size_t num_bytes);  // of the thread that calls, for one product at a time

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from experts.kernels.library import set_num_threads
 from experts.kernels.linear import KernelHeads, KernelLinear
-from experts.kernels.packed_matrix import pack
+from experts.kernels.packed_matrix import pack, pack_plain
 from experts.quantized_matrix import QuantizedMatrix
 from tests.experts.kernels.instruction_sets import each_instruction_set, needs_kernels
 
@@ -57,7 +57,7 @@ def test_a_quantised_product_is_that_of_its_dequantised_weight(
     num_rows=st.integers(1, 60),
     others=st.integers(0, 200),
     num_threads=st.sampled_from([1, 2, 5]),
-    kind=st.sampled_from(["float32", "bfloat16", "int8", "int4"]),
+    kind=st.sampled_from(["float32", "bfloat16", "compact", "int8", "int4"]),
 )
 def test_a_row_has_the_same_bits_beside_any_others_with_any_number_of_threads(
     num_rows: int, others: int, num_threads: int, kind: str
@@ -68,10 +68,11 @@ def test_a_row_has_the_same_bits_beside_any_others_with_any_number_of_threads(
     matrix = {
         "float32": weight,
         "bfloat16": weight.bfloat16(),
+        "compact": weight.bfloat16(),
         "int8": QuantizedMatrix.quantize(weight, 8, 64),
         "int4": QuantizedMatrix.quantize(weight, 4, 64),
     }[kind]
-    project = KernelLinear(pack([matrix]))
+    project = KernelLinear(pack([matrix]) if kind == "compact" else pack_plain([matrix]))
     set_num_threads(1)
     alone = torch.cat([project(row.unsqueeze(0)) for row in x[others:]])
     set_num_threads(num_threads)
@@ -103,7 +104,7 @@ def test_each_head_has_its_own_matrix(each_instruction_set: str, dtype: torch.dt
     weights = torch.randn(3, 20, 12).to(dtype)
     x = torch.randn(num_rows, 3, 30).to(dtype)[..., 4:16]  # a part of a wider row
     out = torch.zeros(num_rows, 3, 25, dtype=dtype)
-    KernelHeads([pack([weight]) for weight in weights])(x, out=out[..., :20])
+    KernelHeads([pack_plain([weight]) for weight in weights])(x, out=out[..., :20])
     expected = torch.einsum("rhi,hoi->rho", x.double(), weights.double())
     assert relative_error(out[..., :20], expected) < (2**-7 if dtype is torch.bfloat16 else 1e-5)
     assert not out[..., 20:].any()
