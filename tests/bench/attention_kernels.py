@@ -63,7 +63,7 @@ def decode_cell(context: int, num_heads: int, batch: int) -> Cell:
         num_bytes=2.0 * LATENT * batch * context,
         num_operations=2.0 * (LATENT + RANK) * batch * context * num_heads,
         ours=lambda: mla_decode(query, cache, tables, sequences, context_lens, RANK, SCALE),
-        theirs=theirs,
+        theirs={"torch": theirs},
     )
 
 
@@ -97,5 +97,5 @@ def prefill_cell(num_rows: int) -> Cell:
         num_bytes=2.0 * LATENT * num_rows,
         num_operations=2.0 * PREFILL_HEADS * (expansion + pairs * (NOPE + ROPE + VALUE)),
         ours=lambda: mla_prefill(query, expand_key, expand_value, cache, table, 0, SCALE),
-        theirs=theirs,
+        theirs={"torch": theirs},
     )

@@ -1,12 +1,12 @@
-"""Measures one kernel call against the machine's limit and against torch.
+"""Measures one kernel call against the machine's limit and against others on the same numbers.
 
 A limit is the larger of two times: reading at the probe's bandwidth, multiplying at its peak. Both probes run before
-every repeat, and torch after it.
+every repeat, and the others after it.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,7 +18,7 @@ REPEAT_S, QUICK_REPEAT_S = 0.3, 0.1  # a repeat is as many calls as fill this, a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One call of a kernel, and of torch on the same numbers where torch has the like.
+    """One call of a kernel, and by their names of others that have the like, torch say.
 
     num_bytes and num_operations: what one call has to read and to do.
     """
@@ -28,7 +28,7 @@ class Cell:
     num_bytes: float
     num_operations: float
     ours: Callable[[], object]
-    theirs: Callable[[], object] | None = None
+    theirs: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     kind: str = "bf16"  # whose peak is the limit
 
 
@@ -40,15 +40,16 @@ def measure(cell: Cell, options: Options) -> Row:
     before = torch.get_num_threads()
     torch.set_num_threads(options.num_threads)
     try:
-        ours, limits, turns = [], [], []
+        ours, limits = [], []
+        turns: dict[str, list[tuple[float, float]]] = {name: [] for name in cell.theirs if options.has_peers}
         for _ in range(2 * options.num_repeats):
             limits.append(_limit_ms(cell, probe.look()))
             ours.append(_milliseconds(cell.ours, options))
-            if options.has_peers and cell.theirs is not None:
-                turns.append((ours[-1], _milliseconds(cell.theirs, options)))
+            for name, pairs in turns.items():
+                pairs.append((ours[-1], _milliseconds(cell.theirs[name], options)))
     finally:
         torch.set_num_threads(before)
-    row = Row.of(cell.name, cell.params, ours, "ms", limits=limits, turns={"torch": turns} if turns else None)
+    row = Row.of(cell.name, cell.params, ours, "ms", limits=limits, turns=turns)
     return row.with_params(**probe.params())
 
 

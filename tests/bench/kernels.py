@@ -1,10 +1,10 @@
 """The kernels alone: the experts' feed-forward at several numbers of rows and formats, then attention.
 
 Experts have DeepSeek-V2-Lite's dimensions, each its own memory, all the same number of rows. torch is a loop of its
-linear products in bf16.
+linear products in bf16; "16 bits" are the same kernels with bf16 weights as they are published.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experts.kernels.expert_set import ExpertSet, PackedExpert
 from experts.kernels.library import instruction_set
-from experts.kernels.packed_matrix import pack
+from experts.kernels.packed_matrix import PackedMatrix, pack, pack_plain
 from experts.quantized_matrix import QuantizedMatrix
 from tests.bench import attention_kernels
 from tests.bench.kernel_cell import Cell, measure
@@ -24,6 +24,8 @@ GROUP_SIZE = 128
 ROWS, QUICK_ROWS = (1, 4, 16, 64, 256), (1, 16)
 NUM_BITS = {"int8": 8, "int4": 4}
 
+Pack = Callable[[list[Tensor] | list[QuantizedMatrix]], PackedMatrix]
+
 
 def rows(options: Options) -> Iterator[Row]:
     """Raises Unmeasurable without the kernels."""
@@ -33,12 +35,13 @@ def rows(options: Options) -> Iterator[Row]:
     plain = [[matrix.bfloat16() for matrix in matrices] for _ in range(NUM_EXPERTS)]  # torch's: a copy an expert
     for number_format in options.formats:
         experts = packed_experts(matrices, number_format)
+        in_16_bits = packed_experts(matrices, number_format, pack_plain) if number_format == PLAIN else None
         for num_rows in QUICK_ROWS if options.is_quick else ROWS:
-            yield measure(experts_cell(experts, plain, num_rows, number_format), options)
+            yield measure(experts_cell(experts, plain, num_rows, number_format, in_16_bits), options)
     yield from attention_kernels.rows(options)
 
 
-def packed_experts(matrices: list[Tensor], number_format: str) -> dict[int, PackedExpert]:
+def packed_experts(matrices: list[Tensor], number_format: str, pack: Pack = pack) -> dict[int, PackedExpert]:
     """The same weights for every expert, in memory of each one's own."""
     kept = [
         matrix.bfloat16()
@@ -50,7 +53,11 @@ def packed_experts(matrices: list[Tensor], number_format: str) -> dict[int, Pack
 
 
 def experts_cell(
-    experts: dict[int, PackedExpert], plain: list[list[Tensor]], num_rows: int, number_format: str
+    experts: dict[int, PackedExpert],
+    plain: list[list[Tensor]],
+    num_rows: int,
+    number_format: str,
+    in_16_bits: dict[int, PackedExpert] | None,
 ) -> Cell:
     """num_rows: of each expert."""
     expert_set = ExpertSet(experts, INNER)
@@ -60,10 +67,14 @@ def experts_cell(
     assignments = wire_assignments(torch.ones(count), indices, expert_ids, indices)
     out = torch.empty_like(hidden_states)
 
-    def theirs() -> None:
+    def torchs() -> None:
         for mine, (gate, up, down) in zip(hidden_states.split(num_rows), plain, strict=True):
             F.linear(F.silu(F.linear(mine, gate)) * F.linear(mine, up), down)
 
+    theirs: dict[str, Callable[[], object]] = {"torch": torchs}
+    if in_16_bits:
+        plain_set = ExpertSet(in_16_bits, INNER)
+        theirs["16 bits"] = lambda: plain_set.forward(hidden_states, assignments, out)
     return Cell(
         name="experts",
         params={"format": number_format, "rows an expert": num_rows},
