@@ -30,7 +30,12 @@ def processes_with(folder: str) -> list[psutil.Process]:
 def test_ctrl_c_leaves_nothing_behind() -> None:
     with TemporaryDirectory(prefix="mc-") as folder:  # a short name: Ray has sockets in it
         command = [sys.executable, "-m", "cluster.commands.cli", "chaos", "run", "kill-shard", "--json"]
-        with subprocess.Popen(command, env={**os.environ, "TMPDIR": folder}, stdout=subprocess.PIPE) as run:
+        with subprocess.Popen(
+            command,
+            env={**os.environ, "TMPDIR": folder},
+            stdout=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where tests are to ignore it
+        ) as run:
             give_up_s = time.monotonic() + START_S
             while not any("raylet" in process.name() for process in processes_with(folder)):
                 assert time.monotonic() < give_up_s
