@@ -15,6 +15,7 @@ from types import FrameType
 
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONCE_S = 0.5  # signals so close together are one: `make`, say, passes on to the command what its group was sent
+LOOK_S = 0.05  # between two looks at the child
 PR_SET_PDEATHSIG = 1  # of Linux
 
 
@@ -60,7 +61,12 @@ def _wait_for(child: int) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells ask for what runs in the background
             signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    while True:  # a signal just before a wait without end would be seen when that ends
+        ended, wait_status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(LOOK_S)
+    status = os.waitstatus_to_exitcode(wait_status)
     if status >= 0:
         return status
     return 128 + (asked_by[0] if asked_by and -status == signal.SIGINT else -status)
