@@ -117,6 +117,7 @@ def _allocated(header: expert_pb2.CopyExpertHeader, model: ExpertModel) -> Exper
             or (group_size and (matrix.num_inputs % group_size or not is_packed))
             or (not is_packed and _BY_WIRE[matrix.format] is not _DTYPES.get(model.dtype))
             or matrix.num_exceptions > _max_exceptions(matrix)
+            or (_BY_WIRE[matrix.format] is Format.COMPACT and matrix.num_inputs % STEP_INPUTS)
         ):
             raise CopyError(f"a matrix of the copy is {str(matrix).split()}, the model's are {list(shape)}")
     if is_packed:

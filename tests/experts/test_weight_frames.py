@@ -146,3 +146,14 @@ def test_more_exceptions_than_a_matrix_has_steps_are_not_made_room_for() -> None
     header.matrices[0].num_exceptions = 2**31
     with pytest.raises(CopyError, match="the model's are"):
         copied(LARGE_BF16, [join_frame(header.SerializeToString(), [payload])])
+
+
+@needs_kernels
+def test_a_compact_matrix_whose_inputs_are_not_whole_steps_is_not_taken() -> None:
+    model = replace(LARGE_BF16, hidden_size=510)
+    header, payload = decode_frame(expert_pb2.CopyExpertHeader, next(iter(frames(stored(model)))))
+    header.ClearField("crc32")
+    for matrix in header.matrices:
+        matrix.format = expert_pb2.WEIGHT_FORMAT_COMPACT
+    with pytest.raises(CopyError, match="the model's are"):
+        copied(model, [join_frame(header.SerializeToString(), [payload])])
