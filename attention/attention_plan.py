@@ -1,5 +1,6 @@
 """Which form of MLA each row of a step takes, decided once a step for all layers. Computes nothing but indices."""
 
+import ctypes
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,13 +42,24 @@ class AbsorbedBatch:
     seq_lens: tuple[int, ...]  # context of each piece, up to its last row
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AbsorbedRows:
-    """All absorbed rows, each on its own."""
+class KernelSpan(ctypes.Structure):
+    """struct MlaSpan: neighbouring rows in the same form; sequence and num_context_tokens are those of naive ones."""
 
-    rows: Tensor | slice  # [num_rows] int64, into the step's rows; a slice where they are neighbours
-    seq_indices: Tensor  # [num_rows] int32
-    context_lens: Tensor  # [num_rows] int32, tokens that each row sees
+    _fields_ = tuple(
+        (name, ctypes.c_int32) for name in ("start_row", "num_rows", "is_absorbed", "sequence", "num_context_tokens")
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelRows:
+    """The same for kernels, which take absorbed rows one by one, of whatever sequence.
+
+    sequences, context_lens: [num_tokens] int32, of absorbed rows: their sequence, and the tokens that each sees.
+    """
+
+    spans: ctypes.Array[KernelSpan]
+    sequences: Tensor
+    context_lens: Tensor
 
 
 @dataclass(frozen=True)
@@ -81,18 +93,24 @@ class AttentionPlan:
         return cls(metadata, tuple(naive), tuple(absorbed))
 
     @cached_property
-    def absorbed_rows(self) -> AbsorbedRows | None:
-        """For kernels that take rows one by one; None where there are none."""
-        spans = self.absorbed
-        if not spans:
-            return None
-        rows = [row for span in spans for row in range(span.start_row, span.end_row)]
-        seq_indices = [span.seq_index for span in spans for _ in range(span.num_rows)]
-        context_lens = [n for span in spans for n in range(span.num_context_tokens + 1, span.seq_len + 1)]
-        are_neighbours = rows[-1] - rows[0] == len(rows) - 1
-        return AbsorbedRows(
-            rows=slice(rows[0], rows[-1] + 1) if are_neighbours else torch.tensor(rows),
-            seq_indices=torch.tensor(seq_indices, dtype=torch.int32),
+    def kernel_rows(self) -> KernelRows:
+        """For kernels: absorbed spans that are neighbours become one."""
+        sequences, context_lens = [0] * self.metadata.num_tokens, [0] * self.metadata.num_tokens
+        runs: list[tuple[int, int]] = []  # first and last row + 1
+        for span in self.absorbed:
+            start, end = span.start_row, span.end_row
+            sequences[start:end] = [span.seq_index] * (end - start)
+            context_lens[start:end] = range(span.num_context_tokens + 1, span.seq_len + 1)
+            if runs and runs[-1][1] == start:
+                start = runs.pop()[0]
+            runs.append((start, end))
+        spans = [KernelSpan(start, end - start, 1, 0, 0) for start, end in runs]
+        spans += [
+            KernelSpan(span.start_row, span.num_rows, 0, span.seq_index, span.num_context_tokens) for span in self.naive
+        ]
+        return KernelRows(
+            spans=(KernelSpan * len(spans))(*spans),
+            sequences=torch.tensor(sequences, dtype=torch.int32),
             context_lens=torch.tensor(context_lens, dtype=torch.int32),
         )
 

@@ -25,7 +25,7 @@ from attention.layers import rms_norm
 from attention.micro_batch import MicroBatch, MicroBatchCount
 from attention.mla import Mla
 from attention.mla_form import MlaForm
-from attention.rotary import RotaryEmbedding
+from attention.rotary import RotaryEmbedding, Rotation
 from attention.torch_backend import TorchBackend
 from router.overload_valve import OverloadValve
 from router.plan import NO_EXPERT
@@ -50,6 +50,17 @@ class ExpertDispatcher(Protocol):
 
     def abandon(self, handle: Any) -> None:
         """Gives up what was dispatched and not combined."""
+        ...
+
+
+class AttentionBlock(Protocol):
+    """One layer's attention with its norms."""
+
+    def forward(self, hidden_states: Tensor, rotation: Rotation, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+        """Writes the rows' latents to the cache, then attends.
+
+        hidden_states: [num_tokens, hidden_size]. Returns them with what attention adds, and normed for the MLP.
+        """
         ...
 
 
@@ -78,10 +89,10 @@ class Decoder:
         self._dtype = weights.embedding.dtype
         self._rotary = RotaryEmbedding(config.rotary, weights.embedding.device)
         backend = TorchBackend() if attention_backend is None else attention_backend
-        self._attention = [
-            KernelMla(config.mla, layer.attention, config.softmax_scale, latent_cache, layer_id)
+        self._attention: list[AttentionBlock] = [
+            KernelMla(config.mla, layer.attention, layer.norms, config.softmax_scale, latent_cache, layer_id)
             if isinstance(layer.attention, KernelMlaWeights)
-            else Mla(config.mla, layer.attention, config.softmax_scale, backend, latent_cache, layer_id)
+            else Mla(config.mla, layer.attention, layer.norms, config.softmax_scale, backend, latent_cache, layer_id)
             for layer_id, layer in enumerate(weights.layers)
         ]
 
@@ -130,11 +141,8 @@ class Decoder:
 
     def _layer(self, layer_id: int, rows: MicroBatch) -> None:
         """From the layer before, whose routed experts may still be away, to this one's dispatch."""
-        layer, eps = self._weights.layers[layer_id], self.config.rms_norm_eps
-        hidden_states = self._combined(rows)
-        normed = rms_norm(hidden_states, layer.attention_norm, eps)
-        hidden_states = self._attention[layer_id].forward(normed, rows.rotation, rows.plan, hidden_states)
-        normed = rms_norm(hidden_states, layer.mlp_norm, eps)
+        layer = self._weights.layers[layer_id]
+        hidden_states, normed = self._attention[layer_id].forward(self._combined(rows), rows.rotation, rows.plan)
         if not isinstance(layer.mlp, MoeWeights):
             rows.hidden_states = hidden_states + layer.mlp(normed, hidden_states.dtype)
             return

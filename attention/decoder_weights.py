@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attention.kernel_mla import KernelMlaWeights, can_use_kernels
-from attention.layers import Mlp, Projection, TorchProjection, WeightReader, WeightTarget
+from attention.layers import BlockNorms, Mlp, Projection, TorchProjection, WeightReader, WeightTarget
 from attention.mla import MlaWeights
 from attention.mla_config import MlaConfig
 from attention.rotary import RotaryConfig
@@ -123,9 +123,8 @@ class MoeWeights:
 class LayerWeights:
     """One decoder layer."""
 
-    attention_norm: Tensor  # [hidden_size], input_layernorm
+    norms: BlockNorms
     attention: MlaWeights | KernelMlaWeights
-    mlp_norm: Tensor  # [hidden_size], post_attention_layernorm
     mlp: Mlp | MoeWeights
 
     @classmethod
@@ -135,9 +134,12 @@ class LayerWeights:
         has_kernels = target.use_kernels and can_use_kernels(config.mla)
         attention = KernelMlaWeights if has_kernels else MlaWeights
         return cls(
-            attention_norm=target.read(f"{prefix}.input_layernorm.weight"),
+            norms=BlockNorms(
+                attention=target.read(f"{prefix}.input_layernorm.weight"),
+                mlp=target.read(f"{prefix}.post_attention_layernorm.weight"),
+                eps=config.rms_norm_eps,
+            ),
             attention=attention.read(target, f"{prefix}.self_attn", config.mla),
-            mlp_norm=target.read(f"{prefix}.post_attention_layernorm.weight"),
             mlp=MoeWeights.read(target, f"{prefix}.mlp", config) if is_moe else target.mlp(f"{prefix}.mlp"),
         )
 

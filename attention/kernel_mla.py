@@ -1,24 +1,28 @@
 """Multi-head latent attention of one layer by the CPU kernels; the same mathematics as mla.py, which explains it.
 
-A layer of one step:
-1. one product gives the queries (or their low rank) and the latents of all rows;
+A layer of one step, in one call of experts/kernels/native/mla_layer.cpp:
+1. norm; one product gives the queries (or their low rank) and the latents of all rows;
 2. latents are normed, rotated and written to the cache, queries rotated;
 3. generated rows attend in the absorbed form straight from the cache, prompt rows in the naive form, span by span;
-4. one product brings the heads back, with the residual.
-Every step's result for a row depends on that row and its context alone, to the bit.
+4. one product brings the heads back, with the residual; norm.
+Every step's result for a row depends on that row and its context alone, to the bit: not on other rows, threads, block
+ids or how a prompt is cut.
 """
 
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from attention.attention_plan import AbsorbedRows, AttentionPlan
-from attention.kernel_attention import mla_decode, mla_prefill, mla_prepare
+from attention.attention_plan import AttentionPlan
 from attention.latent_cache import LatentCache
-from attention.layers import Projection, WeightTarget, rms_norm
+from attention.layers import BlockNorms, WeightTarget
 from attention.mla_config import MlaConfig
 from attention.rotary import Rotation
-from experts.kernels.linear import KernelHeads
+from experts.kernels.library import format_of, require
+from experts.kernels.linear import KernelHeads, KernelLinear
 from experts.kernels.packed_matrix import PANEL_OUTPUTS, pack_plain
 
 
@@ -37,14 +41,14 @@ def can_use_kernels(config: MlaConfig) -> bool:
 class KernelMlaWeights:
     """One layer's, packed. W_UK is held twice: to absorb it into queries, and to expand latents into keys."""
 
-    down: Projection  # q_a_proj (or q_proj) over kv_a_proj_with_mqa
+    down: KernelLinear  # q_a_proj (or q_proj) over kv_a_proj_with_mqa
     query_norm: Tensor | None  # [q_lora_rank], q_a_layernorm; None where queries are projected in one step
-    query_up: Projection | None  # q_b_proj
+    query_up: KernelLinear | None  # q_b_proj
     kv_norm: Tensor  # [kv_lora_rank], kv_a_layernorm
     absorb_key: KernelHeads  # qk_nope_head_dim -> kv_lora_rank, W_UK transposed
     expand_key: KernelHeads  # kv_lora_rank -> qk_nope_head_dim, W_UK
     expand_value: KernelHeads  # kv_lora_rank -> v_head_dim, W_UV
-    output: Projection  # o_proj
+    output: KernelLinear  # o_proj
 
     @classmethod
     def read(cls, target: WeightTarget, prefix: str, config: MlaConfig) -> "KernelMlaWeights":
@@ -56,90 +60,127 @@ class KernelMlaWeights:
         keys, values = kv_up.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         query_name = "q_a_proj" if has_lora else "q_proj"
         return cls(
-            down=target.projection(f"{prefix}.{query_name}.weight", f"{prefix}.kv_a_proj_with_mqa.weight"),
+            down=target.kernel_projection(f"{prefix}.{query_name}.weight", f"{prefix}.kv_a_proj_with_mqa.weight"),
             query_norm=target.read(f"{prefix}.q_a_layernorm.weight") if has_lora else None,
-            query_up=target.projection(f"{prefix}.q_b_proj.weight") if has_lora else None,
+            query_up=target.kernel_projection(f"{prefix}.q_b_proj.weight") if has_lora else None,
             kv_norm=target.read(f"{prefix}.kv_a_layernorm.weight"),
             absorb_key=KernelHeads([pack_plain([head.T]) for head in keys]),
             expand_key=KernelHeads([pack_plain([head]) for head in keys]),
             expand_value=KernelHeads([pack_plain([head]) for head in values]),
-            output=target.projection(f"{prefix}.o_proj.weight"),
+            output=target.kernel_projection(f"{prefix}.o_proj.weight"),
         )
 
 
+class _LayerCall(ctypes.Structure):
+    """struct MlaLayerCall."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("down", c_void_p),
+        ("query_norm", c_void_p),
+        ("query_up", c_void_p),
+        ("kv_norm", c_void_p),
+        ("absorb_key", c_void_p),
+        ("expand_key", c_void_p),
+        ("expand_value", c_void_p),
+        ("output", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("cache", c_void_p),
+        ("cache_row_stride", c_int64),
+        ("latents_start", c_int32),
+        ("num_heads", c_int32),
+        ("kv_lora_rank", c_int32),
+        ("rope_dim", c_int32),
+        ("qk_nope_dim", c_int32),
+        ("v_head_dim", c_int32),
+        ("block_size", c_int32),
+        ("format", c_int32),
+        ("cache_format", c_int32),
+        ("norm_eps", c_float),
+        ("latent_norm_eps", c_float),
+        ("scale", c_float),
+        ("hidden_states", c_void_p),
+        ("out", c_void_p),
+        ("normed", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("slot_mapping", c_void_p),
+        ("block_tables", c_void_p),
+        ("sequences", c_void_p),
+        ("context_lens", c_void_p),
+        ("spans", c_void_p),
+        ("num_rows", c_int32),
+        ("num_spans", c_int32),
+        ("max_num_blocks", c_int32),
+    )
+
+
 class KernelMla:
-    """One layer's attention."""
+    """One layer's attention with the norms before and after it. Belongs to one thread."""
 
     def __init__(
         self,
         config: MlaConfig,
         weights: KernelMlaWeights,
+        norms: BlockNorms,
         softmax_scale: float,
         latent_cache: LatentCache,
         layer_id: int,
     ) -> None:
-        self._config = config
-        self._weights = weights
-        self._softmax_scale = softmax_scale
-        self._cache = latent_cache.tensor[layer_id]  # [num_blocks, block_size, row_width]
-        self._query_width = config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
-        self._latents_start = -(-self._query_width // PANEL_OUTPUTS) * PANEL_OUTPUTS  # the second part of `down`
-
-    def forward(self, hidden_states: Tensor, rotation: Rotation, plan: AttentionPlan, residual: Tensor) -> Tensor:
-        """Writes the rows' latents to the cache, then attends.
-
-        hidden_states: [num_tokens, hidden_size], normed; residual: the same shape, added to the result.
-        """
-        config, weights, metadata = self._config, self._weights, plan.metadata
-        down = weights.down(hidden_states)
-        query = down[:, : self._query_width]
-        if weights.query_up is not None and weights.query_norm is not None:
-            query = weights.query_up(rms_norm(query, weights.query_norm, config.latent_norm_eps))
-        query = query.unflatten(1, (config.num_attention_heads, config.qk_head_dim))
-        mla_prepare(
-            query,
-            down[:, self._latents_start :],
-            weights.kv_norm,
-            config.latent_norm_eps,
-            rotation,
-            metadata.slot_mapping,
-            self._cache,
+        query_width = config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
+        self._kept = (weights, norms, latent_cache)  # their memory
+        self._dtype = norms.attention.dtype
+        cache = latent_cache.tensor[layer_id]  # [num_blocks, block_size, row_width]
+        kinds = {tensor.dtype for tensor in (norms.attention, norms.mlp, weights.kv_norm)}
+        assert kinds == {self._dtype}
+        assert cache.is_contiguous()
+        self._call = _LayerCall(
+            attention_norm=norms.attention.data_ptr(),
+            down=weights.down.address,
+            query_norm=None if weights.query_norm is None else weights.query_norm.data_ptr(),
+            query_up=None if weights.query_up is None else weights.query_up.address,
+            kv_norm=weights.kv_norm.data_ptr(),
+            absorb_key=weights.absorb_key.address,
+            expand_key=weights.expand_key.address,
+            expand_value=weights.expand_value.address,
+            output=weights.output.address,
+            mlp_norm=norms.mlp.data_ptr(),
+            cache=cache.data_ptr(),
+            cache_row_stride=cache.shape[2],
+            latents_start=-(-query_width // PANEL_OUTPUTS) * PANEL_OUTPUTS,  # the second part of `down`
+            num_heads=config.num_attention_heads,
+            kv_lora_rank=config.kv_lora_rank,
+            rope_dim=config.qk_rope_head_dim,
+            qk_nope_dim=config.qk_nope_head_dim,
+            v_head_dim=config.v_head_dim,
+            block_size=cache.shape[1],
+            format=format_of(self._dtype),
+            cache_format=format_of(cache.dtype),
+            norm_eps=norms.eps,
+            latent_norm_eps=config.latent_norm_eps,
+            scale=softmax_scale,
         )
-        attended = hidden_states.new_empty(len(hidden_states), config.num_attention_heads, config.v_head_dim)
-        if plan.absorbed_rows is not None:
-            self._attend_absorbed(query, plan.absorbed_rows, metadata.block_tables, attended)
-        for span in plan.naive:
-            rows = slice(span.start_row, span.end_row)
-            block_table = metadata.block_tables[span.seq_index]
-            mla_prefill(
-                query[rows],
-                weights.expand_key,
-                weights.expand_value,
-                self._cache,
-                block_table,
-                span.num_context_tokens,
-                self._softmax_scale,
-                out=attended[rows],
-            )
-        return weights.output(attended.flatten(1), residual=residual)
+        self._address = ctypes.addressof(self._call)
+        self._function = require().mobula_mla_layer
 
-    def _attend_absorbed(self, query: Tensor, absorbed: AbsorbedRows, block_tables: Tensor, attended: Tensor) -> None:
-        """Writes the rows of `attended`, [num_tokens, num_heads, v_head_dim]."""
-        config = self._config
-        mine = query[absorbed.rows]
-        absorbed_query = mine.new_empty(len(mine), config.num_attention_heads, config.latent_dim)
-        self._weights.absorb_key(mine[..., : config.qk_nope_head_dim], out=absorbed_query[..., : config.kv_lora_rank])
-        absorbed_query[..., config.kv_lora_rank :] = mine[..., config.qk_nope_head_dim :]
-        latents = mla_decode(
-            absorbed_query,
-            self._cache,
-            block_tables,
-            absorbed.seq_indices,
-            absorbed.context_lens,
-            config.kv_lora_rank,
-            self._softmax_scale,
-        )
-        if isinstance(absorbed.rows, slice):
-            self._weights.expand_value(latents, out=attended[absorbed.rows])
-        else:
-            attended[absorbed.rows] = self._weights.expand_value(latents)
+    def forward(self, hidden_states: Tensor, rotation: Rotation, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+        """See attention.decoder.AttentionBlock."""
+        metadata, rows, call = plan.metadata, plan.kernel_rows, self._call
+        assert hidden_states.dtype == self._dtype
+        assert hidden_states.is_contiguous()
+        out, normed = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
+        call.hidden_states = hidden_states.data_ptr()
+        call.out = out.data_ptr()
+        call.normed = normed.data_ptr()
+        call.cos = rotation.cos.data_ptr()
+        call.sin = rotation.sin.data_ptr()
+        call.slot_mapping = metadata.slot_mapping.data_ptr()
+        call.block_tables = metadata.block_tables.data_ptr()
+        call.sequences = rows.sequences.data_ptr()
+        call.context_lens = rows.context_lens.data_ptr()
+        call.spans = ctypes.addressof(rows.spans)
+        call.num_rows = len(hidden_states)
+        call.num_spans = len(rows.spans)
+        call.max_num_blocks = metadata.block_tables.stride(0)
+        self._function(self._address)
+        return out, normed

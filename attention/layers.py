@@ -54,6 +54,15 @@ class Mlp(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockNorms:
+    """The RMS norms of one decoder layer."""
+
+    attention: Tensor  # [hidden_size], input_layernorm
+    mlp: Tensor  # [hidden_size], post_attention_layernorm
+    eps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightTarget:
     """Reads weights into one dtype on one device, in the form in which they will be used."""
 
@@ -84,6 +93,12 @@ class WeightTarget:
             return KernelLinear(pack(parts))
         plain = [self._plain(part) for part in parts]
         return TorchProjection(plain[0] if len(plain) == 1 else torch.cat(plain))
+
+    def kernel_projection(self, *names: str) -> KernelLinear:
+        """The same where `use_kernels`, of matrices whose inputs are even."""
+        projection = self.projection(*names)
+        assert isinstance(projection, KernelLinear)
+        return projection
 
     def mlp(self, prefix: str) -> Mlp:
         """prefix: "model.layers.0.mlp" and the like."""

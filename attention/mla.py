@@ -13,7 +13,7 @@ from torch import Tensor
 from attention.attention_backend import AttentionBackend
 from attention.attention_plan import AbsorbedBatch, AttentionPlan, RowSpan
 from attention.latent_cache import LatentCache
-from attention.layers import WeightTarget, rms_norm
+from attention.layers import BlockNorms, WeightTarget, rms_norm
 from attention.mla_config import MlaConfig
 from attention.rotary import Rotation
 
@@ -63,12 +63,13 @@ class MlaWeights:
 
 
 class Mla:
-    """One layer's attention."""
+    """One layer's attention with the norms before and after it."""
 
     def __init__(
         self,
         config: MlaConfig,
         weights: MlaWeights,
+        norms: BlockNorms,
         softmax_scale: float,
         backend: AttentionBackend,
         latent_cache: LatentCache,
@@ -76,16 +77,21 @@ class Mla:
     ) -> None:
         self._config = config
         self._weights = weights
+        self._norms = norms
         self._softmax_scale = softmax_scale
         self._backend = backend
         self._latent_cache = latent_cache
         self._layer_id = layer_id
 
-    def forward(self, hidden_states: Tensor, rotation: Rotation, plan: AttentionPlan, residual: Tensor) -> Tensor:
-        """Writes the rows' latents to the cache, then attends.
+    def forward(self, hidden_states: Tensor, rotation: Rotation, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+        """See attention.decoder.AttentionBlock."""
+        norms = self._norms
+        normed = rms_norm(hidden_states, norms.attention, norms.eps)
+        hidden_states = hidden_states + self._attend(normed, rotation, plan)
+        return hidden_states, rms_norm(hidden_states, norms.mlp, norms.eps)
 
-        hidden_states: [num_tokens, hidden_size], normed; residual: the same shape, added to the result.
-        """
+    def _attend(self, hidden_states: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
+        """Writes the rows' latents to the cache, then attends. hidden_states: [num_tokens, hidden_size], normed."""
         kv_c, k_pe = F.linear(hidden_states, self._weights.kv_down).split(
             [self._config.kv_lora_rank, self._config.qk_rope_head_dim], dim=-1
         )
@@ -102,7 +108,7 @@ class Mla:
             rows = slice(span.start_row, span.end_row)
             block_table = plan.metadata.block_tables[span.seq_index]
             attended[rows] = self._attend_naive(q_nope[rows], q_pe[rows], span, block_table)
-        return residual + F.linear(attended.flatten(1), self._weights.output)
+        return F.linear(attended.flatten(1), self._weights.output)
 
     def _project_query(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states

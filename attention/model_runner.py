@@ -51,8 +51,10 @@ class ModelRunner:
         indices = [i for i, scheduled in enumerate(batch.sequences) if scheduled.needs_sample]
         if not indices:
             return sampled
-        last_rows = torch.tensor([metadata.query_start_loc[i + 1] - 1 for i in indices], device=self._device)
-        logits = self._decoder.logits(hidden_states[last_rows])  # [len(indices), vocab_size]
+        last_rows = [metadata.query_start_loc[i + 1] - 1 for i in indices]
+        if len(last_rows) < len(hidden_states):
+            hidden_states = hidden_states[last_rows]
+        logits = self._decoder.logits(hidden_states)  # [len(indices), vocab_size]
         for i, token in zip(indices, sample(logits, [_sample_row(batch.sequences[i]) for i in indices]), strict=True):
             sampled[i] = token
         return sampled
@@ -60,20 +62,22 @@ class ModelRunner:
 
 def attention_metadata(batch: ScheduledBatch, block_size: int, device: torch.device) -> AttentionMetadata:
     """The batch's rows, sequence by sequence in the batch's order."""
-    num_rows = torch.tensor([scheduled.num_scheduled_tokens for scheduled in batch.sequences])  # [num_seqs]
-    starts = torch.tensor([scheduled.sequence.num_computed_tokens for scheduled in batch.sequences])
-    ends = num_rows.cumsum(0)
-    seq_of_row = torch.repeat_interleave(torch.arange(len(batch.sequences)), num_rows)  # [num_tokens]
-    positions = torch.arange(int(ends[-1])) - (ends - num_rows)[seq_of_row] + starts[seq_of_row]
-    block_tables = _block_tables(batch, block_size)
-    block_ids = block_tables[seq_of_row, positions // block_size].long()  # [num_tokens]
+    positions: list[int] = []
+    slots: list[int] = []
+    query_start_loc = [0]
+    for scheduled in batch.sequences:
+        block_table = scheduled.block_table
+        mine = range(scheduled.sequence.num_computed_tokens, scheduled.seq_len)
+        positions += mine
+        slots += [block_table[position // block_size] * block_size + position % block_size for position in mine]
+        query_start_loc.append(len(positions))
     return AttentionMetadata(
-        positions=positions.to(device),
-        slot_mapping=(block_ids * block_size + positions % block_size).to(device),
-        query_start_loc=(0, *ends.tolist()),
+        positions=torch.tensor(positions, device=device),
+        slot_mapping=torch.tensor(slots, device=device),
+        query_start_loc=tuple(query_start_loc),
         seq_lens=tuple(scheduled.seq_len for scheduled in batch.sequences),
         num_prompt_tokens=tuple(scheduled.sequence.num_prompt_tokens for scheduled in batch.sequences),
-        block_tables=block_tables.to(device),
+        block_tables=_block_tables(batch, block_size).to(device),
     )
 
 

@@ -118,6 +118,8 @@ class RotaryEmbedding:
     def at(self, positions: Tensor) -> Rotation:
         """positions: [num_tokens] int64."""
         angles = positions.to(torch.float32).unsqueeze(-1) * self._inverse_frequencies  # [num_tokens, head_dim / 2]
+        if self._magnitude == 1.0:
+            return Rotation(angles.cos(), angles.sin())
         return Rotation(angles.cos() * self._magnitude, angles.sin() * self._magnitude)
 
 

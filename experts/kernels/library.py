@@ -13,7 +13,7 @@ import torch
 
 from protos import native_library
 
-ABI = 3  # kAbi in native/kernels.h
+ABI = 4  # kAbi in native/kernels.h
 PROBE_BYTES = 256 * 2**20  # read by the bandwidth probe; larger than any cache
 
 
@@ -27,7 +27,17 @@ class Format(IntEnum):
     COMPACT = 4  # bfloat16 in 12 bits, without loss: native/compact.h
 
 
-_CALLS = ("linear", "heads", "experts", "rms_norm", "select_experts", "mla_prepare", "mla_decode", "mla_prefill")
+_CALLS = (
+    "linear",
+    "heads",
+    "experts",
+    "rms_norm",
+    "select_experts",
+    "mla_layer",
+    "mla_prepare",
+    "mla_decode",
+    "mla_prefill",
+)
 _FORMATS = {torch.float32: Format.FLOAT32, torch.bfloat16: Format.BFLOAT16}
 
 

@@ -68,6 +68,11 @@ class KernelLinear:
         """Of the weight."""
         return self.weight.nbytes
 
+    @property
+    def address(self) -> int:
+        """Of the struct Matrix."""
+        return self._matrix_address
+
     def __call__(self, x: Tensor, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
         """x: [num_rows, num_inputs], rows contiguous; residual: like the result, added in fp32 before rounding.
 

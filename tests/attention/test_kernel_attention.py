@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention.kernel_attention import mla_decode, mla_prefill, mla_prepare
+from tests.kernel_attention import mla_decode, mla_prefill, mla_prepare
 from attention.latent_cache import LatentCache, LatentCacheConfig
 from attention.layers import rms_norm
 from attention.rotary import RotaryConfig, RotaryEmbedding

@@ -9,7 +9,7 @@ from torch import Tensor
 from attention.attention_metadata import AttentionMetadata
 from attention.attention_plan import AttentionPlan
 from attention.latent_cache import LatentCache, LatentCacheConfig
-from attention.layers import WeightTarget
+from attention.layers import BlockNorms, WeightTarget
 from attention.mla import Mla, MlaWeights
 from attention.mla_config import MlaConfig
 from attention.mla_form import MlaForm
@@ -50,7 +50,9 @@ def layer(config: MlaConfig, cache: LatentCache, seed: int = 0) -> Mla:
             "a.q_b_proj.weight": matrix(heads * config.qk_head_dim, config.q_lora_rank),
         }
     target = WeightTarget(reader=DictReader(tensors), dtype=torch.float32, device=torch.device("cpu"))
-    return Mla(config, MlaWeights.read(target, "a", config), config.qk_head_dim**-0.5, TorchBackend(), cache, 0)
+    weights, ones = MlaWeights.read(target, "a", config), torch.ones(config.hidden_size)
+    norms = BlockNorms(attention=ones, mlp=ones, eps=1e-6)
+    return Mla(config, weights, norms, config.qk_head_dim**-0.5, TorchBackend(), cache, 0)
 
 
 def empty_cache(config: MlaConfig) -> LatentCache:
@@ -84,7 +86,7 @@ def run(config: MlaConfig, cache: LatentCache, x: Tensor, chunks: list[int], for
         rotation = RotaryEmbedding(RotaryConfig(head_dim=config.qk_rope_head_dim)).at(positions)
         plan = AttentionPlan.build(metadata, form)
         rows = x[start : start + chunk]
-        outputs.append(mla.forward(rows, rotation, plan, residual=torch.zeros_like(rows)))
+        outputs.append(mla.forward(rows, rotation, plan)[0] - rows)
         start += chunk
     return torch.cat(outputs)
 
@@ -126,8 +128,15 @@ def test_every_row_is_planned_once() -> None:
         assert form is not MlaForm.NAIVE or not plan.absorbed
         if form is MlaForm.BY_POSITION:  # the first has 1 generated row, the third 197 and is in the middle
             assert naive_rows == [1, 2, *range(3, 103), 300, *range(301, 400)]
-        if plan.absorbed_rows is not None:
-            assert len(plan.absorbed_rows.context_lens) == 400 - len(naive_rows)
+        for_kernels = plan.kernel_rows
+        spans = [(span.start_row, span.start_row + span.num_rows, span.is_absorbed) for span in for_kernels.spans]
+        assert sorted(row for start, end, _ in spans for row in range(start, end)) == list(range(400))
+        absorbed = [row for start, end, is_absorbed in spans if is_absorbed for row in range(start, end)]
+        assert sorted(absorbed + naive_rows) == list(range(400))
+        if form is MlaForm.BY_POSITION:  # neighbours are one span
+            assert [span for span in spans if span[2]] == [(0, 1, True), (103, 300, True)]
+            assert for_kernels.sequences[103:300].tolist() == [2] * 197
+            assert for_kernels.context_lens[103:300].tolist() == list(range(101, 298))
 
 
 def test_naive_attention_is_that_of_torch() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention.kernel_attention import mla_decode, mla_prefill
+from tests.kernel_attention import mla_decode, mla_prefill
 from experts.kernels.library import instruction_set
 from experts.kernels.linear import KernelHeads
 from experts.kernels.packed_matrix import pack_plain

@@ -172,6 +172,11 @@ void mobula_mla_prefill(const MlaPrefillCall* call) {
   choice.table->mla_prefill(call);
 }
 
+void mobula_mla_layer(const MlaLayerCall* call) {
+  std::lock_guard<std::mutex> lock(calls);
+  mla_layer(*choice.table, *call);
+}
+
 // Bytes a second that the pool's threads read from `data`, which should be larger than every cache.
 double mobula_probe_read(const void* data, size_t num_bytes) {
   std::lock_guard<std::mutex> lock(calls);

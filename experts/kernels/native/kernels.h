@@ -15,7 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { kAbi = 3 };  // raised with every change of a struct below; library.py refuses another one
+enum { kAbi = 4 };  // raised with every change of a struct below; library.py refuses another one
 enum { kPanelColumns = 32 };
 enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3, kCompact = 4 };
 
@@ -96,13 +96,15 @@ struct MlaPrepareCall {
 };
 
 struct MlaDecodeCall {
-  const void* query;  // [num_rows, num_heads, kv_lora_rank + rope_dim]
+  const void* query;       // [num_rows, num_heads, kv_lora_rank], absorbed
+  const void* query_rope;  // [num_rows, num_heads, rope_dim], rotated
   const void* cache;
   void* out;          // [num_rows, num_heads, kv_lora_rank], in query's format
   const int32_t* block_tables;  // [num_sequences, max_num_blocks]
   const int32_t* sequences;     // [num_rows], into block_tables; null: row i is sequence i
   const int32_t* context_lens;  // [num_rows], tokens that the row sees; 1 or more
-  int64_t query_row_stride, query_head_stride, out_row_stride, out_head_stride, cache_row_stride;
+  int64_t query_row_stride, query_head_stride, rope_row_stride, rope_head_stride;
+  int64_t out_row_stride, out_head_stride, cache_row_stride;
   int32_t num_rows, num_heads, kv_lora_rank, rope_dim, block_size, max_num_blocks;
   int32_t query_format, cache_format;
   float scale;
@@ -121,6 +123,44 @@ struct MlaPrefillCall {
   float scale;
 };
 
+// Neighbouring rows of a step that attend in the same form.
+struct MlaSpan {
+  int32_t start_row, num_rows;
+  int32_t is_absorbed;  // each row on its own; else all are of one sequence
+  int32_t sequence, num_context_tokens;  // of those; tokens before its first row
+};
+
+// One decoder layer from hidden states to what its MLP is given: norm, attention, residual, norm.
+struct MlaLayerCall {
+  const void* attention_norm;  // [hidden_size]; this and the other norms in `format`
+  const Matrix* down;          // queries (or their low rank), then from `latents_start` on the latents
+  const void* query_norm;      // [query_up->num_inputs]; null, as query_up, where queries are projected in one step
+  const Matrix* query_up;
+  const void* kv_norm;         // [kv_lora_rank]
+  const Matrix* absorb_key;    // [num_heads], qk_nope_dim -> kv_lora_rank
+  const Matrix* expand_key;    // [num_heads], kv_lora_rank -> qk_nope_dim
+  const Matrix* expand_value;  // [num_heads], kv_lora_rank -> v_head_dim
+  const Matrix* output;
+  const void* mlp_norm;        // [hidden_size]
+  void* cache;
+  int64_t cache_row_stride;
+  int32_t latents_start, num_heads, kv_lora_rank, rope_dim, qk_nope_dim, v_head_dim, block_size;
+  int32_t format, cache_format;  // of activations, of the cache
+  float norm_eps, latent_norm_eps, scale;
+  // The step, all contiguous.
+  const void* hidden_states;  // [num_rows, hidden_size]
+  void* out;                  // [num_rows, hidden_size], with what attention adds
+  void* normed;               // [num_rows, hidden_size], for the MLP
+  const float* cos;           // [num_rows, rope_dim / 2]
+  const float* sin;
+  const int64_t* slot_mapping;   // [num_rows]
+  const int32_t* block_tables;   // [num_sequences, max_num_blocks]
+  const int32_t* sequences;      // [num_rows], of absorbed rows; into block_tables
+  const int32_t* context_lens;   // [num_rows], of absorbed rows
+  const MlaSpan* spans;          // every row is in one
+  int32_t num_rows, num_spans, max_num_blocks;
+};
+
 // What an instruction set implements.
 struct KernelTable {
   void (*linear)(const LinearCall*);
@@ -135,6 +175,8 @@ struct KernelTable {
   double (*peak)(int format, long iterations);  // operations of one thread
   float (*read)(const float* data, size_t count);  // a sum, so that it is read; count is a multiple of 64
 };
+
+void mla_layer(const KernelTable& kernels, const MlaLayerCall& call);
 
 const KernelTable* avx512bf16_table();
 const KernelTable* avx512vnni_table();

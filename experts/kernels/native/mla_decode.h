@@ -88,7 +88,7 @@ void pack_queries_task(void* context, int task, int thread) {
   const DecodeWork& work = *(const DecodeWork*)context;
   const MlaDecodeCall& call = *work.call;
   const int row = task / work.num_groups, group = task % work.num_groups;
-  const int numbers = call.kv_lora_rank + call.rope_dim, lanes = work.lanes;
+  const int lanes = work.lanes, unit_format = U::kNumbers == 2 ? kBfloat16 : kFloat32;
   uint32_t* to = work.queries + (size_t)task * work.query_stride * lanes;
   const bool is_direct = kIsWide && lanes == 16;
   uint32_t* buffer = is_direct ? to : (uint32_t*)thread_scratch(thread, (size_t)lanes * work.units * 4);
@@ -98,8 +98,11 @@ void pack_queries_task(void* context, int task, int thread) {
     uint32_t* row_of_buffer = buffer + (size_t)lane * stride;
     if (is_direct || head >= call.num_heads) memset(row_of_buffer, 0, (size_t)stride * 4);
     if (head >= call.num_heads) continue;
-    const size_t at = (size_t)(work.first_row + row) * call.query_row_stride + (size_t)head * call.query_head_stride;
-    convert_row(call.query, call.query_format, at, row_of_buffer, U::kNumbers == 2 ? kBfloat16 : kFloat32, 0, numbers);
+    const size_t from = work.first_row + row;
+    convert_row(call.query, call.query_format, from * call.query_row_stride + head * call.query_head_stride, row_of_buffer,
+                unit_format, 0, call.kv_lora_rank);
+    convert_row(call.query_rope, call.query_format, from * call.rope_row_stride + head * call.rope_head_stride,
+                row_of_buffer, unit_format, call.kv_lora_rank, call.rope_dim);
   }
   if (buffer != to) transpose(buffer, work.units, lanes, work.units, to, lanes);
 }

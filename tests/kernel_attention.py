@@ -1,5 +1,6 @@
-"""Latent attention on the CPU kernels: rows are prepared, then generated tokens attend in the absorbed form, prompts in
-the naive one.
+"""The parts of a layer's attention one by one, for tests and benchmarks; attention/kernel_mla.py calls them together.
+
+Rows are prepared, then generated tokens attend in the absorbed form, prompts in the naive one.
 
 A row's result depends on its query and the tokens it sees, to the bit; not on other rows, threads, block ids or how a
 prompt is cut. Activations and cache are float32 or bfloat16, each as it likes. `cache` is one layer's everywhere,
@@ -46,6 +47,7 @@ class _PrepareCall(ctypes.Structure):
 class _DecodeCall(ctypes.Structure):
     _fields_ = (
         ("query", c_void_p),
+        ("query_rope", c_void_p),
         ("cache", c_void_p),
         ("out", c_void_p),
         ("block_tables", c_void_p),
@@ -53,6 +55,8 @@ class _DecodeCall(ctypes.Structure):
         ("context_lens", c_void_p),
         ("query_row_stride", c_int64),
         ("query_head_stride", c_int64),
+        ("rope_row_stride", c_int64),
+        ("rope_head_stride", c_int64),
         ("out_row_stride", c_int64),
         ("out_head_stride", c_int64),
         ("cache_row_stride", c_int64),
@@ -154,8 +158,9 @@ def mla_decode(
     out = torch.empty(num_rows, num_heads, kv_lora_rank, dtype=query.dtype)
     row_stride, head_stride, _ = query.stride()
     call = _DecodeCall(
-        query.data_ptr(), cache.data_ptr(), out.data_ptr(), block_tables.data_ptr(), seq_indices.data_ptr(),
-        context_lens.data_ptr(), row_stride, head_stride, num_heads * kv_lora_rank, kv_lora_rank, cache.shape[2],
+        query.data_ptr(), query[..., kv_lora_rank:].data_ptr(), cache.data_ptr(), out.data_ptr(), block_tables.data_ptr(),
+        seq_indices.data_ptr(), context_lens.data_ptr(), row_stride, head_stride, row_stride, head_stride,
+        num_heads * kv_lora_rank, kv_lora_rank, cache.shape[2],
         num_rows, num_heads, kv_lora_rank, latent_dim - kv_lora_rank, cache.shape[1], block_tables.stride(0),
         format_of(query.dtype), format_of(cache.dtype), scale,
     )  # fmt: skip
