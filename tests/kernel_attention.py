@@ -157,8 +157,9 @@ def mla_decode(
     assert cache.is_contiguous()
     out = torch.empty(num_rows, num_heads, kv_lora_rank, dtype=query.dtype)
     row_stride, head_stride, _ = query.stride()
+    rotated = query[..., kv_lora_rank:]
     call = _DecodeCall(
-        query.data_ptr(), query[..., kv_lora_rank:].data_ptr(), cache.data_ptr(), out.data_ptr(), block_tables.data_ptr(),
+        query.data_ptr(), rotated.data_ptr(), cache.data_ptr(), out.data_ptr(), block_tables.data_ptr(),
         seq_indices.data_ptr(), context_lens.data_ptr(), row_stride, head_stride, row_stride, head_stride,
         num_heads * kv_lora_rank, kv_lora_rank, cache.shape[2],
         num_rows, num_heads, kv_lora_rank, latent_dim - kv_lora_rank, cache.shape[1], block_tables.stride(0),

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernel_attention import mla_decode, mla_prefill, mla_prepare
 from attention.latent_cache import LatentCache, LatentCacheConfig
 from attention.layers import rms_norm
 from attention.rotary import RotaryConfig, RotaryEmbedding
@@ -16,6 +15,7 @@ from experts.kernels.library import set_num_threads
 from experts.kernels.linear import KernelHeads
 from experts.kernels.packed_matrix import pack_plain
 from tests.experts.kernels.instruction_sets import each_instruction_set, needs_kernels
+from tests.kernel_attention import mla_decode, mla_prefill, mla_prepare
 
 __all__ = ["each_instruction_set"]
 

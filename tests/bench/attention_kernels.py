@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.kernel_attention import mla_decode, mla_prefill
 from experts.kernels.library import instruction_set
 from experts.kernels.linear import KernelHeads
 from experts.kernels.packed_matrix import pack_plain
 from tests.bench.kernel_cell import Cell, measure
 from tests.bench.row import Options, Row, Unmeasurable
+from tests.kernel_attention import mla_decode, mla_prefill
 
 RANK, ROPE, NOPE, VALUE = 512, 64, 128, 128  # of DeepSeek-V2 and V2-Lite
 LATENT, BLOCK_SIZE = RANK + ROPE, 16

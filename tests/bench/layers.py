@@ -1,7 +1,9 @@
 """Where the time of one step goes, by part: a worker that is called over gRPC, its shards processes of their own.
 
 The parts of a mixture layer beyond the worker's own work come from the shards' clocks; `wire` is what is left of the
-wait: encoding on the shard, transport, wake-ups. Shares are steadier than times on a machine that is shared.
+wait: encoding on the shard, transport, wake-ups. Shares are steadier than times on a machine that is shared. Where
+worker and shards share cores, a part that waits for its turn counts what others compute meanwhile; the row "on a
+processor" does not.
 """
 
 import multiprocessing
@@ -57,14 +59,14 @@ def _step_rows(client: LoadClient, worker: Connection, params: dict[str, Any]) -
     client.decode(BATCH, 16, 4, 0)  # the first steps are slower
     worker.send((BATCH, BATCH))
     client.decode(BATCH, CONTEXT, NUM_STEPS, 1, counts_experts=False)
-    yield from _part_rows(_steps(worker), params | {"step": f"decode x {BATCH}"})
+    yield from _part_rows(*_steps(worker), params | {"step": f"decode x {BATCH}"})
     worker.send((1, NUM_PROMPT_TOKENS))
     for seed in range(NUM_PROMPTS):
         client.prefill(NUM_PROMPT_TOKENS, seed)
-    yield from _part_rows(_steps(worker), params | {"step": f"prefill {NUM_PROMPT_TOKENS}"})
+    yield from _part_rows(*_steps(worker), params | {"step": f"prefill {NUM_PROMPT_TOKENS}"})
 
 
-def _part_rows(steps: list[dict[str, float]], params: dict[str, Any]) -> Iterator[Row]:
+def _part_rows(steps: list[dict[str, float]], busy_outside: list[float], params: dict[str, Any]) -> Iterator[Row]:
     if not steps:
         raise Unmeasurable(f"no step of {params['step']} was seen; it was cut into chunks")
     totals = [sum(step.values()) for step in steps]
@@ -81,18 +83,23 @@ def _part_rows(steps: list[dict[str, float]], params: dict[str, Any]) -> Iterato
         for step, total in zip(steps, totals, strict=True)
     ]
     yield Row.of(NAME, params | {"part": "outside the kernels"}, outside, "%")
+    busy = [100 * seconds / total for seconds, total in zip(busy_outside, totals, strict=True)]
+    yield Row.of(NAME, params | {"part": "outside the kernels, on a processor"}, busy, "%")
 
 
 def _median(steps: list[dict[str, float]], part: str) -> float:
     return statistics.median(step.get(part, 0.0) for step in steps)
 
 
-def _steps(worker: Connection) -> list[dict[str, float]]:
+def _steps(worker: Connection) -> tuple[list[dict[str, float]], list[float]]:
+    """Of each step its parts' seconds, and those that the thread was on a processor outside the kernels."""
     worker.send(None)
     if not worker.poll(TIMEOUT_S):
         raise Unmeasurable("the worker does not answer")
-    steps: list[dict[str, float]] = worker.recv()
-    return steps
+    steps: list[dict[str, float]]
+    busy_outside: list[float]
+    steps, busy_outside = worker.recv()
+    return steps, busy_outside
 
 
 @contextmanager
@@ -153,7 +160,7 @@ def _run_worker(config: MobulaConfig, addresses: dict[int, str], pipe: Connectio
         while True:
             shape = pipe.recv()
             if shape is None:
-                pipe.send(stopwatch.steps)
+                pipe.send((stopwatch.steps, stopwatch.busy_outside))
             else:
                 stopwatch.begin(*shape)
 

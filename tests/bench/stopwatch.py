@@ -34,12 +34,24 @@ KERNELS = ("attention", "gate", "dense and shared MLP", FFN, "lm_head", "samplin
 
 
 class Stopwatch:
-    """Seconds by part of each step whose batch has the shape asked for. One thread's: the engine's."""
+    """Seconds by part of each step whose batch has the shape asked for. One thread's: the engine's.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    busy_outside: of each step, the seconds that the thread was on a processor outside the kernels. Where a core is
+    shared with shards, the other clock also counts what they compute while the thread waits for its turn.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        busy_clock: Callable[[], float] = time.thread_time,
+    ) -> None:
         self._clock = clock
+        self._busy_clock = busy_clock
         self._seconds: dict[str, float] = defaultdict(float)
         self._nested = [0.0]  # seconds of what was called, by depth
+        self._busy_nested = [0.0]
+        self._busy_outside = 0.0
+        self.busy_outside: list[float] = []
         self._answers: list[tuple[float, float]] = []  # (queue, compute) seconds of a layer's answers
         self._shape = self._wanted = (0, 0)
         self._last_end: float | None = None
@@ -49,6 +61,7 @@ class Stopwatch:
         """Forgets all, and counts steps of this shape from now on."""
         self._wanted = (num_sequences, num_tokens)
         self.steps = []
+        self.busy_outside = []
 
     def install(self, stack: ExitStack) -> None:
         """Wraps the seams until the stack is left."""
@@ -70,13 +83,18 @@ class Stopwatch:
             if part == WAIT:
                 waiting_before = self._seconds[WAIT]
             self._nested.append(0.0)
-            start = self._clock()
+            self._busy_nested.append(0.0)
+            start, busy_start = self._clock(), self._busy_clock()
             try:
                 return function(*args, **kwargs)
             finally:
-                end = self._clock()
+                end, busy_end = self._clock(), self._busy_clock()
                 self._seconds[part] += end - start - self._nested.pop()
                 self._nested[-1] += end - start
+                busy = busy_end - busy_start - self._busy_nested.pop()
+                self._busy_nested[-1] += busy_end - busy_start
+                if part not in KERNELS:
+                    self._busy_outside += busy
                 if part == WAIT:
                     self._split_wait(waiting_before)
                 if part == STEP:
@@ -110,8 +128,10 @@ class Stopwatch:
             if self._last_end is not None:
                 self._seconds[BETWEEN] += start - self._last_end
             self.steps.append(dict(self._seconds))
+            self.busy_outside.append(self._busy_outside)
         self._last_end = end if self._shape == self._wanted else None
         self._shape = (0, 0)
+        self._busy_outside = 0.0
         self._seconds.clear()
 
 

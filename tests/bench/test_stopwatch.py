@@ -39,6 +39,24 @@ def test_a_part_is_not_charged_for_the_parts_that_it_calls() -> None:
     assert second == first | {BETWEEN: 0.25}
 
 
+def test_waiting_for_a_processor_is_not_time_outside_the_kernels() -> None:
+    wall, busy = Clock(), Clock()
+    stopwatch = Stopwatch(wall, busy)
+    stopwatch.begin(1, 1)
+
+    def work(seconds: float, waits_s: float) -> None:
+        busy.work(seconds)
+        wall.work(seconds + waits_s)
+
+    attention = stopwatch.timed("attention", lambda: work(2.0, 0.0))
+    send = stopwatch.timed("plan, pack and send", lambda: work(0.5, 3.0))
+    runner = stopwatch.timed("batch and metadata", lambda runner, batch: (attention(), send(), work(0.25, 0.0)))
+    step = stopwatch.timed(STEP, lambda: runner(None, SimpleNamespace(sequences=[0], num_tokens=1)))
+    step()
+    assert stopwatch.steps == [{"attention": 2.0, "plan, pack and send": 3.5, "batch and metadata": 0.25, STEP: 0.0}]
+    assert stopwatch.busy_outside == [0.75]
+
+
 def test_steps_of_another_shape_are_not_counted() -> None:
     clock = Clock()
     stopwatch = Stopwatch(clock)
