@@ -1,4 +1,4 @@
-// A layer's attention in one call: nobody else has work between its products, so the pool's threads need not fall asleep.
+// A layer's attention in one call: between its products there is nothing else to do, so the pool's threads stay awake.
 #include "kernels.h"
 #include "thread_pool.h"
 
@@ -86,6 +86,7 @@ void mla_layer(const KernelTable& kernels, const MlaLayerCall& call) {
   const int rows = call.num_rows, format = call.format, hidden_size = call.output->num_outputs;
   const int down_width = call.down->num_outputs, head_width = call.qk_nope_dim + call.rope_dim;
   if (rows == 0) return;
+  const StayAwake stay_awake;
   const Buffers buffers(call);
   const auto norm = [&](const void* x, int64_t stride, const void* weight, int columns, float eps, void* out) {
     const NormCall each = {x, weight, out, stride, columns, rows, columns, format, eps};

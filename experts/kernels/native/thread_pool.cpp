@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <sched.h>
 #include <stdlib.h>
 
 #include <atomic>
@@ -14,6 +15,7 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kSlots = 12;
 constexpr int kSpins = 400;  // about 10 us: back-to-back calls do not pay a wake-up, idle threads sleep
+constexpr int kHeldSpins = 20 * kSpins, kSpinsPerYield = 64;  // within a StayAwake
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -43,6 +45,7 @@ struct Pool {
   std::vector<std::thread> threads;
   std::atomic<unsigned> epoch{0};
   std::atomic<int> next{0}, active{0};
+  std::atomic<bool> stays_awake{false};
   bool is_open = false, is_stopping = false;
   Task task = nullptr;
   void* context = nullptr;
@@ -54,10 +57,21 @@ struct Pool {
     for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(context, i, thread);
   }
 
+  // Until there is work, or it is time to sleep.
+  void spin(unsigned seen) const {
+    for (int i = 0; epoch.load(std::memory_order_acquire) == seen; i++) {
+      if (i >= kSpins) {
+        if (i >= kHeldSpins || !stays_awake.load(std::memory_order_relaxed)) return;
+        if (i % kSpinsPerYield == 0) sched_yield();  // another process may have work for this core
+      }
+      relax();
+    }
+  }
+
   void work_until_stopped(int thread) {
     unsigned seen = 0;
     for (;;) {
-      for (int i = 0; i < kSpins && epoch.load(std::memory_order_acquire) == seen; i++) relax();
+      spin(seen);
       {
         std::unique_lock<std::mutex> lock(mutex);
         work.wait(lock, [&] { return is_stopping || epoch.load() != seen; });
@@ -130,6 +144,9 @@ void parallel_for(int num_tasks, Task task, void* context) {
     p.idle.wait(lock, [&] { return p.active.load() == 0; });
   }
 }
+
+StayAwake::StayAwake() { pool().stays_awake.store(true, std::memory_order_relaxed); }
+StayAwake::~StayAwake() { pool().stays_awake.store(false, std::memory_order_relaxed); }
 
 void* scratch(int slot, size_t num_bytes) { return pool().buffers[slot].at_least(num_bytes); }
 void* thread_scratch(int thread, size_t num_bytes) { return pool().thread_buffers[thread].at_least(num_bytes); }

@@ -13,6 +13,13 @@ int num_threads();
 // returned. `thread` is below num_threads() and tells concurrent tasks apart.
 void parallel_for(int num_tasks, Task task, void* context);
 
+// While it lives the pool's threads wait awake for the next parallel_for, which comes within microseconds: a thread that
+// sleeps takes 30 us to wake. They give way to whoever else has work for their core.
+struct StayAwake {
+  StayAwake();
+  ~StayAwake();
+};
+
 // Memory that a call may use until it returns; `slot` tells the buffers of one call apart. Kept for the next call.
 void* scratch(int slot, size_t num_bytes);
 void* thread_scratch(int thread, size_t num_bytes);
