@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from experts.grouped_ffn import ExpertWeights
+from experts.kernels import huge_pages
 from experts.kernels.expert_set import PackedExpert
 from experts.kernels.library import Format
 from experts.kernels.packed_matrix import PANEL_OUTPUTS, STEP_INPUTS, PackedMatrix, empty
@@ -80,8 +81,11 @@ class ExpertCopy:
             missing = sum(map(len, self._left))
             raise CopyError(f"the stream of an expert's weights ended early: {missing or 'all'} bytes are missing")
         for matrix in (self._expert.w13, self._expert.w2):
-            if isinstance(matrix, PackedMatrix) and not matrix.has_sound_dictionaries():
+            if not isinstance(matrix, PackedMatrix):
+                continue
+            if not matrix.has_sound_dictionaries():
                 raise CopyError("a compact matrix of the copy names exceptions that it does not have")
+            huge_pages.gather(matrix.data)
         return self._expert
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from experts.kernels import huge_pages
 from experts.kernels.library import CMatrix, Format, format_of, instruction_set, require
 from experts.quantized_matrix import QuantizedMatrix
 
@@ -133,6 +134,7 @@ def pack_plain(parts: Sequence[Matrix], on_packed: Callable[[int], None] | None 
         require().mobula_pack(piece.numbers.data_ptr(), scales, matrix, piece.first_panel, len(piece.numbers))
         if on_packed:
             on_packed(piece.numbers.nbytes)
+    huge_pages.gather(packed.data)
     return packed
 
 
@@ -161,6 +163,7 @@ def pack_compact(
         library.mobula_pack_compact(piece.numbers.data_ptr(), matrix, piece.first_panel, len(piece.numbers))
         if on_packed:
             on_packed(piece.numbers.nbytes)
+    huge_pages.gather(packed.data)
     return packed
 
 
@@ -234,4 +237,5 @@ def _pieces(parts: Sequence[Matrix], are_small: bool) -> Iterator[_Piece]:
 def _aligned(num_bytes: int) -> Tensor:
     """Uninitialised bytes that start at a cache line."""
     padded = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
+    huge_pages.ask_for(padded)
     return padded[-padded.data_ptr() % ALIGNMENT :][:num_bytes]
