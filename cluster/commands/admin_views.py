@@ -53,13 +53,16 @@ def rebalance_line(status: RebalanceStatus) -> str:
     if status.state is RebalanceState.STAGING and status.planned_bytes:
         share = status.moved_bytes / status.planned_bytes
         now += f", {format_bytes(status.moved_bytes)} of {format_bytes(status.planned_bytes)} ({share:.0%})"
-    if status.state is not RebalanceState.IDLE and status.reason:
+    why_latest = ""
+    if status.reason and status.state is RebalanceState.IDLE:
+        why_latest = f" ({status.reason})"
+    elif status.reason:
         now += f", {status.reason}"
     parts = [now, f"{status.num_done} done, {status.num_aborted} aborted"]
     if status.seconds_since_success is not None:
         parts.append(f"latest success {format_seconds(status.seconds_since_success)} ago")
     if status.last_result:
-        parts.append(f"latest: {status.last_result}{f' ({status.reason})' if status.reason else ''}")
+        parts.append(f"latest: {status.last_result}{why_latest}")
     return "; ".join(parts)
 
 

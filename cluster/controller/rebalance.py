@@ -84,6 +84,7 @@ class RebalanceCause(StrEnum):
 class RebalanceStatus:
     """The rebalance under way, and those before it.
 
+    last_result: how the latest that ended did, in words; it stays while the next one is under way.
     reason: why it was begun, in words; of the latest when idle.
     seconds_since_success: None before the first.
     """

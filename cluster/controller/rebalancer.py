@@ -101,7 +101,6 @@ class Rebalancer:
             target_version=plan.new.placement_version,
             moved_bytes=0,
             planned_bytes=plan.moved_bytes,
-            last_result="",
             reason=reason,
         )
         self._began_s = self._clock()

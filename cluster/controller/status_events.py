@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from cluster.byte_count import format_bytes
 from cluster.controller.process import DRAINS, RESTARTS, ClusterStatus, ProcessHealth, ProcessState
-from cluster.controller.rebalance import RebalanceState
 
 
 class Level(StrEnum):
@@ -139,14 +138,21 @@ def _quarantined(health: ProcessHealth | None) -> dict[str, str]:
 
 
 def _placement_changes(last: ClusterStatus, now: ClusterStatus) -> Iterator[StatusEvent]:
+    """In the order in which they happened, also where one rebalance ended and the next began between the two looks."""
     before, after = last.rebalance, now.rebalance
-    if before.state is RebalanceState.IDLE and after.state is not RebalanceState.IDLE:
+    told = StatusEvent(Level.INFO, "placement", f"workers are told version {now.placement_version}")
+    is_told = last.placement_version != now.placement_version
+    if is_told and now.placement_version != after.target_version:
+        yield told
+    num_done, num_aborted = after.num_done - before.num_done, after.num_aborted - before.num_aborted
+    if num_done > 0 or num_aborted > 0:
+        yield StatusEvent(Level.BAD if num_aborted > 0 else Level.GOOD, "rebalance", after.last_result)
+    elif before.target_version not in (None, after.target_version):  # the counts are those of another controller
+        text = f"to version {before.target_version} ended with its controller; version {now.placement_version} goes on"
+        yield StatusEvent(Level.BAD, "rebalance", text)
+    if after.target_version not in (None, before.target_version):
         why = f" ({after.reason})" if after.reason else ""
         size = format_bytes(after.planned_bytes)
         yield StatusEvent(Level.INFO, "rebalance", f"to version {after.target_version} began{why}: {size} to read")
-    if after.num_aborted > before.num_aborted:
-        yield StatusEvent(Level.BAD, "rebalance", after.last_result)
-    if after.num_done > before.num_done:
-        yield StatusEvent(Level.GOOD, "rebalance", after.last_result)
-    if last.placement_version != now.placement_version:
-        yield StatusEvent(Level.INFO, "placement", f"workers are told version {now.placement_version}")
+    if is_told and now.placement_version == after.target_version:
+        yield told

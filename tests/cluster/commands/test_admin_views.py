@@ -58,6 +58,13 @@ def test_an_ended_rebalance_shows_how_and_when() -> None:
     assert "latest success 1 min 35 s ago" in rebalance_line(replace(status, num_done=1, seconds_since_success=95.0))
 
 
+def test_how_the_one_before_ended_stays_while_the_next_is_under_way() -> None:
+    status = RebalanceStatus(
+        state=RebalanceState.DRAINING, target_version=4, num_done=1, last_result="version 3 is served", reason="drain"
+    )
+    assert rebalance_line(status) == "draining version 4, drain; 1 done, 0 aborted; latest: version 3 is served"
+
+
 def test_moves_are_added_up_by_shard() -> None:
     text = text_of(plan_view(rebalance_message(rebalance_plan(), is_dry_run=True)))
     assert "placement version 1 → 2" in text

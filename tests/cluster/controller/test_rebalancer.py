@@ -168,6 +168,10 @@ def test_a_shard_that_could_not_read_its_units_once_is_asked_for_the_same_ones_a
     first, second = fakes["shard-1"].told("stage")
     assert first == second
     assert controller.status().rebalance.num_done == 1
+    result = controller.status().rebalance.last_result
+    asked(controller)
+    assert "version 2 is served" in result
+    assert controller.status().rebalance.last_result == result  # until the next one has ended
 
 
 def test_units_are_copied_from_the_least_busy_shard_that_has_them_and_read_where_none_has() -> None:

@@ -51,6 +51,26 @@ def test_one_that_came_and_went_between_two_looks_is_told_all_the_same() -> None
     assert ("good", "rebalance", "version 2 is served") in told(WELL, done)
 
 
+def test_a_rebalance_that_the_next_one_follows_between_two_looks_is_told_to_its_end() -> None:
+    drained = RebalanceStatus(
+        state=RebalanceState.STAGING, target_version=4, num_done=1, last_result="version 3 is served", reason="drain"
+    )
+    grown = RebalanceStatus(state=RebalanceState.STAGING, target_version=3, reason="shards [4] came")
+    assert told(serving_status(2), serving_status(2, grown), serving_status(3, drained)) == [
+        ("info", "rebalance", "to version 3 began (shards [4] came): 0 B to read"),
+        ("info", "placement", "workers are told version 3"),
+        ("good", "rebalance", "version 3 is served"),
+        ("info", "rebalance", "to version 4 began (drain): 0 B to read"),
+    ]
+
+
+def test_a_rebalance_whose_controller_was_lost_is_told_to_have_ended() -> None:
+    under_way = RebalanceStatus(state=RebalanceState.STAGING, target_version=3, num_done=1)
+    assert told(serving_status(2, under_way), serving_status(2)) == [
+        ("bad", "rebalance", "to version 3 ended with its controller; version 2 goes on")
+    ]
+
+
 def test_a_process_that_was_silent_and_is_the_same_is_told_with_the_time_it_took() -> None:
     assert told(WELL, DOWN, DOWN, WELL) == [
         ("bad", "shard-1", "is down: does not answer"),
