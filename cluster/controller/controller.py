@@ -346,7 +346,7 @@ class Controller:
 
 def _shown(process: ManagedProcess) -> ProcessHealth:
     """Its health, and what it cannot know itself."""
-    if not (process.is_ready and process.is_ending):
+    if not (process.is_ending and (process.is_ready or process.health is DOWN)):
         return process.health
     if process.is_replaced:
         return replace(process.health, detail=RESTARTS)

@@ -38,6 +38,7 @@ class StatusEvents:
         self._last: ClusterStatus | None = None
         self._began_s: dict[tuple[str, str], float] = {}  # what lasts, by subject and kind
         self._generations: dict[str, str] = {}  # the latest that was ready, by process
+        self._told_to_end: dict[str, str] = {}  # in which words; until another process is ready or it has left
 
     def observe(self, status: ClusterStatus) -> list[StatusEvent]:
         """The first status is one event; each later one gives an event for each difference."""
@@ -54,6 +55,7 @@ class StatusEvents:
         before, after = dict(last.processes), dict(now.processes)
         for name in before.keys() - after.keys():
             yield StatusEvent(Level.INFO, name, f"has left{self._after(name, 'leaving')}")
+            self._forget(name)
             self._generations.pop(name, None)
         for name, health in after.items():
             if name in before:
@@ -65,36 +67,55 @@ class StatusEvents:
         yield from _placement_changes(last, now)
         if last.is_serving and not now.is_serving:
             self._begin("system", "away")
-            yield StatusEvent(Level.BAD, "system", "not every process is ready")
+            yield self._stops_serving(now)
         elif now.is_serving and not last.is_serving:
             yield StatusEvent(Level.GOOD, "system", f"serves{self._after('system', 'away')}")
 
-    def _process_changes(self, name: str, old: ProcessHealth, now: ProcessHealth) -> Iterator[StatusEvent]:
-        is_another = self._generations.get(name, now.generation) != now.generation
-        if now.state is ProcessState.READY and old.state is not ProcessState.READY:
-            who = f", as another process, pid {now.pid}" if is_another else ""
-            yield StatusEvent(Level.GOOD, name, f"is ready{self._after(name, 'away')}{who}")
-        elif now.state is not old.state and (
-            old.state is ProcessState.READY or now.state in (ProcessState.FAILED, ProcessState.DOWN)
-        ):
-            self._begin(name, "away")
-            level = Level.INFO if _is_told_to_end(old) else Level.BAD
-            detail = f": {now.detail}" if now.detail else ""
-            yield StatusEvent(level, name, f"is {now.state}{detail}")
-        elif is_another and now.state is ProcessState.READY:
-            yield StatusEvent(Level.INFO, name, f"was replaced by another process, pid {now.pid}")
-        if now.state is old.state is ProcessState.READY and now.detail != old.detail:
-            yield self._detail_change(name, now.detail)
+    def _stops_serving(self, now: ClusterStatus) -> StatusEvent:
+        away = [name for name, health in now.processes if health.state is not ProcessState.READY]
+        if not away:
+            return StatusEvent(Level.INFO, "system", "not every process knows the others yet")
+        if self._told_to_end.keys() >= set(away):
+            return StatusEvent(Level.INFO, "system", f"not every process is ready, as planned: {', '.join(away)}")
+        return StatusEvent(Level.BAD, "system", "not every process is ready")
 
-    def _detail_change(self, name: str, detail: str) -> StatusEvent:
-        """Of a process that is ready: it is told to end, or something is wrong with it, or no longer."""
-        if detail.startswith((RESTARTS, DRAINS)):
+    def _process_changes(self, name: str, old: ProcessHealth, now: ProcessHealth) -> Iterator[StatusEvent]:
+        is_ready, was_ready = now.state is ProcessState.READY, old.state is ProcessState.READY
+        is_another = self._generations.get(name, now.generation) != now.generation
+        away = self._after(name, "away") if is_ready and not was_ready else ""
+        if is_ready and is_another:
+            self._forget(name)  # what the one before it was told, and what was wrong with it
+        if is_ready and not was_ready:
+            who = f", as another process, pid {now.pid}" if is_another else ""
+            yield StatusEvent(Level.GOOD, name, f"is ready{away}{who}")
+        elif is_ready and is_another:
+            yield StatusEvent(Level.INFO, name, f"was replaced by another process, pid {now.pid}")
+        if _is_told_to_end(now) and self._told_to_end.get(name) != now.detail:
+            self._told_to_end[name] = now.detail
             self._begin(name, "leaving")
-            return StatusEvent(Level.INFO, name, detail)
+            yield StatusEvent(Level.INFO, name, now.detail)
+        elif is_ready and was_ready and now.detail != old.detail:
+            yield from self._fault_changes(name, now.detail, had_fault=not is_another and not _is_told_to_end(old))
+        if now.state is not old.state and not is_ready:
+            yield from self._loss(name, now, was_ready=was_ready)
+
+    def _loss(self, name: str, now: ProcessHealth, *, was_ready: bool) -> Iterator[StatusEvent]:
+        """Of a process that was ready, or that cannot be. One that was told to end does what it was told."""
+        is_planned = name in self._told_to_end and (was_ready or _is_told_to_end(now))
+        has_failed = now.state is ProcessState.FAILED
+        if was_ready or has_failed or now.state is ProcessState.DOWN:
+            self._begin(name, "away")
+            if has_failed or not is_planned:
+                detail = f": {now.detail}" if now.detail else ""
+                yield StatusEvent(Level.BAD, name, f"is {now.state}{detail}")
+
+    def _fault_changes(self, name: str, detail: str, *, had_fault: bool) -> Iterator[StatusEvent]:
+        """Of a process that is ready: something is wrong with it, or no longer."""
         if detail:
             self._begin(name, "fault")
-            return StatusEvent(Level.BAD, name, detail)
-        return StatusEvent(Level.GOOD, name, f"is well again{self._after(name, 'fault')}")
+            yield StatusEvent(Level.BAD, name, detail)
+        elif had_fault:
+            yield StatusEvent(Level.GOOD, name, f"is well again{self._after(name, 'fault')}")
 
     def _quarantine_changes(self, name: str, old: ProcessHealth | None, now: ProcessHealth) -> Iterator[StatusEvent]:
         before, after = _quarantined(old), _quarantined(now)
@@ -108,6 +129,11 @@ class StatusEvents:
     def _begin(self, subject: str, kind: str) -> None:
         self._began_s.setdefault((subject, kind), self._clock())
 
+    def _forget(self, name: str) -> None:
+        """Another process may have the name from now on."""
+        self._told_to_end.pop(name, None)
+        self._began_s = {key: began_s for key, began_s in self._began_s.items() if key[0] != name}
+
     def _after(self, subject: str, kind: str) -> str:
         began_s = self._began_s.pop((subject, kind), None)
         return "" if began_s is None else f" after {self._clock() - began_s:.1f} s"
@@ -119,7 +145,7 @@ def _first(status: ClusterStatus) -> StatusEvent:
 
 
 def _is_told_to_end(health: ProcessHealth) -> bool:
-    return health.state is ProcessState.READY and health.detail.startswith((RESTARTS, DRAINS))
+    return health.detail.startswith((RESTARTS, DRAINS))
 
 
 def _quarantined(health: ProcessHealth | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 import pytest
 
 from cluster.controller.controller import Controller
-from cluster.controller.process import RoleName
+from cluster.controller.process import RESTARTS, ProcessState, RoleName
 from protos.errors import InvalidRequest, NotServing
 from tests.cluster.fake_processes import FakeProcess, run, system
 
@@ -53,6 +53,15 @@ def test_a_process_that_does_not_stop_is_killed_when_its_time_is_over() -> None:
     run(controller, 5)
     assert fakes["worker-0"].generation != generation
     assert controller.status().is_serving
+
+
+def test_a_process_that_is_replaced_is_shown_as_such_while_it_is_away() -> None:
+    controller, fakes = serving()
+    fakes["shard-0"].restart = fakes["shard-0"].die  # the next one takes its time
+    controller._departures.restart(RoleName.SHARD, 0, is_serving=True)
+    run(controller, 4)
+    health = dict(controller.status().processes)["shard-0"]
+    assert (health.state, health.detail) == (ProcessState.DOWN, RESTARTS)
 
 
 def test_the_last_worker_stays() -> None:

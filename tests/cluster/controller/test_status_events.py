@@ -3,7 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from cluster.controller.process import ClusterStatus, ProcessState, Quarantine
+import pytest
+
+from cluster.controller.process import DRAINS, RESTARTS, ClusterStatus, ProcessState, Quarantine
 from cluster.controller.rebalance import RebalanceState, RebalanceStatus
 from cluster.controller.status_events import StatusEvents
 from tests.fake_controller import life, rebalance_plan, serving_status
@@ -114,11 +116,65 @@ def test_a_drain_is_told_from_its_beginning_to_its_end() -> None:
     ]
 
 
-def test_a_process_that_is_told_to_end_is_no_bad_news_when_it_does() -> None:
-    ending = with_health(WELL, "worker-0", detail="ends, and is started again")
-    down = with_health(WELL, "worker-0", state=ProcessState.DOWN, detail="does not answer", generation="")
-    lines = told(WELL, ending, down)
-    assert ("info", "worker-0", "is down: does not answer") in lines
+def replaced(name: str) -> list[ClusterStatus]:
+    """A planned restart as a look a second shows it."""
+    ending = with_health(WELL, name, detail=RESTARTS)
+    away = with_health(WELL, name, state=ProcessState.DOWN, detail=RESTARTS, generation="", pid=0)
+    another = with_health(WELL, name, generation="new", pid=77)
+    return [WELL, ending, away, with_health(another, name, state=ProcessState.LOADING), another]
+
+
+def test_a_planned_restart_is_no_bad_news() -> None:
+    assert told(*replaced("shard-0")) == [
+        ("info", "shard-0", "ends, and is started again"),
+        ("info", "system", "not every process is ready, as planned: shard-0"),
+        ("good", "shard-0", "is ready after 2.0 s, as another process, pid 77"),
+        ("good", "system", "serves after 2.0 s"),
+    ]
+
+
+def test_a_planned_restart_that_is_first_seen_while_the_process_is_away_is_told_as_one() -> None:
+    first, _, away, *_ = replaced("shard-0")
+    assert told(first, away) == [
+        ("info", "shard-0", "ends, and is started again"),
+        ("info", "system", "not every process is ready, as planned: shard-0"),
+    ]
+
+
+@pytest.mark.parametrize("state", [ProcessState.DOWN, ProcessState.FAILED])
+def test_the_next_process_of_a_planned_restart_that_cannot_load_is_bad_news(state: ProcessState) -> None:
+    *before, loading, _ = replaced("shard-0")
+    lost = with_health(loading, "shard-0", state=state, detail="why")
+    assert told(*before, loading, lost)[-1] == ("bad", "shard-0", f"is {state}: why")
+
+
+def test_another_process_that_is_lost_during_a_planned_restart_is_bad_news() -> None:
+    both = with_health(replaced("shard-0")[2], "worker-0", state=ProcessState.DOWN, detail="does not answer")
+    assert told(WELL, both)[1:] == [
+        ("bad", "worker-0", "is down: does not answer"),
+        ("bad", "system", "not every process is ready"),
+    ]
+
+
+def test_a_process_is_timed_by_itself_and_not_by_the_one_that_had_its_name() -> None:
+    down = with_health(WELL, "shard-1", detail=f"{DRAINS}units move", state=ProcessState.DOWN, generation="", pid=0)
+    gone = replace(WELL, processes=tuple(p for p in WELL.processes if p[0] != "shard-1"))
+    starting = with_health(WELL, "shard-1", state=ProcessState.STARTING, generation="")
+    lines = told(WELL, down, gone, gone, gone, starting, with_health(WELL, "shard-1", generation="new", pid=77))
+    assert ("info", "shard-1", "has left after 1.0 s") in lines
+    assert ("good", "shard-1", "is ready after 1.0 s") in lines
+
+
+def test_a_drain_after_a_restart_is_timed_from_the_drain() -> None:
+    *_, another = statuses = replaced("shard-1")
+    draining = with_health(another, "shard-1", detail=f"{DRAINS}its units move to the other shards")
+    gone = replace(WELL, processes=tuple(p for p in WELL.processes if p[0] != "shard-1"))
+    assert told(*statuses, another, draining, draining, gone)[-1] == ("info", "shard-1", "has left after 2.0 s")
+
+
+def test_a_restart_within_a_look_does_not_say_that_the_process_is_well_again() -> None:
+    _, ending, *_, another = replaced("shard-1")
+    assert told(ending, another) == [("info", "shard-1", "was replaced by another process, pid 77")]
 
 
 def test_what_is_wrong_with_a_process_that_serves_on_is_told_once_and_when_it_ends() -> None:
