@@ -16,6 +16,7 @@ from cluster.chaos.fault import Fault
 from cluster.chaos.run import RunConfig, RunResult, run_fault
 from cluster.chaos.system import ChaosRefused, System
 from cluster.client_access import ClientAccess
+from cluster.commands.arguments import MAX_UINT32
 from cluster.commands.chaos_view import ChaosProgress, result_view, scenarios_view
 from cluster.commands.terminal import console, fail
 from cluster.config import ConfigError, read_config
@@ -40,7 +41,7 @@ def run(
         typer.Option(min=0, help="Chooses the process that is met, the order of requests, and the fault of `random`."),
     ] = 0,
     clients: Annotated[int, typer.Option(min=1, max=256, help="That stream at the same time.")] = 8,
-    tokens: Annotated[int, typer.Option(min=8, help="Of each answer.")] = 96,
+    tokens: Annotated[int, typer.Option(min=8, max=MAX_UINT32, help="Of each answer.")] = 96,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="What to change in the system that is started.")
     ] = None,

@@ -10,22 +10,25 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from cluster.client import DEFAULT_ADDRESS, Generation, InferenceClient
+from cluster.commands.arguments import MAX_UINT32, MAX_UINT64, unicode_text, within
 from cluster.commands.terminal import console, errors, fail_call
 from protos import generation_pb2
 
+MAX_TOKENS = within(1, MAX_UINT32, "the model's context ends an answer in any case")
+SEED = within(0, MAX_UINT64, "leave it out for one that is drawn")
 MIN_RETRY_S = 0.1  # whatever a gateway hints at
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    prompt: Annotated[str, typer.Argument(callback=unicode_text, help="Text to continue.")],
     address: Annotated[str, typer.Option(help="The gateway's host:port.")] = DEFAULT_ADDRESS,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's message, through the chat template.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_tokens: Annotated[int, typer.Option(callback=MAX_TOKENS, help="Of the answer, at most.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; unset: the model's own.")] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(callback=SEED, help="The same one gives the same answer.")] = None,
     wait: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for a system whose gateway is up and has no worker yet.")
     ] = 60.0,

@@ -7,11 +7,15 @@ import grpc
 import typer
 
 from cluster.client import DEFAULT_ADDRESS, AdminClient
+from cluster.commands.arguments import MAX_UINT32, within
 from cluster.commands.terminal import console, fail_call
+from cluster.config import MAX_COUNT
 from protos import admin_pb2
 
 Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 SEE = "`mobula status` shows how far it is"
+COUNT = within(1, MAX_COUNT, "`mobula status` shows how many there are")
+RANK = within(0, MAX_UINT32, "`mobula status` shows the numbers that there are")
 COMING = {"shards": "start and are then given units", "workers": "start and are then given requests"}
 LEAVING = {"shards": "give up their units and then end", "workers": "hand their requests over and then end"}
 
@@ -21,7 +25,7 @@ drain_app = typer.Typer(no_args_is_help=True, help="Let one process end without 
 
 @scale_app.command("shards")
 def scale_shards(
-    count: Annotated[int, typer.Argument(min=1, help="How many expert shards there shall be.")],
+    count: Annotated[int, typer.Argument(callback=COUNT, help="How many expert shards there shall be.")],
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Start expert shards and give them units, or take units from the last ones and end them."""
@@ -35,7 +39,7 @@ def scale_shards(
 
 @scale_app.command("workers")
 def scale_workers(
-    count: Annotated[int, typer.Argument(min=1, help="How many attention workers there shall be.")],
+    count: Annotated[int, typer.Argument(callback=COUNT, help="How many attention workers there shall be.")],
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Start attention workers, or let others go on with the requests of the last ones and end them."""
@@ -49,7 +53,8 @@ def scale_workers(
 
 @drain_app.command("shard")
 def drain_shard(
-    ep_rank: Annotated[int, typer.Argument(min=0, help="The shard's number.")], address: Address = DEFAULT_ADDRESS
+    ep_rank: Annotated[int, typer.Argument(callback=RANK, help="The shard's number.")],
+    address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Move a shard's units to the others, then end it. Other shards keep their numbers."""
     try:
@@ -62,7 +67,8 @@ def drain_shard(
 
 @drain_app.command("worker")
 def drain_worker(
-    dp_rank: Annotated[int, typer.Argument(min=0, help="The worker's number.")], address: Address = DEFAULT_ADDRESS
+    dp_rank: Annotated[int, typer.Argument(callback=RANK, help="The worker's number.")],
+    address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Give a worker no new requests, let others go on with those it does not end in time, then end it."""
     try:

@@ -1,0 +1,37 @@
+"""What arguments must be so that a request can carry them: else the command ends with one line that says so.
+
+For typer's `callback`. Knows neither the commands nor what a server makes of the values.
+"""
+
+from collections.abc import Callable
+
+from typer import CallbackParam
+
+from cluster.commands.terminal import fail
+
+MAX_UINT32 = 2**32 - 1  # of a proto's uint32
+MAX_UINT64 = 2**64 - 1
+
+
+def within(minimum: int, maximum: int, way_out: str) -> Callable[[CallbackParam, int | None], int | None]:
+    """Ends the command where the number is not `minimum` to `maximum`; way_out: what to do then."""
+
+    def checked(param: CallbackParam, value: int | None) -> int | None:
+        if value is not None and not minimum <= value <= maximum:
+            fail(f"{param.opts[0]} is {value}, must be {minimum} to {maximum}; {way_out}")
+        return value
+
+    return checked
+
+
+def unicode_text(param: CallbackParam, value: str) -> str:
+    """Ends the command where the argument has bytes that are no UTF-8, which Python keeps as surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(value[error.start]) & 0xFF
+        fail(
+            f"{param.opts[0]} has byte 0x{byte:02x} at character {error.start + 1}, which is not UTF-8; "
+            "convert the text, for example with iconv"
+        )
+    return value

@@ -1,0 +1,33 @@
+"""Arguments that no request can carry."""
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.commands.cli import app
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("generate x --max-tokens 99999999999", "--max-tokens is 99999999999, must be 1 to 4294967295; the model's"),
+        ("generate x --max-tokens 0", "--max-tokens is 0, must be 1 to 4294967295"),
+        ("generate x --seed 99999999999999999999999", "is 99999999999999999999999, must be 0 to 18446744073709551615"),
+        ("scale shards 5000000000", "count is 5000000000, must be 1 to 4096; `mobula status`"),
+        ("scale workers 0", "count is 0, must be 1 to 4096"),
+        ("drain shard 5000000000", "ep_rank is 5000000000, must be 0 to 4294967295; `mobula status`"),
+        ("drain worker 5000000000", "dp_rank is 5000000000, must be 0 to 4294967295"),
+        ("generate a\udcff", "prompt has byte 0xff at character 2, which is not UTF-8; convert"),
+    ],
+)
+def test_an_argument_that_a_request_cannot_carry_is_one_line_with_the_limit(arguments: str, message: str) -> None:
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == 1
+    assert len(result.output.splitlines()) == 1
+    assert result.output.startswith("error: ")
+    assert message in result.output
+
+
+def test_so_is_a_negative_one() -> None:
+    result = CliRunner().invoke(app, ["generate", "x", "--seed", "-1"])
+    assert (result.exit_code, result.output.splitlines()[1:]) == (1, [])
+    assert "--seed is -1, must be 0 to" in result.output
