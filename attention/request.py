@@ -6,7 +6,7 @@ Knows nothing of the engine or of gRPC. Encoding text takes time: call it outsid
 import json
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class RequestReader:
         self._draw_seed = draw_seed
 
     def sequence(self, request: generation_pb2.GenerateRequest) -> Sequence:
-        """With the tokens that its client has as if they were sampled here.
+        """With the tokens that its client has as if they were sampled here; they may be all of them: see its `ending`.
 
         Raises InvalidRequest and its kinds: PromptTooLong, NoChatTemplate, ChatTemplateRefused.
         """
@@ -115,14 +115,17 @@ class RequestReader:
     def _go_on_after(self, sequence: Sequence, token_ids: list[int], field: str) -> None:
         """Text is a function of the tokens so far, so what the client has of it is made again and left away.
 
-        Raises InvalidRequest when the tokens cannot be the beginning of an answer.
+        Raises InvalidRequest when the tokens cannot be the beginning of an answer, nor a whole one.
         """
-        for index, token_id in enumerate(self._token_ids(token_ids, field)):
-            if sequence.advance(token_id).is_final:
+        for num_before, token_id in enumerate(self._token_ids(token_ids, field)):
+            if sequence.ending is not None:
                 raise errors.InvalidRequest(
-                    f"the answer ends with output token {index} of {len(token_ids)}; nothing is left to generate",
+                    f"the answer ends with token {num_before} of the {len(token_ids)} given; send only those that came",
                     field=field,
                 )
+            output = sequence.advance(token_id)
+            if output.is_final:
+                sequence.ending = replace(output, token_ids=(), text="")
 
     def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         """The token ids as `sequence` would see them, of any length."""

@@ -82,6 +82,7 @@ class Sequence:
 
     output_token_ids: list[int] = field(default_factory=list)
     num_received_tokens: int = 0  # of them, that the client had when it asked
+    ending: SequenceOutput | None = None  # of a sequence that ends with them: nothing is left to compute
     allows_missing_experts: bool = False  # rather than waiting for them; the deployment must allow it too
     is_abandoned: bool = False  # its client has left; set from any thread
     num_computed_tokens: int = 0  # leading tokens whose latents are in the cache

@@ -133,6 +133,9 @@ class InferenceServicer:
 
     async def _outputs(self, sequence: Sequence) -> AsyncIterator[SequenceOutput]:
         """Submits the sequence and yields what it gives, to the end. Raises the error that ends it."""
+        if sequence.ending is not None:  # its client has every token, and lacks how it ended
+            yield sequence.ending
+            return
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[SequenceOutput] = asyncio.Queue()
 

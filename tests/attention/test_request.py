@@ -3,6 +3,7 @@ import math
 import pytest
 
 from attention.request import GenerationDefaults, RequestReader
+from attention.sequence import FinishReason
 from attention.tokenizer import BadTokenizer
 from protos import errors
 from protos.generation_pb2 import Chat, ChatMessage, GenerateRequest, SamplingParams, TokenIds, TokenizeRequest
@@ -90,16 +91,43 @@ def test_a_client_that_has_the_beginning_is_told_the_rest_by_whichever_worker():
     assert make_reader().relayed_sequence(relayed([100], **wanted)).num_received_tokens == 2  # not the other worker's
     assert sequence.advance(100).text == "d"
     assert make_reader().relayed_sequence(relayed([100], **wanted)).output_token_ids == [98, 99, 100]
-    with pytest.raises(errors.InvalidRequest, match="ends with output token 5 of 6") as raised:
-        read(text="a", sampling_params=SamplingParams(max_tokens=6), received_token_ids=[98] * 6)
+
+
+@pytest.mark.parametrize(
+    ("received", "params", "reason", "matched_stop"),
+    [
+        ([98] * 6, {"max_tokens": 6}, FinishReason.LENGTH, None),
+        ([98] * 14, {}, FinishReason.LENGTH, None),  # of the context
+        ([98, 257], {}, FinishReason.STOP, None),  # an end of sequence
+        ([98, 99], {"stop_token_ids": [99]}, FinishReason.STOP, 99),
+        ([98, 99], {"stop": ["bc"]}, FinishReason.STOP, "bc"),
+    ],
+)
+def test_a_client_that_has_the_whole_answer_is_told_how_it_ended_as_the_first_time(
+    received, params, reason, matched_stop
+):
+    fields = {"text": "a", "sampling_params": SamplingParams(**params)}
+    first = read(**fields)
+    outputs = [first.advance(token_id) for token_id in received]
+    again = read(**fields, received_token_ids=received)
+    assert (again.ending.finish_reason, again.ending.matched_stop) == (reason, matched_stop)
+    assert (outputs[-1].finish_reason, outputs[-1].matched_stop) == (reason, matched_stop)
+    assert (again.ending.token_ids, again.ending.text) == ((), "")  # those it has
+    assert (again.num_output_tokens, again.num_received_tokens) == (len(received), len(received))
+    assert read(**fields, received_token_ids=received[:-1]).ending is None
+
+
+def test_tokens_beyond_the_end_of_the_answer_are_refused():
+    with pytest.raises(errors.InvalidRequest, match="ends with token 4 of the 6 given") as raised:
+        read(text="a", sampling_params=SamplingParams(max_tokens=4), received_token_ids=[98] * 6)
     assert raised.value.field == "received_token_ids"
 
 
 @pytest.mark.parametrize(
-    ("token_ids", "message"), [([98, 99], "ends with output token 1 of 2"), ([300], "token id 300 at index 0")]
+    ("token_ids", "message"), [([98, 99], "ends with token 1 of the 2 given"), ([300], "token id 300 at index 0")]
 )
 def test_tokens_that_no_answer_begins_with_are_refused(token_ids, message):
-    request = relayed(token_ids, text="a", sampling_params=SamplingParams(max_tokens=2))
+    request = relayed(token_ids, text="a", sampling_params=SamplingParams(max_tokens=1))
     with pytest.raises(errors.InvalidRequest, match=message):
         make_reader().relayed_sequence(request)
 

@@ -125,6 +125,18 @@ def test_tokens_and_text_stream_to_the_end_with_usage():
     serve(scenario)
 
 
+def test_a_client_that_has_every_token_is_told_how_the_answer_ended_and_nothing_is_computed():
+    async def scenario(worker):
+        wanted = {"text": "a", "sampling_params": SamplingParams(max_tokens=3)}
+        first = await worker.collect(GenerateRequest(**wanted))
+        worker.decoder.before_forward = lambda token_ids: pytest.fail("a step")
+        (again,) = await worker.collect(GenerateRequest(**wanted, received_token_ids=[98, 99, 100]))
+        assert (list(again.token_ids), again.text, again.finish_reason) == ([], "", first[-1].finish_reason)
+        assert (again.usage.num_completion_tokens, again.usage.num_received_tokens) == (3, 3)
+
+    serve(scenario)
+
+
 def test_end_of_sequence_stop_token_and_stop_string_end_the_stream():
     async def scenario(worker):
         responses = await worker.collect(GenerateRequest(token_ids=TokenIds(ids=[254])))
