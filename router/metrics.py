@@ -13,11 +13,30 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from protos import errors
 from protos.histogram import TallyHistogram
 from router.completions import Carrier
 from router.unit_trust import WrongUnit
 
 _PARTS = ("queue", "compute", "wire")  # of a forward's time
+# Why messages are sent again, as far as it is to be expected: shown as 0 from the start, for a counter that begins
+# with 1 has no rate then.
+RETRY_REASONS = (
+    "late",
+    "timeout",
+    *(
+        kind.reason.lower()
+        for kind in (
+            errors.Unavailable,
+            errors.ShardUnavailable,
+            errors.StalePlacement,
+            errors.UnitQuarantined,
+            errors.QueueFull,
+            errors.DeadlineExceeded,
+            errors.InternalError,
+        )
+    ),
+)
 _LATENCY_BUCKETS_S = (0.0001, 0.0003, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 10.0, 60.0)
 
 
@@ -45,11 +64,13 @@ class RouterMetrics(Collector):
         self._sent_bytes: Tally[tuple[int, Carrier]] = Tally()
         self._received_bytes: Tally[tuple[int, Carrier]] = Tally()
         self._rows: Tally[int] = Tally()
-        self._retries: Tally[str] = Tally()
+        self._retries: Tally[str] = Tally(dict.fromkeys(RETRY_REASONS, 0))
         self._late: Tally[int] = Tally()
         self._seconds: dict[int, list[float]] = {}  # by ep_rank, of each of _PARTS
         self._quarantined: Callable[[], list[int]] = list
         self._wrong_units: Callable[[], list[WrongUnit]] = list
+        self._were_quarantined: set[int] = set()  # shards that a scrape has seen so
+        self._had_wrong_units: set[int] = set()
         self._num_violations = 0
         self._num_dropped = 0
         self._num_missing = 0
@@ -99,7 +120,7 @@ class RouterMetrics(Collector):
         self._received_bytes[ep_rank, carrier] += num_bytes
 
     def count_retry(self, reason: str) -> None:
-        """A message that was sent again; `reason` is an error's or "timeout"."""
+        """A message that was sent again; `reason` is an error's, "late" or "timeout"."""
         self._retries[reason] += 1
 
     def count_late(self, ep_rank: int) -> None:
@@ -210,19 +231,23 @@ class RouterMetrics(Collector):
         yield late
         quarantined = GaugeMetricFamily(
             "mobula_shard_is_quarantined",
-            "1: answers are late so often that the worker asks others where it can; others have no series.",
+            "1: answers are late so often that the worker asks others where it can; 0 afterwards, else no series.",
             labels=("dp_rank", "ep_rank"),
         )
-        for ep_rank in sorted(self._quarantined()):
-            quarantined.add_metric((dp_rank, str(ep_rank)), 1.0)
+        late_ranks = set(self._quarantined())
+        self._were_quarantined |= late_ranks
+        for ep_rank in sorted(self._were_quarantined):
+            quarantined.add_metric((dp_rank, str(ep_rank)), float(ep_rank in late_ranks))
         yield quarantined
         wrong = GaugeMetricFamily(
             "mobula_quarantined_units",
-            "Units whose sums by this shard were wrong; the worker asks others where it can; missing where none.",
+            "Units whose sums by this shard were wrong; the worker asks others where it can; none before the first.",
             labels=("dp_rank", "ep_rank"),
         )
-        for ep_rank, num_wrong in sorted(Tally(unit.ep_rank for unit in self._wrong_units()).items()):
-            wrong.add_metric((dp_rank, str(ep_rank)), num_wrong)
+        num_wrong = Tally(unit.ep_rank for unit in self._wrong_units())
+        self._had_wrong_units |= num_wrong.keys()
+        for ep_rank in sorted(self._had_wrong_units):
+            wrong.add_metric((dp_rank, str(ep_rank)), num_wrong[ep_rank])
         yield wrong
 
     def _ranks_per_token(self) -> Metric:

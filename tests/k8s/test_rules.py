@@ -97,7 +97,13 @@ CASES = [
         {"ep_rank": "2"},
     ),
     Case("MobulaShardQuarantined", "10m", {'mobula_quarantined_units{ep_rank="3"}': "2x20"}, {"ep_rank": "3"}),
-    Case("MobulaShardQuarantined", "10m", {'mobula_shard_is_quarantined{ep_rank="2"}': "1x3"}, None),
+    Case(
+        "MobulaShardQuarantined",
+        "10m",
+        {'mobula_shard_is_quarantined{ep_rank="3"}': "0x20", 'mobula_quarantined_units{ep_rank="3"}': "2x20"},
+        {"ep_rank": "3"},
+    ),
+    Case("MobulaShardQuarantined", "10m", {'mobula_shard_is_quarantined{ep_rank="2"}': "1x3 0x20"}, None),
     Case(
         "MobulaRedundancyLost",
         "15m",

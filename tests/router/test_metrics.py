@@ -2,6 +2,7 @@ from prometheus_client import CollectorRegistry
 
 from router.completions import Carrier
 from router.metrics import RouterMetrics
+from router.unit_trust import WrongUnit
 
 
 def counted() -> tuple[RouterMetrics, CollectorRegistry]:
@@ -32,6 +33,29 @@ def test_a_token_beyond_the_device_limit_is_counted_not_raised():
     assert registry.get_sample_value(violations, {"dp_rank": "3"}) == 0
     metrics.count_dispatch([0, 5, 0, 1, 2, 4])
     assert registry.get_sample_value(violations, {"dp_rank": "3"}) == 6
+
+
+def test_retries_are_0_by_each_reason_that_is_to_be_expected_so_that_a_rate_sees_the_first_one():
+    _, registry = counted()
+    for reason in ("late", "timeout", "unavailable", "shard_unavailable", "unit_quarantined"):
+        assert registry.get_sample_value("mobula_expert_retries_total", {"dp_rank": "3", "reason": reason}) == 0
+
+
+def test_a_quarantine_that_ended_is_0_and_not_gone():
+    metrics, registry = counted()
+    late, wrong = [1], [WrongUnit(2, 0, 0, "not finite"), WrongUnit(2, 0, 1, "not finite")]
+    metrics.watch(lambda: late, lambda: wrong)
+
+    def shown() -> list[float | None]:
+        return [
+            registry.get_sample_value(name, {"dp_rank": "3", "ep_rank": ep_rank})
+            for name, ep_rank in (("mobula_shard_is_quarantined", "1"), ("mobula_quarantined_units", "2"))
+        ]
+
+    assert shown() == [1, 2]
+    late.clear()
+    wrong.clear()
+    assert shown() == [0, 0]
 
 
 def test_bytes_rows_retries_and_version_are_shown_by_label():

@@ -37,7 +37,7 @@ def worker(dp_rank: int) -> CollectorRegistry:
         engine.count_success(reason)
     router.set_placement(1, 3)
     router.count_dispatch([0, 1, 2, 3])
-    router.count_retry("UNAVAILABLE")
+    router.count_retry("unavailable")
     for ep_rank in range(NUM_SHARDS):
         router.count_sent(ep_rank, 1, 1, "grpc")
         router.count_received(ep_rank, 1, "grpc")
