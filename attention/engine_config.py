@@ -1,5 +1,6 @@
 """The engine's settings, apart from the engine: who only reads a configuration needs no torch."""
 
+import math
 from typing import Annotated, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -40,9 +41,10 @@ class EngineConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
             return self.num_blocks
         affordable = int(self.cache_gib * 2**30) // bytes_per_block
         if affordable < 1:
+            needed_gib = math.ceil(bytes_per_block / 2**30 * 1e6) / 1e6  # rounded up, so that it is enough
             raise CacheTooSmall(
-                f"cache_gib is {self.cache_gib}, one block of {self.block_size} tokens needs "
-                f"{bytes_per_block / 2**30:.4f}; raise cache_gib or lower block_size"
+                f"cache_gib is {self.cache_gib}, one block of {self.block_size} tokens needs {needed_gib:.6f} "
+                f"({bytes_per_block} bytes); raise cache_gib or lower block_size"
             )
         longest = min(self.max_model_len or max_position_embeddings, max_position_embeddings)
         return min(affordable, self.max_num_seqs * -(-longest // self.block_size))

@@ -356,8 +356,11 @@ def test_cache_takes_what_is_configured_but_never_more_than_can_be_used():
     assert EngineConfig(cache_gib=1.0).num_cache_blocks(mib, 10**6) == 1024
     assert EngineConfig(cache_gib=1.0, max_num_seqs=2).num_cache_blocks(mib, 640) == 20
     assert EngineConfig(num_blocks=7).num_cache_blocks(mib, 640) == 7
-    with pytest.raises(CacheTooSmall, match="raise cache_gib"):
-        EngineConfig(cache_gib=0.0001).num_cache_blocks(mib, 640)
+    with pytest.raises(
+        CacheTooSmall, match=r"is 0.0001, one block of 16 tokens needs 0.000101 \(107400 bytes\); raise"
+    ):
+        EngineConfig(cache_gib=0.0001, block_size=16).num_cache_blocks(107_400, 640)
+    assert EngineConfig(cache_gib=0.000101).num_cache_blocks(107_400, 640) == 1
 
 
 def test_context_is_what_model_and_cache_can_both_hold():
