@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from cluster.client import DEFAULT_ADDRESS, AdminClient
 from cluster.commands.admin_views import plan_view, status_view
+from cluster.commands.arguments import Address
 from cluster.commands.message_fields import plain_fields
 from cluster.commands.progress import RebalanceProgress
 from cluster.commands.rebalance_watch import Ended, LostSight, Outcome, RebalanceWatch, statuses, wait_until_ended
@@ -17,7 +18,6 @@ from cluster.commands.terminal import INTERRUPTED, console, errors, fail, fail_c
 from cluster.controller.admin_messages import cluster_status
 from protos import admin_pb2
 
-Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object, fields as in admin.proto.")]
 
 

@@ -1,12 +1,15 @@
 """What arguments must be so that a request can carry them: else the command ends with one line that says so.
 
-For typer's `callback`. Knows neither the commands nor what a server makes of the values.
+Knows neither the commands nor what a server makes of the values.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
+import typer
 from typer import CallbackParam
 
+from cluster.client import DEFAULT_ADDRESS
 from cluster.commands.terminal import fail
 
 MAX_UINT32 = 2**32 - 1  # of a proto's uint32
@@ -35,3 +38,13 @@ def unicode_text(param: CallbackParam, value: str) -> str:
             "convert the text, for example with iconv"
         )
     return value
+
+
+def _some_address(value: str) -> str:
+    """One that is wrong is told by who calls it (reachability.py); gRPC has no call for none."""
+    if not value.strip():
+        fail(f"--address is {value!r}, must be host:port, for example {DEFAULT_ADDRESS}")
+    return value
+
+
+Address = Annotated[str, typer.Option(callback=_some_address, help="The gateway's host:port.")]

@@ -24,6 +24,7 @@ from cluster.commands import (
     scale_command,
     trace_command,
 )
+from cluster.commands.arguments import Address
 from cluster.commands.own_group import continue_in_own_group
 from cluster.commands.terminal import console, fail, fail_call
 from cluster.commands.views import experts_view
@@ -45,7 +46,6 @@ app.add_typer(keys_command.app, name="keys")
 app.add_typer(trace_command.app, name="trace")
 app.add_typer(scale_command.scale_app, name="scale")
 app.add_typer(scale_command.drain_app, name="drain")
-Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; unset: the bundled model on this machine.")
 ]

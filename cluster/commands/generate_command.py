@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from cluster.client import DEFAULT_ADDRESS, Generation, InferenceClient
-from cluster.commands.arguments import MAX_UINT32, MAX_UINT64, unicode_text, within
+from cluster.commands.arguments import MAX_UINT32, MAX_UINT64, Address, unicode_text, within
 from cluster.commands.terminal import console, errors, fail_call
 from protos import generation_pb2
 
@@ -21,7 +21,7 @@ MIN_RETRY_S = 0.1  # whatever a gateway hints at
 
 def generate(
     prompt: Annotated[str, typer.Argument(callback=unicode_text, help="Text to continue.")],
-    address: Annotated[str, typer.Option(help="The gateway's host:port.")] = DEFAULT_ADDRESS,
+    address: Address = DEFAULT_ADDRESS,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's message, through the chat template.")
     ] = False,

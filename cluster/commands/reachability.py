@@ -15,13 +15,15 @@ from cluster.client_access import ClientAccess
 
 TIMEOUT_S = 3.0  # for each step
 HTTP2 = "h2"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # a client's, and its settings: none
+SETTINGS = 4  # the type of the first frame of each side; RFC 9113, section 3.4
 
 
 def why_unreachable(address: str, access: ClientAccess) -> str | None:
     """The reason and the way out; None when everything that can be tried here succeeds."""
     host, _, port = address.removeprefix("dns:").rpartition(":")
     host = host.strip("[]")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         return f"{address!r} is not host:port"
     try:
         with socket.create_connection((host, int(port)), TIMEOUT_S):
@@ -36,7 +38,7 @@ def why_unreachable(address: str, access: ClientAccess) -> str | None:
                 f"{address} speaks TLS and was called in plaintext; give --tls-ca FILE before the command, the ca.crt "
                 "of its tls.clients folder, or --tls where this machine believes its authority"
             )
-        return None
+        return None if _speaks_http2(host, int(port)) else _not_grpc(address)
     if not speaks_tls:
         return (
             f"{address} was called with TLS and does not speak it; leave out --tls, --tls-ca and --cert (MOBULA_TLS, "
@@ -59,6 +61,24 @@ def _speaks_tls(host: str, port: int) -> bool:
         return False
 
 
+def _speaks_http2(host: str, port: int) -> bool:
+    """Without TLS. True also of one that says nothing in time: that is for gRPC to tell."""
+    try:
+        with socket.create_connection((host, port), TIMEOUT_S) as connection:
+            connection.sendall(PREFACE)
+            frame = connection.recv(4)
+    except OSError:
+        return True
+    return len(frame) < 4 or frame[3] == SETTINGS
+
+
+def _not_grpc(address: str) -> str:
+    return (
+        f"{address} answers, and not in gRPC: is it the HTTP port, gateway.metrics_port? --address wants gateway.port, "
+        "which is 50051 unless configured"
+    )
+
+
 def _why_not_believed(host: str, port: int, address: str, access: ClientAccess) -> str | None:
     try:
         context = _context(access)
@@ -70,6 +90,8 @@ def _why_not_believed(host: str, port: int, address: str, access: ClientAccess) 
     context.check_hostname = False
     try:
         with _connected(host, port, context) as connection:
+            if connection.selected_alpn_protocol() != HTTP2:
+                return _not_grpc(address)
             names = _names(connection)
     except ssl.SSLCertVerificationError as error:
         return (

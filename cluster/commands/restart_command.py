@@ -9,6 +9,7 @@ import grpc
 import typer
 
 from cluster.client import DEFAULT_ADDRESS, AdminClient
+from cluster.commands.arguments import Address
 from cluster.commands.terminal import console, fail, fail_call
 from cluster.controller.process import RoleName
 from protos import admin_pb2
@@ -39,7 +40,7 @@ class RestartClient(Protocol):
 def restart(
     only: Annotated[RoleName | None, typer.Argument(help="Replace only these; unset: every process.")] = None,
     timeout_s: Annotated[float, typer.Option(help="For one process to be replaced and ready, in seconds.")] = 600.0,
-    address: Annotated[str, typer.Option(help="The gateway's host:port.")] = DEFAULT_ADDRESS,
+    address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Replace the processes one after another while requests run: shards, workers, gateways."""
     try:

@@ -7,12 +7,11 @@ import grpc
 import typer
 
 from cluster.client import DEFAULT_ADDRESS, AdminClient
-from cluster.commands.arguments import MAX_UINT32, within
+from cluster.commands.arguments import MAX_UINT32, Address, within
 from cluster.commands.terminal import console, fail_call
 from cluster.config import MAX_COUNT
 from protos import admin_pb2
 
-Address = Annotated[str, typer.Option(help="The gateway's host:port.")]
 SEE = "`mobula status` shows how far it is"
 COUNT = within(1, MAX_COUNT, "`mobula status` shows how many there are")
 RANK = within(0, MAX_UINT32, "`mobula status` shows the numbers that there are")

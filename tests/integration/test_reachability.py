@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from cluster.client_access import ClientAccess
 from cluster.commands.reachability import why_unreachable
+from cluster.gateway.http_server import close_http, serve_http
 from cluster.security.authority import Authority
+from cluster.security.http_tls import secured_connections
 from protos.certificates import CertificateFolder
 from protos.credentials import PLAINTEXT, ServerCredentials
 from protos.mutual_tls import ServerTls
@@ -100,9 +103,19 @@ def test_an_address_where_nobody_listens_is_told_so() -> None:
     assert reason.startswith(f"nobody answers at {address} (Connection refused)")
 
 
-@pytest.mark.parametrize("address", ["gateway", "gateway:", ":50051", "gateway:port"])
+@pytest.mark.parametrize("address", ["gateway", "gateway:", ":50051", "gateway:port", "gateway:0", "gateway:99999"])
 def test_what_is_no_address_is_named(address: str) -> None:
     assert why_unreachable(address, ClientAccess()) == f"{address!r} is not host:port"
+
+
+def test_an_http_port_is_not_the_one_that_is_called(authority: Authority) -> None:
+    secure = secured_connections(CertificateFolder(authority.folder / "public"), is_mutual=False)
+    for http_secure, access in ((None, ClientAccess()), (secure, believing(authority))):
+        server, port = serve_http(HOST, 0, make_wsgi_app(CollectorRegistry()), http_secure)
+        reason = why_unreachable(f"{HOST}:{port}", access)
+        close_http(server)
+        assert reason
+        assert reason.startswith(f"{HOST}:{port} answers, and not in gRPC: is it the HTTP port")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from cluster.commands.cli import app
         ("scale workers 0", "count is 0, must be 1 to 4096"),
         ("drain shard 5000000000", "ep_rank is 5000000000, must be 0 to 4294967295; `mobula status`"),
         ("drain worker 5000000000", "dp_rank is 5000000000, must be 0 to 4294967295"),
+        ("experts --address=", "--address is '', must be host:port, for example 127.0.0.1:50051"),
         ("generate a\udcff", "prompt has byte 0xff at character 2, which is not UTF-8; convert"),
     ],
 )
