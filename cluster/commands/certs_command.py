@@ -10,7 +10,7 @@ from cryptography import x509
 
 from cluster.commands.terminal import console, fail
 from cluster.security.authority import AUTHORITY_FOLDER, CLIENTS_FOLDER, PUBLIC_FOLDER, Authority
-from protos.certificates import CertificateError
+from protos.certificates import AUTHORITY, CertificateError
 
 app = typer.Typer(no_args_is_help=True, help="Make and revoke certificates.")
 Folder = Annotated[Path, typer.Argument(help="Folder with the authority and all that it signs.")]
@@ -37,6 +37,7 @@ def make(
     except (CertificateError, OSError, ValueError) as error:
         fail(str(error))
     console.print(f"certificates in {folder}, valid for {days:g} days", highlight=False)
+    console.print(f"[dim]clients need {folder / AUTHORITY}, which every user of this machine may read[/dim]")
     console.print(f"[dim]keep {folder / AUTHORITY_FOLDER} away from the machines that serve[/dim]")
 
 

@@ -96,7 +96,7 @@ def _why_not_believed(host: str, port: int, address: str, access: ClientAccess) 
     except ssl.SSLCertVerificationError as error:
         return (
             f"the certificate of {address} is not to be believed: {error.verify_message}; give --tls-ca the ca.crt of "
-            "its tls.clients folder (public/ca.crt where `mobula certs make` wrote it)"
+            "its tls.clients folder, or FOLDER/ca.crt of `mobula certs make FOLDER`"
         )
     except ssl.SSLError:  # before TLS 1.3 a client's certificate is asked for in the handshake
         return _why_refused(host, port, address, context, access)

@@ -2,7 +2,8 @@
 
 Layout: `authority/` (its key: keep it away from the machines that serve), `ROLE/` for each kind of process, `metrics/`
 for who reads their series, `public/` for the gateway's port, `clients/NAME/`. Each of them holds what
-protos/certificates.py reads, and `ca.crl`. Files are replaced as a whole, keys are readable for their owner only.
+protos/certificates.py reads, and `ca.crl`, for its owner only. Beside them lies `ca.crt`, all that most clients need,
+for everybody. Files are replaced as a whole.
 """
 
 import datetime
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.security.http_tls import READER_NAME
-from cluster.security.private_file import replace_file
+from cluster.security.private_file import PUBLIC, replace_file
 from protos.certificates import AUTHORITY, CHAIN, KEY, REVOKED, CertificateError
 from protos.credentials import PeerRole
 from protos.mutual_tls import role_name
@@ -84,7 +85,11 @@ class Authority:
         self._write_revoked(folder, self._revoked())
 
     def issue_roles(self, days: float) -> None:
-        """New certificates for every kind of process, and for a Prometheus that reads the series of each."""
+        """New certificates for every kind of process, and for a Prometheus that reads the series of each.
+
+        Beside their folders the authority's own, for clients.
+        """
+        replace_file(self.folder / AUTHORITY, _pem(self.certificate), PUBLIC)
         for role in PeerRole:
             self.issue(self.folder / role.value, role.value, [role_name(role)], days)
         self.issue(self.folder / READER_FOLDER, READER_FOLDER, [READER_NAME], days)

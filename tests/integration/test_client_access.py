@@ -131,6 +131,11 @@ def test_certificates_are_made_and_revoked_by_command(tmp_path: Path) -> None:
     made = CliRunner().invoke(app, ["certs", "make", str(folder), "--name", "gateway.example", "--client", "bob"])
     assert made.exit_code == 0, made.output
     assert "gateway.example" in CertificateFolder(folder / "public").current().names
+    modes = {path.relative_to(folder): path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert modes.pop(Path("ca.crt")) == 0o644  # what other users of the machine need, and no key lies beside it
+    assert set(modes.values()) == {0o600}
+    assert {(folder / path).parent.stat().st_mode & 0o777 for path in modes} == {0o700}
+    assert (folder / "ca.crt").read_bytes() == (folder / "public" / "ca.crt").read_bytes()
     bob = folder / "clients" / "bob" / "tls.crt"
     assert CliRunner().invoke(app, ["certs", "revoke", str(folder), str(bob)]).exit_code == 0
     assert CertificateFolder(folder / "public").current().has_revoked(bob.read_bytes())
