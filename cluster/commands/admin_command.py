@@ -46,14 +46,14 @@ def rebalance(
 ) -> None:
     """Move experts to where the load of late asks for them, while requests run.
 
-    Shows first what each shard will read and what that is expected to gain. The status is 1 when it was aborted.
+    Shows what each shard reads and what that is expected to gain. The status is 1 when it was aborted.
     """
     is_waiting = console.is_terminal if wait is None else wait
     try:
         with AdminClient(address) as client:
             if dry_run:
                 plan = client.rebalance(is_dry_run=True)
-                _print_json(plain_fields(plan) | _ending_fields(None)) if as_json else _show(plan)
+                _print_json(plain_fields(plan) | _ending_fields(None)) if as_json else console.print(plan_view(plan))
             else:
                 _rebalance(client, is_waiting=is_waiting, as_json=as_json)
     except grpc.RpcError as error:
@@ -63,12 +63,10 @@ def rebalance(
 
 
 def _rebalance(client: AdminClient, *, is_waiting: bool, as_json: bool) -> None:
-    shown = None if as_json else _show(client.rebalance(is_dry_run=True))
     before = cluster_status(client.status())
     plan = client.rebalance(is_dry_run=False)
-    if shown and list(plan.moves) != list(shown.moves):
-        console.print("the load has changed meanwhile; this is what is moved:")
-        _show(plan)
+    if not as_json:
+        console.print(plan_view(plan))
     ended = None
     if plan.started and is_waiting:
         ended = _wait(client, RebalanceWatch(before, plan.new_placement_version), plan, is_shown=not as_json)
@@ -78,11 +76,6 @@ def _rebalance(client: AdminClient, *, is_waiting: bool, as_json: bool) -> None:
         console.print(_ending(plan, ended), highlight=False)
     if ended and ended.outcome is Outcome.ABORTED:
         raise typer.Exit(1)
-
-
-def _show(plan: admin_pb2.RebalanceResponse) -> admin_pb2.RebalanceResponse:
-    console.print(plan_view(plan))
-    return plan
 
 
 def _wait(client: AdminClient, watch: RebalanceWatch, plan: admin_pb2.RebalanceResponse, *, is_shown: bool) -> Ended:
