@@ -1,6 +1,6 @@
 """The controller's Prometheus series: the balance of the experts' load, the shards, the rebalances.
 
-Few series for every size of model: per layer the largest term and some quantiles, never one per expert unless that was
+Few series for every size of model: per layer the largest term and the median, never one per expert unless that was
 asked for. The full matrix is in the call GetExpertLoad. Built when somebody scrapes, from values that do not change.
 """
 
@@ -17,7 +17,7 @@ from cluster.controller.rebalance import RebalanceCause, RebalanceState
 from router.balance_terms import BalanceTerms, Traffic, balance_terms
 from router.gate_config import GateConfig
 
-QUANTILES = (0.5, 1.0)  # of a layer; 1 is the largest. Each costs V2 a series for each of 59 layers and 3 terms
+STATISTICS = {"median": 0.5, "max": 1.0}  # quantiles of a layer; each costs V2 59 layers x 3 terms
 
 
 class ControllerMetrics(Collector):
@@ -118,11 +118,11 @@ class ControllerMetrics(Collector):
                 terms.communication_terms,
             ),
         ):
-            family = GaugeMetricFamily(name, documentation, labels=["layer", "quantile"])
-            by_quantile = np.quantile(values, QUANTILES, axis=1, method="higher")  # [quantiles, layers]
+            family = GaugeMetricFamily(name, documentation, labels=["layer", "statistic"])
+            quantiles = np.quantile(values, list(STATISTICS.values()), axis=1, method="higher")  # [statistics, layers]
             for row, layer_id in enumerate(layer_ids):
-                for quantile, value in zip(QUANTILES, by_quantile[:, row].tolist(), strict=True):
-                    family.add_metric([layer_id, f"{quantile:g}"], value)
+                for statistic, value in zip(STATISTICS, quantiles[:, row].tolist(), strict=True):
+                    family.add_metric([layer_id, statistic], value)
             yield family
         if self._has_expert_series:
             yield _expert_series(terms, layer_ids)

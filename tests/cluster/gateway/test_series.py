@@ -1,12 +1,15 @@
 """How many series a system of DeepSeek-V2's size has, and what a scrape of all costs: 16 shards, 8 workers."""
 
+import shutil
+import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
+import pytest
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest, make_wsgi_app
 
 from attention.metrics import EngineMetrics
 from attention.sequence import FinishReason
@@ -91,6 +94,17 @@ def served_system() -> Iterator[GatewayMetrics]:
     yield metrics
     for server in servers:
         server.shutdown()
+
+
+def test_prometheus_has_nothing_to_say_against_names_and_labels() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not on this machine; Debian's package prometheus has it")
+    for registry in (worker(0), shard(0), controller(), GatewayMetrics().registry):
+        checked = subprocess.run(
+            [promtool, "check", "metrics"], input=generate_latest(registry), capture_output=True, check=False
+        )
+        assert (checked.returncode, checked.stderr.decode()) == (0, "")
 
 
 def test_a_large_system_has_few_series_and_is_scraped_in_time() -> None:

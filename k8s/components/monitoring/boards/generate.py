@@ -64,7 +64,7 @@ def quantiles(name: str, parts: Sequence[float] = (0.5, 0.95, 0.99)) -> list[tup
 
 
 def largest(term: str) -> str:
-    return f'max(mobula_balance_{term}_term{{quantile="1"}})'
+    return f'max(mobula_balance_{term}_term{{statistic="max"}})'
 
 
 EXPERTS = [
@@ -91,7 +91,7 @@ EXPERTS = [
     ),
     Panel(
         "Hottest expert of each layer, over its mean",
-        [('max by (layer) (mobula_balance_expert_term{quantile="1"})', "{{layer}}")],
+        [('max by (layer) (mobula_balance_expert_term{statistic="max"})', "{{layer}}")],
         kind="rows",
         width=16,
         text="f of each layer's hottest expert. The live map of every expert is on the gateway's dashboard.",
