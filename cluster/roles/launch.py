@@ -20,6 +20,7 @@ from cluster.config import ConfigError, MobulaConfig
 from cluster.controller.controller import StartError
 from cluster.controller.process import ClusterStatus, ProcessHealth, RoleName
 from cluster.roles.actors import booked_cpus, create_controller, end_everything
+from cluster.roles.local_ray import end_local_ray, start_local_ray
 from cluster.roles.preflight import ServingPlan, check
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.1
 STATUS_TIMEOUT_S = 60.0  # the controller answers at once; a machine that starts ten processes may not
 LOOPBACK = "127.0.0.1"
-OBJECT_STORE_BYTES = 80 * 1024 * 1024  # of a local cluster; no tensor passes through Ray's object store
 
 
 class Deployment:
@@ -56,7 +56,11 @@ class Deployment:
             self._start_ray()
             self._controller = self._create_controller()
         except ConnectionError as error:
+            self.stop()
             raise StartError(f"cannot join Ray at ray.address {self.config.ray.address}: {error}") from error
+        except BaseException:  # Ctrl-C, too: nobody leaves a block that was not entered
+            self.stop()
+            raise
         return self
 
     def __exit__(
@@ -132,7 +136,10 @@ class Deployment:
             end_everything(self.config.ray.namespace)
         self._controller = None
         if self._has_joined_ray:
-            ray.shutdown()
+            if self._is_local:
+                end_local_ray()
+            else:
+                ray.shutdown()
             self._has_joined_ray = False
 
     def _create_controller(self) -> Any:
@@ -165,21 +172,10 @@ class Deployment:
             "logging_level": "WARNING",
             "log_to_driver": False,
         }
-        if not self._is_local:
+        if self._is_local:
+            start_local_ray(max(os.cpu_count() or 1, int(booked_cpus(self.config)) + 1), **settings)
+        else:
             ray.init(address=self.config.ray.address, **settings)
-            return
-        num_cpus = max(os.cpu_count() or 1, int(booked_cpus(self.config)) + 1)
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other program starve ours
-        # Who ends the whole process group ends Ray's server with it: then there is nothing to wait a minute for.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            _node_ip_address=LOOPBACK,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **settings,
-        )
 
 
 def _check_port(host: str, port: int, key: str) -> None:

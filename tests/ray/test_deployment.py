@@ -2,9 +2,12 @@
 gets them back, and ends.
 """
 
+import ipaddress
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -20,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster import client_access
 from cluster.client import AdminClient, InferenceClient
 from cluster.client_access import ClientAccess
+from cluster.commands.terminal import INTERRUPTED
 from cluster.config import parse_config
 from cluster.controller.process import ProcessHealth
 from cluster.roles.launch import Deployment
@@ -32,6 +36,7 @@ from tests.checkpoints import write_checkpoint
 pytestmark = pytest.mark.ray
 
 TIMEOUT_S = 120.0
+RAY_AGENTS = ("ray::RuntimeEnv", "ray::Dashboard")
 PROMPT = "the experts are called"
 
 
@@ -263,42 +268,73 @@ def test_what_runs_goes_on_without_the_controller_and_the_next_one_takes_it_over
                 time.sleep(0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_leaving_the_deployment_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
-    """In a process of its own, for the module's deployment still runs here. SIGTERM goes to the whole process group, as
-    from a shell that logs out: Ray's servers must not end before the system has.
-    """
+def assert_only_loopback_is_listened_on(processes: list[psutil.Process]) -> None:
+    listening = {
+        process.pid: [link.laddr for link in process.net_connections("inet") if link.status == psutil.CONN_LISTEN]
+        for process in processes
+    }
+    names = {process.name() for process in processes if listening[process.pid]}
+    assert {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"} <= names
+    assert sum("Actor" in name for name in names) >= 4, names
+    hosts = {host.removeprefix("::ffff:") for addresses in listening.values() for host, _ in addresses}
+    assert all(ipaddress.ip_address(host).is_loopback for host in hosts), listening
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """`mobula serve` in a process of its own, for the module's deployment still runs in this one."""
     folder = write_checkpoint(tmp_path / "model", "v2", seed=3)
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {folder}\nattention_workers: {{count: 1, num_cpus: 0.5}}\nexpert_shards: {{count: 1, num_cpus: 0.5}}\n"
         "gateway: {port: 0, metrics_port: 0}\ndrain_timeout_s: 1.0\n"
     )
-    import subprocess
-    import sys
-
     command = [sys.executable, "-m", "cluster.commands.cli", "serve", "--config", str(config)]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    assert process.stdout
+    ) as process:
+        yield process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_leaving_the_deployment_leaves_no_process_behind(
+    serve: "subprocess.Popen[str]", number: signal.Signals
+) -> None:
+    """SIGTERM goes to the whole process group, as from a shell that logs out: Ray's servers must not end before the
+    system has.
+    """
+    assert serve.stdout
     lines = []
-    for line in process.stdout:
+    for line in serve.stdout:
         lines.append(line)
         if "Ctrl-C" in line:
             break
-    children = psutil.Process(process.pid).children(recursive=True)
+    children = psutil.Process(serve.pid).children(recursive=True)
     assert len(children) >= 4, lines
+    assert_only_loopback_is_listened_on(children)
     if number is signal.SIGKILL:  # then two of Ray's own agents stay until they give the rest up, a minute later
-        children = [child for child in children if not child.name().startswith(("ray::RuntimeEnv", "ray::Dashboard"))]
-    if number is signal.SIGKILL:
-        process.kill()
+        children = [child for child in children if not child.name().startswith(RAY_AGENTS)]
+        serve.kill()
     else:
-        os.killpg(process.pid, number)
-        rest, _ = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 0, [*lines, rest]
+        os.killpg(serve.pid, number)
+        rest, _ = serve.communicate(timeout=TIMEOUT_S)
+        assert serve.returncode == 0, [*lines, rest]
         assert rest.splitlines()[-1] == "stopped"
         assert "Traceback" not in rest
         assert "did not stop in order" not in rest
     _, alive = psutil.wait_procs(children, timeout=20.0)
+    assert alive == []
+
+
+def test_ctrl_c_while_the_system_starts_leaves_no_process_behind(serve: "subprocess.Popen[str]") -> None:
+    def children() -> list[psutil.Process]:
+        return psutil.Process(serve.pid).children(recursive=True)
+
+    wait_until(lambda: any(child.name().startswith(RAY_AGENTS) for child in children()))
+    started = children()
+    serve.send_signal(signal.SIGINT)
+    output, _ = serve.communicate(timeout=TIMEOUT_S)
+    assert serve.returncode == INTERRUPTED
+    assert output.splitlines()[-1] == "interrupted before the system was up; stopped"
+    _, alive = psutil.wait_procs(started, timeout=5.0)
     assert alive == []
