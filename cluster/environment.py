@@ -6,10 +6,12 @@ import os
 
 
 def prepare() -> None:
-    """To be called before torch or gRPC are imported."""
+    """To be called before torch, gRPC or Ray are imported."""
     # Idle OpenMP threads must sleep: spinning ones take the cores of the other processes (a step takes 1.6 x as long).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # A thousand characters from Ray that suspect the kernel, whatever ended a process. The log says which one was lost.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed while executing a task")
     _import_grpc_without_event_engine()
 
 

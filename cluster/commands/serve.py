@@ -19,7 +19,7 @@ from cluster.commands.progress import StartProgress
 from cluster.commands.terminal import INTERRUPTED
 from cluster.config import ConfigError, MobulaConfig
 from cluster.controller.controller import StartError
-from cluster.logs import log_to_stderr
+from cluster.logs import log_to_stderr, print_lines
 from cluster.roles.launch import Deployment
 from cluster.security.exposure import exposures
 from protos.certificates import AUTHORITY
@@ -33,6 +33,7 @@ def serve_until_stopped(config: MobulaConfig, console: Console) -> int:
     """Runs until Ctrl-C or SIGTERM. Returns the command's exit status."""
     events = EventLines()
     log_to_stderr(config.logging, "serve", lambda: events.placement_version)
+    print_lines(config.logging, "serve", lambda: events.placement_version)
     treat_sigterm_as_ctrl_c()
     try:
         for exposure in exposures(config):

@@ -1,23 +1,28 @@
 """Log lines for machines."""
 
+import io
 import json
 import logging
+import sys
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
 from cluster.config import ConfigError, LoggingConfig, LogLevel, parse_config
-from cluster.logs import JsonLines, log_to_stderr
+from cluster.logs import JsonLines, PrintedLines, log_to_stderr
 
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    """The root logger is as it was."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    """The root logger and Ray's are as they were."""
+    loggers = {logger: (logger.handlers[:], logger.level) for logger in map(logging.getLogger, ("", "ray"))}
+    propagate = logging.getLogger("ray").propagate
     yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    for logger, (handlers, level) in loggers.items():
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+    logging.getLogger("ray").propagate = propagate
 
 
 def written(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
@@ -55,6 +60,34 @@ def test_less_than_the_level_is_not_written(restored: None, capsys: pytest.Captu
     logging.getLogger("x").warning("no")
     logging.getLogger("x").error("yes")
     assert [line["message"] for line in written(capsys)] == ["yes"]
+
+
+def test_ray_logs_as_all_others_do(restored: None, capsys: pytest.CaptureFixture[str]) -> None:
+    ray = logging.getLogger("ray")
+    ray.addHandler(logging.StreamHandler(sys.stderr))
+    ray.propagate = False
+    log_to_stderr(LoggingConfig(json_lines=True), "serve", lambda: None)
+    logging.getLogger("ray._private.services").warning("little shared memory")
+    assert [line["message"] for line in written(capsys)] == ["little shared memory"]
+
+
+def test_what_is_printed_is_an_object_for_each_call_without_colours() -> None:
+    stream = io.StringIO()
+    printed = PrintedLines(stream, JsonLines("serve", lambda: 3))
+    print("\x1b[33m(raylet)\x1b[0m the disk\nis full", file=printed)
+    Console(file=printed, force_terminal=True).print("\n[bold green]serving[/] bundled")
+    print("\n", file=printed)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["message"] for line in lines] == ["(raylet) the disk\nis full", "serving bundled"]
+    assert [(line["level"], line["process"], line["placement_version"]) for line in lines] == [("info", "serve", 3)] * 2
+
+
+def test_text_that_is_printed_into_a_file_keeps_its_lines_and_loses_its_colours() -> None:
+    stream = io.StringIO()
+    printed = PrintedLines(stream, None)
+    print("\x1b[33m(raylet)\x1b[0m the disk is full\n\n  by much", file=printed)
+    assert stream.getvalue() == "(raylet) the disk is full\n\n  by much\n"
+    assert not Console(file=printed).is_terminal
 
 
 def test_a_level_that_there_is_not_is_refused() -> None:
