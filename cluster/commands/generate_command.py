@@ -1,5 +1,6 @@
 """`mobula generate`: one answer of a running system, streamed to the terminal."""
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Annotated
@@ -17,6 +18,10 @@ from protos import generation_pb2
 MAX_TOKENS = within(1, MAX_UINT32, "the model's context ends an answer in any case")
 SEED = within(0, MAX_UINT64, "leave it out for one that is drawn")
 MIN_RETRY_S = 0.1  # whatever a gateway hints at
+MAX_REFUSED_S = 30.0  # a system that starts listens by then; nothing may be starting at all
+LOOK_S = 0.25  # between two looks whether somebody listens
+CONNECT_TIMEOUT_S = 3.0
+MAX_PORT = 2**16 - 1
 
 
 def generate(
@@ -30,12 +35,18 @@ def generate(
     top_p: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option(callback=SEED, help="The same one gives the same answer.")] = None,
     wait: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for a system whose gateway is up and has no worker yet.")
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds to wait for a system that is starting; at most 30 while nobody listens at the address.",
+        ),
     ] = 60.0,
 ) -> None:
     """Stream one answer of a running system."""
     params = generation_pb2.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    shown, has_begun, generation = 0, False, None
+    shown, has_begun, generation, start = 0, False, None, time.monotonic()
+    wait_until_listening(address, wait, _say_waiting)
+    wait = max(0.0, wait - (time.monotonic() - start))
     try:
         with InferenceClient(address) as client:
             answers = when_up(lambda: client.generate(prompt, params, is_chat=chat), wait, _say_waiting)
@@ -52,6 +63,40 @@ def generate(
     console.print()
     if generation:
         _print_summary(generation)
+
+
+def wait_until_listening(
+    address: str,
+    wait_s: float,
+    say_waiting: Callable[[float, str], None],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Returns also when the time is over, and at once where more is wrong than that a connection is refused: the call
+    tells it then.
+
+    say_waiting: told once, for how long and why.
+    """
+    wait_s = min(wait_s, MAX_REFUSED_S)
+    give_up_s, has_said = clock() + wait_s, False
+    while _is_refused(address) and clock() + LOOK_S <= give_up_s:
+        if not has_said:
+            say_waiting(wait_s, f"nobody listens at {address} yet, as while `mobula serve` starts")
+            has_said = True
+        sleep(LOOK_S)
+
+
+def _is_refused(address: str) -> bool:
+    host, _, port = address.removeprefix("dns:").rpartition(":")
+    if not host or not port.isdigit() or int(port) > MAX_PORT:
+        return False
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+            return False
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
 
 
 def when_up(
@@ -99,7 +144,7 @@ def _retry_delay_s(error: grpc.RpcError) -> float | None:
 
 
 def _say_waiting(wait_s: float, why: str) -> None:
-    errors.print(f"waiting up to {wait_s:g} s: {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"waiting up to {wait_s:.3g} s: {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_summary(generation: Generation) -> None:
