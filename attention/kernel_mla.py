@@ -131,8 +131,8 @@ class KernelMla:
         self._kept = (weights, norms, latent_cache)  # their memory
         self._dtype = norms.attention.dtype
         cache = latent_cache.tensor[layer_id]  # [num_blocks, block_size, row_width]
-        kinds = {tensor.dtype for tensor in (norms.attention, norms.mlp, weights.kv_norm)}
-        assert kinds == {self._dtype}
+        every_norm = (norms.attention, norms.mlp, weights.kv_norm, weights.query_norm)
+        assert {norm.dtype for norm in every_norm if norm is not None} == {self._dtype}
         assert cache.is_contiguous()
         self._call = _LayerCall(
             attention_norm=norms.attention.data_ptr(),
@@ -168,6 +168,8 @@ class KernelMla:
         metadata, rows, call = plan.metadata, plan.kernel_rows, self._call
         assert hidden_states.dtype == self._dtype
         assert hidden_states.is_contiguous()
+        assert metadata.block_tables.dtype == torch.int32
+        assert metadata.block_tables.stride(1) == metadata.slot_mapping.stride(0) == 1
         out, normed = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
         call.hidden_states = hidden_states.data_ptr()
         call.out = out.data_ptr()

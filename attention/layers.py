@@ -36,8 +36,8 @@ class Projection(Protocol):
     def nbytes(self) -> int:
         """Of the weight."""
 
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-        """x: [num_tokens, n]; residual: like the result, added to it. Returns [num_tokens, m] in `out_dtype` or x's."""
+    def __call__(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x: [num_tokens, n]. Returns [num_tokens, m] in `out_dtype` or x's."""
         ...
 
 
@@ -140,11 +140,8 @@ class TorchProjection:
     def nbytes(self) -> int:
         return self.weight.nbytes
 
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-        product = F.linear(x.to(self.weight.dtype), self.weight)
-        if residual is not None:
-            product = residual + product
-        return product.to(out_dtype or x.dtype)
+    def __call__(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight).to(out_dtype or x.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,7 +102,7 @@ class InferenceServicer:
             num_outputs = 0
             async for output in self._outputs(sequence):
                 num_outputs += 1
-                if num_outputs == 1 and span.is_recorded:
+                if num_outputs == 1 and span.is_recorded and sequence.ending is None:
                     self._trace_first_token(span, sequence, submitted_s)
                 yield _response(sequence, output).SerializeToString()
             span.note("mobula.num_completion_tokens", sequence.num_output_tokens)

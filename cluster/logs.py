@@ -4,6 +4,7 @@ An object says which process and thread wrote it, under which placement, and of 
 a command prints can become such lines too.
 """
 
+import atexit
 import io
 import json
 import logging
@@ -63,15 +64,32 @@ class PrintedLines(io.TextIOBase):
     def writable(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        """Of what is written to: whoever finds a pipe closed puts something else in its place."""
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
     def write(self, text: str, /) -> int:
         """Keeps what does not end with a line yet."""
         with self._lock:
             self._begun += COLOUR.sub("", text)
             if self._begun.endswith("\n"):
-                printed, self._begun = self._begun, ""
-                self._stream.write(self._as_object(printed) if self._json_lines else printed)
-                self._stream.flush()
+                self._write()
         return len(text)
+
+    def end(self) -> None:
+        """Writes what has no end of its line. Raises OSError."""
+        with self._lock:
+            if self._begun:
+                self._write()
+
+    def _write(self) -> None:
+        printed, self._begun = self._begun, ""
+        self._stream.write(self._as_object(printed) if self._json_lines else printed)
+        self._stream.flush()
 
     def _as_object(self, printed: str) -> str:
         message = "\n".join(line.rstrip() for line in textwrap.dedent(printed).splitlines()).strip()
@@ -95,4 +113,5 @@ def print_lines(config: LoggingConfig, process: str, placement_version: Callable
     """
     if config.json_lines or not sys.stdout.isatty():
         json_lines = JsonLines(process, placement_version) if config.json_lines else None
-        sys.stdout = PrintedLines(sys.stdout, json_lines)
+        sys.stdout = printed = PrintedLines(sys.stdout, json_lines)
+        atexit.register(printed.end)

@@ -37,7 +37,7 @@ def make(
     except (CertificateError, OSError, ValueError) as error:
         fail(str(error))
     console.print(f"certificates in {folder}, valid for {days:g} days", highlight=False)
-    console.print(f"[dim]clients need {folder / AUTHORITY}, which every user of this machine may read[/dim]")
+    console.print(f"[dim]clients need {folder / AUTHORITY}, in which there is no key: give it to them[/dim]")
     console.print(f"[dim]keep {folder / AUTHORITY_FOLDER} away from the machines that serve[/dim]")
 
 

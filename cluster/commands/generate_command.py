@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 
 from cluster.client import DEFAULT_ADDRESS, Generation, InferenceClient
 from cluster.commands.arguments import MAX_UINT32, MAX_UINT64, Address, unicode_text, within
+from cluster.commands.reachability import host_and_port
 from cluster.commands.terminal import console, errors, fail_call
 from protos import generation_pb2
 
@@ -21,7 +22,6 @@ MIN_RETRY_S = 0.1  # whatever a gateway hints at
 MAX_REFUSED_S = 30.0  # a system that starts listens by then; nothing may be starting at all
 LOOK_S = 0.25  # between two looks whether somebody listens
 CONNECT_TIMEOUT_S = 3.0
-MAX_PORT = 2**16 - 1
 
 
 def generate(
@@ -87,11 +87,11 @@ def wait_until_listening(
 
 
 def _is_refused(address: str) -> bool:
-    host, _, port = address.removeprefix("dns:").rpartition(":")
-    if not host or not port.isdigit() or int(port) > MAX_PORT:
+    where = host_and_port(address)
+    if where is None:
         return False
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+        with socket.create_connection(where, CONNECT_TIMEOUT_S):
             return False
     except ConnectionRefusedError:
         return True

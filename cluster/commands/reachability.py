@@ -19,32 +19,45 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # a clien
 SETTINGS = 4  # the type of the first frame of each side; RFC 9113, section 3.4
 
 
-def why_unreachable(address: str, access: ClientAccess) -> str | None:
-    """The reason and the way out; None when everything that can be tried here succeeds."""
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Of a gateway's address as it is given to a command; None for what is none."""
     host, _, port = address.removeprefix("dns:").rpartition(":")
     host = host.strip("[]")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        return f"{address!r} is not host:port"
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        return None
     try:
-        with socket.create_connection((host, int(port)), TIMEOUT_S):
+        host.encode("idna")
+    except UnicodeError:  # an empty label, or one that is too long
+        return None
+    return (host, int(port)) if host else None
+
+
+def why_unreachable(address: str, access: ClientAccess) -> str | None:
+    """The reason and the way out; None when everything that can be tried here succeeds."""
+    where = host_and_port(address)
+    if where is None:
+        return f"{address!r} is not host:port"
+    host, port = where
+    try:
+        with socket.create_connection((host, port), TIMEOUT_S):
             pass
     except OSError as error:
         reason = error.strerror or str(error) or "no answer"
         return f"nobody answers at {address} ({reason}); is `mobula serve` running, and is this its --address?"
-    speaks_tls = _speaks_tls(host, int(port))
+    speaks_tls = _speaks_tls(host, port)
     if not access.is_tls:
         if speaks_tls:
             return (
                 f"{address} speaks TLS and was called in plaintext; give --tls-ca FILE before the command, the ca.crt "
                 "of its tls.clients folder, or --tls where this machine believes its authority"
             )
-        return None if _speaks_http2(host, int(port)) else _not_grpc(address)
+        return None if _speaks_http2(host, port) else _not_grpc(address)
     if not speaks_tls:
         return (
             f"{address} was called with TLS and does not speak it; leave out --tls, --tls-ca and --cert (MOBULA_TLS, "
             "MOBULA_TLS_CA, MOBULA_TLS_CERT), or set tls.clients in the configuration of `mobula serve`"
         )
-    return _why_not_believed(host, int(port), address, access)
+    return _why_not_believed(host, port, address, access)
 
 
 def _speaks_tls(host: str, port: int) -> bool:

@@ -94,7 +94,10 @@ class StatusEvents:
             self._told_to_end[name] = now.detail
             self._begin(name, "leaving")
             yield StatusEvent(Level.INFO, name, now.detail)
-        elif is_ready and was_ready and now.detail != old.detail:
+        elif is_ready and not _is_told_to_end(now):  # it goes on: a controller that was lost took its word with it
+            self._told_to_end.pop(name, None)
+            self._began_s.pop((name, "leaving"), None)
+        if is_ready and was_ready and not _is_told_to_end(now) and now.detail != old.detail:
             yield from self._fault_changes(name, now.detail, had_fault=not is_another and not _is_told_to_end(old))
         if now.state is not old.state and not is_ready:
             yield from self._loss(name, now, was_ready=was_ready)

@@ -21,7 +21,14 @@ def start_local_ray(num_cpus: int, **settings: Any) -> None:
     """settings: further ones of ray.init. Raises StartError."""
     # Ray takes the machine's outward address even when it is told 127.0.0.1, and every one of its servers listens
     # there or on all addresses. Unless it believes that there are no clusters, as on macOS and Windows.
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    knows_clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        _start(num_cpus, settings)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = knows_clusters
+
+
+def _start(num_cpus: int, settings: dict[str, Any]) -> None:
     address = ray.util.get_node_ip_address()
     if not ipaddress.ip_address(address).is_loopback:
         raise StartError(f"Ray {ray.__version__} would listen on {address}, where others reach it; install ray==2.60.0")
@@ -37,7 +44,7 @@ def start_local_ray(num_cpus: int, **settings: Any) -> None:
             **settings,
         )
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or str(error.filename).startswith(RAY_FOLDER):  # its own programs
             raise StartError(f"Ray cannot start: {error}") from error
         raise StartError(
             f"Ray cannot write in {error.filename}: {error.strerror}; set RAY_TMPDIR to a folder where it can"

@@ -1,6 +1,6 @@
 """The compiled library: its functions declared, its threads set.
 
-Every pointer that a call takes must stay alive until it returns; the wrappers of the single kernels see to that.
+Every pointer that a call takes must stay alive until it returns; whoever makes the call sees to that.
 """
 
 import ctypes

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 
@@ -88,6 +89,23 @@ def test_text_that_is_printed_into_a_file_keeps_its_lines_and_loses_its_colours(
     print("\x1b[33m(raylet)\x1b[0m the disk is full\n\n  by much", file=printed)
     assert stream.getvalue() == "(raylet) the disk is full\n\n  by much\n"
     assert not Console(file=printed).is_terminal
+
+
+def test_text_without_an_end_of_its_line_is_written_at_the_end() -> None:
+    stream = io.StringIO()
+    printed = PrintedLines(stream, None)
+    print("half a line", end="", file=printed)
+    assert stream.getvalue() == ""
+    printed.end()
+    printed.end()
+    assert stream.getvalue() == "half a line"
+
+
+def test_a_reader_that_goes_away_is_found_by_the_descriptor_as_of_any_output() -> None:
+    with open(os.devnull, "w", encoding="utf-8") as stream:
+        printed = PrintedLines(stream, None)
+        assert printed.fileno() == stream.fileno()
+        assert printed.encoding == "utf-8"
 
 
 def test_a_level_that_there_is_not_is_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from cluster.client_access import ClientAccess
+from cluster.commands.generate_command import wait_until_listening
 from cluster.commands.reachability import why_unreachable
 from cluster.gateway.http_server import close_http, serve_http
 from cluster.security.authority import Authority
@@ -103,9 +104,14 @@ def test_an_address_where_nobody_listens_is_told_so() -> None:
     assert reason.startswith(f"nobody answers at {address} (Connection refused)")
 
 
-@pytest.mark.parametrize("address", ["gateway", "gateway:", ":50051", "gateway:port", "gateway:0", "gateway:99999"])
+@pytest.mark.parametrize(
+    "address", ["gateway", "gateway:", ":50051", "gateway:port", "gateway:0", "gateway:99999", "h:²", "a..b:50051"]
+)
 def test_what_is_no_address_is_named(address: str) -> None:
     assert why_unreachable(address, ClientAccess()) == f"{address!r} is not host:port"
+    told: list[object] = []
+    wait_until_listening(address, 30.0, lambda *said: told.append(said), sleep=told.append)
+    assert not told  # nobody waits for what is no address
 
 
 def test_an_http_port_is_not_the_one_that_is_called(authority: Authority) -> None:

@@ -148,6 +148,14 @@ def test_the_next_process_of_a_planned_restart_that_cannot_load_is_bad_news(stat
     assert told(*before, loading, lost)[-1] == ("bad", "shard-0", f"is {state}: why")
 
 
+def test_a_process_that_was_told_to_end_and_goes_on_is_missed_when_it_is_lost() -> None:
+    ending = with_health(WELL, "shard-1", detail=RESTARTS)  # by a controller that was lost before it came to that
+    assert told(WELL, ending, WELL, DOWN)[1:] == [
+        ("bad", "shard-1", "is down: does not answer"),
+        ("bad", "system", "not every process is ready"),
+    ]
+
+
 def test_another_process_that_is_lost_during_a_planned_restart_is_bad_news() -> None:
     both = with_health(replaced("shard-0")[2], "worker-0", state=ProcessState.DOWN, detail="does not answer")
     assert told(WELL, both)[1:] == [
