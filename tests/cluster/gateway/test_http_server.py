@@ -106,9 +106,19 @@ def test_clients_that_say_nothing_keep_nobody_waiting_and_are_bounded(authority:
                 tls = client_contexts(role_folder(authority, PeerRole.GATEWAY))(), role_name(PeerRole.SHARD)
             assert b"mobula_test" in get(address, "/metrics", TIMEOUT_S, 10_000, tls)
             more = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(4)]
-            assert more[-1].recv(1) == b""  # closed at once
+            closed = [connection for connection in more if is_closed_at_once(connection)]
+            assert len(closed) >= 3  # whichever comes first has the last place, if the one above has left it
             for connection in (*silent, *more):
                 connection.close()
+
+
+def is_closed_at_once(connection: socket.socket) -> bool:
+    """Well before the server's own patience is over."""
+    connection.settimeout(TIMEOUT_S / 4)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
 
 
 def test_nonsense_leaves_no_line_in_the_log(capfd: pytest.CaptureFixture[str]) -> None:
