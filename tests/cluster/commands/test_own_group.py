@@ -18,6 +18,7 @@ for number in END_SIGNALS:  # whatever these tests were started with
     signal.signal(number, signal.SIG_DFL)
 """
 SAY_UP = "print(os.getpid(), flush=True)\n"
+WAIT = "[time.sleep(0.05) for _ in range(1200)]"  # in pieces: a signal just before a long sleep is seen after it
 
 
 def start(before: str, after: str) -> tuple[subprocess.Popen[str], int]:
@@ -50,7 +51,7 @@ def test_what_asks_to_end_reaches_the_child_once_as_ctrl_c_and_it_ends_in_order(
     process, _ = start(
         "",
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"try:\n    {SAY_UP}    time.sleep(60)\n"
+        f"try:\n    {SAY_UP}    {WAIT}\n"
         "except KeyboardInterrupt:\n    time.sleep(0.2)\n    print('in order', flush=True)\n",
     )
     send(process, number)
@@ -75,7 +76,7 @@ def test_a_signal_that_comes_twice_at_once_is_passed_on_once_and_a_later_one_aga
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_child_that_still_imports_ends_at_once_with_the_status_of_the_signal(number: int) -> None:
-    process, _ = start("", f"{SAY_UP}time.sleep(60)\n")
+    process, _ = start("", f"{SAY_UP}{WAIT}\n")
     to_one(process, number)
     out, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, out, err) == (128 + number, "", "")
@@ -88,14 +89,14 @@ def test_the_status_is_the_childs() -> None:
 
 
 def test_a_child_that_is_killed_shows_in_the_status() -> None:
-    process, child = start("", f"{SAY_UP}time.sleep(60)\n")
+    process, child = start("", f"{SAY_UP}{WAIT}\n")
     os.kill(child, signal.SIGKILL)
     process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 128 + signal.SIGKILL
 
 
 def test_kill_9_ends_the_child_as_well() -> None:
-    process, child = start("", f"{SAY_UP}time.sleep(60)\n")
+    process, child = start("", f"{SAY_UP}{WAIT}\n")
     process.kill()
     process.communicate(timeout=TIMEOUT_S)
     with suppress(psutil.NoSuchProcess):
