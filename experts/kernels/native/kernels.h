@@ -19,6 +19,8 @@ enum { kAbi = 4 };  // raised with every change of a struct below; library.py re
 enum { kPanelColumns = 32 };
 enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3, kCompact = 4 };
 
+inline size_t element_bytes(int format) { return format == kBfloat16 ? 2 : 4; }  // of activations
+
 struct Dictionary;  // compact.h
 
 struct Matrix {  // packed; mirrors PackedMatrix in Python

@@ -4,13 +4,11 @@
 
 namespace {
 
-constexpr int kLayerSlot = 8;  // of scratch memory; rows.h has the others
-
 inline const void* offset(const void* data, int format, size_t count) {
-  return (const char*)data + count * (format == kBfloat16 ? 2 : 4);
+  return (const char*)data + count * element_bytes(format);
 }
 
-inline size_t buffer_bytes(int format, size_t count) { return (count * (format == kBfloat16 ? 2 : 4) + 63) / 64 * 64; }
+inline size_t buffer_bytes(int format, size_t count) { return (count * element_bytes(format) + 63) / 64 * 64; }
 
 // What passes between the products of one layer.
 struct Buffers {

@@ -7,10 +7,6 @@
 
 namespace {
 
-enum ScratchSlot { kRowsSlot, kPointersSlot, kHiddenSlot, kHiddenRowsSlot, kHiddenPointersSlot, kSumsSlot, kOrderSlot, kMlaSlot };
-
-inline size_t element_bytes(int format) { return format == kBfloat16 ? 2 : 4; }
-
 inline Simd::Floats load_as_floats(const void* x, int format, size_t at) {
   return format == kBfloat16 ? Simd::load_bf16((const uint16_t*)x + at) : Simd::load((const float*)x + at);
 }

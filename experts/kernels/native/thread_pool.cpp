@@ -13,7 +13,6 @@
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int kSlots = 12;
 constexpr int kSpins = 400;  // about 10 us: back-to-back calls do not pay a wake-up, idle threads sleep
 constexpr int kHeldSpins = 20 * kSpins, kSpinsPerYield = 64;  // within a StayAwake
 
@@ -50,7 +49,7 @@ struct Pool {
   Task task = nullptr;
   void* context = nullptr;
   int num_tasks = 0;
-  Buffer buffers[kSlots];
+  Buffer buffers[kNumSlots];
   Buffer thread_buffers[kMaxThreads];
 
   void run(int thread) {

@@ -21,6 +21,10 @@ struct StayAwake {
 };
 
 // Memory that a call may use until it returns; `slot` tells the buffers of one call apart. Kept for the next call.
+enum ScratchSlot {
+  kRowsSlot, kPointersSlot, kHiddenSlot, kHiddenRowsSlot, kHiddenPointersSlot, kSumsSlot, kOrderSlot, kMlaSlot, kLayerSlot,
+  kNumSlots
+};
 void* scratch(int slot, size_t num_bytes);
 void* thread_scratch(int thread, size_t num_bytes);
 void* own_scratch(size_t num_bytes);  // of the thread that calls, for one product at a time
