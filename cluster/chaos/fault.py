@@ -1,6 +1,5 @@
 """A fault: what is done to a running system, and undone. Each kind is a class in cluster/chaos/faults."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from cluster.chaos.deployment import Surroundings
 from cluster.chaos.system import System
 
 
-class Fault(ABC):
+class Fault:
     """Used once, in the order of its methods.
 
     hold_s: between `inject` and `heal`; 0 for one that is over at once, as a kill.
@@ -24,9 +23,9 @@ class Fault(ABC):
         """What the system is to be started with. folder: exists, the run's own."""
         return Surroundings()
 
-    @abstractmethod
     def inject(self, system: System) -> Mapping[str, int]:
         """Does it. The processes that other ones must replace, by name, with their pids. Raises ChaosRefused."""
+        raise NotImplementedError
 
     def heal(self, system: System) -> None:
         """Undoes what does not pass by itself. Also called when a run is cut off after `inject`."""
