@@ -1,6 +1,8 @@
 """Which form of MLA each row of a step takes, decided once a step for all layers. Computes nothing but indices."""
 
 import ctypes
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +32,19 @@ class RowSpan:
     def num_context_tokens(self) -> int:
         """Tokens before the first of these rows."""
         return self.seq_len - self.num_rows
+
+    def rows_among(self, wanted: Sequence[int]) -> "list[RowSpan]":
+        """Those of its rows that are wanted, each alone. wanted: rows of the step, ascending."""
+        mine = wanted[bisect_left(wanted, self.start_row) : bisect_left(wanted, self.end_row)]
+        return [
+            RowSpan(
+                seq_index=self.seq_index,
+                start_row=row,
+                end_row=row + 1,
+                seq_len=self.seq_len - (self.end_row - row - 1),
+            )
+            for row in mine
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +79,15 @@ class KernelRows:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Every row of the step is in exactly one span."""
+    """Every row of the step whose attention is wanted is in exactly one span.
+
+    output_rows: [n] int64, ascending, those that are wanted; None for all. The others only leave their latents.
+    """
 
     metadata: AttentionMetadata
     naive: tuple[RowSpan, ...]
     absorbed: tuple[RowSpan, ...]
+    output_rows: Tensor | None = None
 
     @classmethod
     def build(cls, metadata: AttentionMetadata, form: MlaForm) -> "AttentionPlan":
@@ -91,6 +110,15 @@ class AttentionPlan:
             if middle < end_row:
                 absorbed.append(RowSpan(seq_index=seq_index, start_row=middle, end_row=end_row, seq_len=seq_len))
         return cls(metadata, tuple(naive), tuple(absorbed))
+
+    def narrowed(self, output_rows: Sequence[int]) -> "AttentionPlan":
+        """The same for these rows only, ascending."""
+        return AttentionPlan(
+            self.metadata,
+            tuple(row for span in self.naive for row in span.rows_among(output_rows)),
+            tuple(row for span in self.absorbed for row in span.rows_among(output_rows)),
+            torch.tensor(output_rows, dtype=torch.int64, device=self.metadata.positions.device),
+        )
 
     @cached_property
     def kernel_rows(self) -> KernelRows:

@@ -6,8 +6,11 @@ A layer of one forward, for each micro-batch in turn (micro_batch.py):
 3. chooses experts (router/gate.py, in fp32; router/overload_valve.py, if any) and dispatches its rows;
 4. runs the shared experts meanwhile, and the other micro-batches;
 5. before its next layer combines: fp32 sum of routed, shared and residual, cast once.
+
+Of the last layer only the latents are needed of every row; all else is computed for rows whose logits are wanted.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +24,8 @@ from attention.decoder_weights import DecoderConfig, DecoderWeights, MoeWeights
 from attention.expert_choice import choose_experts
 from attention.kernel_mla import KernelMla, KernelMlaWeights
 from attention.latent_cache import LatentCache
-from attention.layers import rms_norm
-from attention.micro_batch import MicroBatch, MicroBatchCount
+from attention.layers import Mlp, rms_norm
+from attention.micro_batch import MicroBatch, MicroBatchCount, within
 from attention.mla import Mla
 from attention.mla_form import MlaForm
 from attention.rotary import RotaryEmbedding, Rotation
@@ -59,7 +62,8 @@ class AttentionBlock(Protocol):
     def forward(self, hidden_states: Tensor, rotation: Rotation, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Writes the rows' latents to the cache, then attends.
 
-        hidden_states: [num_tokens, hidden_size]. Returns them with what attention adds, and normed for the MLP.
+        hidden_states: [num_tokens, hidden_size]. Returns those that the plan wants with what attention adds, and normed
+        for the MLP.
         """
         ...
 
@@ -77,14 +81,19 @@ class Decoder:
         mla_form: MlaForm = MlaForm.BY_POSITION,
         num_micro_batches: int | None = None,
         valve: OverloadValve | None = None,
+        needs_every_choice: Callable[[], bool] = lambda: False,
     ) -> None:
-        """num_micro_batches: of each step; unset: as measured. valve: unset where every assignment is computed."""
+        """num_micro_batches: of each step; unset: as measured. valve: unset where every assignment is computed.
+
+        needs_every_choice: asked as a forward begins: whether the last layer too must choose experts for every row.
+        """
         self.config = config
         self._weights = weights
         self._dispatcher = dispatcher
         self._mla_form = mla_form
         self._micro_batch_count = MicroBatchCount(num_micro_batches)
         self._valve = valve
+        self._needs_every_choice = needs_every_choice
         self._num_dropped: Tensor | None = None
         self._dtype = weights.embedding.dtype
         self._rotary = RotaryEmbedding(config.rotary, weights.embedding.device)
@@ -105,11 +114,19 @@ class Decoder:
         return self._num_dropped
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """Hidden states after the final norm: [num_tokens, hidden_size]. token_ids: [num_tokens] int64."""
+    def forward(
+        self, token_ids: Tensor, metadata: AttentionMetadata, output_rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm: [len(output_rows), hidden_size].
+
+        token_ids: [num_tokens] int64. output_rows: those wanted of the step's rows, ascending; unset: all.
+        """
         count = self._micro_batch_count.choose(metadata.num_tokens, metadata.num_seqs)
         started_s = self._micro_batch_count.now_s()
-        micro_batches = [self._micro_batch(token_ids[rows], part) for rows, part in metadata.split(count)]
+        last_rows = None if self._needs_every_choice() else output_rows
+        micro_batches = [
+            self._micro_batch(token_ids[rows], part, within(rows, last_rows)) for rows, part in metadata.split(count)
+        ]
         try:
             for layer_id in range(self.config.num_hidden_layers):
                 for micro_batch in micro_batches:
@@ -124,16 +141,22 @@ class Decoder:
         self._micro_batch_count.record(metadata.num_tokens, metadata.num_seqs, count, seconds)
         if self._valve is not None:
             self._num_dropped = torch.cat([micro_batch.num_dropped for micro_batch in micro_batches])
-        return outputs[0] if count == 1 else torch.cat(outputs)
+        output = outputs[0] if count == 1 else torch.cat(outputs)
+        return output if last_rows is output_rows else output[output_rows]
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [n, hidden_size] as forward returns them. Returns [n, vocab_size] fp32."""
         return self._weights.lm_head(hidden_states, out_dtype=torch.float32)
 
-    def _micro_batch(self, token_ids: Tensor, metadata: AttentionMetadata) -> MicroBatch:
+    def _micro_batch(
+        self, token_ids: Tensor, metadata: AttentionMetadata, last_rows: Sequence[int] | None
+    ) -> MicroBatch:
+        """last_rows: those that the last layer computes; None for all."""
+        plan = AttentionPlan.build(metadata, self._mla_form)
         return MicroBatch(
-            plan=AttentionPlan.build(metadata, self._mla_form),
+            plan=plan,
+            last_plan=plan if last_rows is None or len(last_rows) == len(token_ids) else plan.narrowed(last_rows),
             rotation=self._rotary.at(metadata.positions),
             hidden_states=F.embedding(token_ids, self._weights.embedding),
             num_dropped=torch.zeros_like(token_ids),
@@ -141,20 +164,25 @@ class Decoder:
 
     def _layer(self, layer_id: int, rows: MicroBatch) -> None:
         """From the layer before, whose routed experts may still be away, to this one's dispatch."""
-        layer = self._weights.layers[layer_id]
-        hidden_states, normed = self._attention[layer_id].forward(self._combined(rows), rows.rotation, rows.plan)
-        if not isinstance(layer.mlp, MoeWeights):
-            rows.hidden_states = hidden_states + layer.mlp(normed, hidden_states.dtype)
+        plan = rows.last_plan if layer_id == self.config.num_hidden_layers - 1 else rows.plan
+        hidden_states, normed = self._attention[layer_id].forward(self._combined(rows), rows.rotation, plan)
+        rows.hidden_states = hidden_states
+        if len(normed):
+            self._mlp(layer_id, self._weights.layers[layer_id].mlp, rows, normed)
+
+    def _mlp(self, layer_id: int, mlp: Mlp | MoeWeights, rows: MicroBatch, normed: Tensor) -> None:
+        """A dense layer's whole, or a mixture layer's up to where its routed experts are awaited."""
+        hidden_states = rows.hidden_states
+        if not isinstance(mlp, MoeWeights):
+            rows.hidden_states = hidden_states + mlp(normed, hidden_states.dtype)
             return
-        topk_weights, topk_ids = choose_experts(
-            normed, layer.mlp.gate, self.config.gate, layer.mlp.correction_bias, self._valve
-        )
+        topk_weights, topk_ids = choose_experts(normed, mlp.gate, self.config.gate, mlp.correction_bias, self._valve)
         if self._valve is not None:
-            rows.num_dropped += (topk_ids == NO_EXPERT).sum(dim=-1)
+            rows.count_dropped((topk_ids == NO_EXPERT).sum(dim=-1))
         rows.routed = self._dispatcher.dispatch(layer_id, normed, topk_weights, topk_ids)
         rows.hidden_states = hidden_states.float()
-        if layer.mlp.shared_experts is not None:
-            rows.hidden_states = layer.mlp.shared_experts(normed, torch.float32).add_(rows.hidden_states)
+        if mlp.shared_experts is not None:
+            rows.hidden_states = mlp.shared_experts(normed, torch.float32).add_(rows.hidden_states)
 
     def _combined(self, rows: MicroBatch) -> Tensor:
         """The hidden states with what the routed experts add: summed in fp32, cast once."""

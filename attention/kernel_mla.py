@@ -109,7 +109,9 @@ class _LayerCall(ctypes.Structure):
         ("sequences", c_void_p),
         ("context_lens", c_void_p),
         ("spans", c_void_p),
+        ("output_rows", c_void_p),
         ("num_rows", c_int32),
+        ("num_output_rows", c_int32),
         ("num_spans", c_int32),
         ("max_num_blocks", c_int32),
     )
@@ -170,7 +172,8 @@ class KernelMla:
         assert hidden_states.is_contiguous()
         assert metadata.block_tables.dtype == torch.int32
         assert metadata.block_tables.stride(1) == metadata.slot_mapping.stride(0) == 1
-        out, normed = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
+        num_output_rows = len(hidden_states) if plan.output_rows is None else len(plan.output_rows)
+        out, normed = (hidden_states.new_empty(num_output_rows, hidden_states.shape[1]) for _ in range(2))
         call.hidden_states = hidden_states.data_ptr()
         call.out = out.data_ptr()
         call.normed = normed.data_ptr()
@@ -181,7 +184,9 @@ class KernelMla:
         call.sequences = rows.sequences.data_ptr()
         call.context_lens = rows.context_lens.data_ptr()
         call.spans = ctypes.addressof(rows.spans)
+        call.output_rows = None if plan.output_rows is None else plan.output_rows.data_ptr()
         call.num_rows = len(hidden_states)
+        call.num_output_rows = num_output_rows
         call.num_spans = len(rows.spans)
         call.max_num_blocks = metadata.block_tables.stride(0)
         self._function(self._address)

@@ -5,7 +5,7 @@ of rows; so it is measured while serving. Rows have the same bits either way.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,23 @@ class MicroBatch:
     """
 
     plan: AttentionPlan
+    last_plan: AttentionPlan  # of the last layer, which may be computed for some of the rows only
     rotation: Rotation
     hidden_states: Tensor  # [num_rows, hidden_size]
     num_dropped: Tensor  # [num_rows] int64, assignments that the overload valve left out so far
     routed: Any | None = None
+
+    def count_dropped(self, num_dropped: Tensor) -> None:
+        """Of the rows of a layer: [num_rows] int64, or of the last one [n]."""
+        if len(num_dropped) == len(self.num_dropped):
+            self.num_dropped += num_dropped
+        else:
+            self.num_dropped[self.last_plan.output_rows] += num_dropped
+
+
+def within(rows: slice, wanted: Sequence[int] | None) -> list[int] | None:
+    """Those of the step's wanted rows that lie in `rows`, counted from its start; None for all."""
+    return None if wanted is None else [row - rows.start for row in wanted if rows.start <= row < rows.stop]
 
 
 class _Kind:

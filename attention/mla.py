@@ -87,11 +87,17 @@ class Mla:
         """See attention.decoder.AttentionBlock."""
         norms = self._norms
         normed = rms_norm(hidden_states, norms.attention, norms.eps)
-        hidden_states = hidden_states + self._attend(normed, rotation, plan)
+        attended = self._attend(normed, rotation, plan)
+        if plan.output_rows is not None:
+            hidden_states, attended = hidden_states[plan.output_rows], attended[plan.output_rows]
+        hidden_states = hidden_states + F.linear(attended.flatten(1), self._weights.output)
         return hidden_states, rms_norm(hidden_states, norms.mlp, norms.eps)
 
     def _attend(self, hidden_states: Tensor, rotation: Rotation, plan: AttentionPlan) -> Tensor:
-        """Writes the rows' latents to the cache, then attends. hidden_states: [num_tokens, hidden_size], normed."""
+        """Writes the rows' latents to the cache, then attends. hidden_states: [num_tokens, hidden_size], normed.
+
+        Returns [num_tokens, num_heads, v_head_dim]; rows that are in no span have no values.
+        """
         kv_c, k_pe = F.linear(hidden_states, self._weights.kv_down).split(
             [self._config.kv_lora_rank, self._config.qk_rope_head_dim], dim=-1
         )
@@ -101,14 +107,14 @@ class Mla:
         query = self._project_query(hidden_states)  # [num_tokens, num_heads, qk_head_dim]
         q_nope, q_pe = query.split([self._config.qk_nope_head_dim, self._config.qk_rope_head_dim], dim=-1)
         q_pe = rotation.apply(q_pe)
-        attended = q_nope.new_empty(query.shape[0], self._config.num_attention_heads, self._config.v_head_dim)
+        attended: Tensor = q_nope.new_empty(query.shape[0], self._config.num_attention_heads, self._config.v_head_dim)
         for batch in plan.absorbed_batches:
             attended[batch.rows] = self._attend_absorbed(q_nope[batch.rows], q_pe[batch.rows], batch)
         for span in plan.naive:
             rows = slice(span.start_row, span.end_row)
             block_table = plan.metadata.block_tables[span.seq_index]
             attended[rows] = self._attend_naive(q_nope[rows], q_pe[rows], span, block_table)
-        return F.linear(attended.flatten(1), self._weights.output)
+        return attended
 
     def _project_query(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states

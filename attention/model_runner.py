@@ -3,6 +3,7 @@
 Knows nothing of requests, blocks' ownership or threads. The engine thread calls it.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,8 +18,13 @@ from attention.scheduler import ScheduledBatch, ScheduledSequence
 class Decoder(Protocol):
     """The part of attention.decoder.Decoder that is needed here; tests have one whose answers are known."""
 
-    def forward(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """token_ids: [num_tokens] int64. Returns [num_tokens, hidden_size]; writes the latent cache."""
+    def forward(
+        self, token_ids: Tensor, metadata: AttentionMetadata, output_rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """Writes the latent cache. token_ids: [num_tokens] int64; output_rows: those wanted, ascending; unset: all.
+
+        Returns [len(output_rows), hidden_size].
+        """
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [n, hidden_size]. Returns [n, vocab_size] fp32."""
@@ -44,16 +50,14 @@ class ModelRunner:
         Raises whatever the decoder raises; then nothing of the step counts.
         """
         metadata = attention_metadata(batch, self._block_size, self._device)
-        hidden_states = self._decoder.forward(_token_ids(batch).to(self._device), metadata)  # [num_tokens, hidden_size]
+        indices = [i for i, scheduled in enumerate(batch.sequences) if scheduled.needs_sample]
+        last_rows = [metadata.query_start_loc[i + 1] - 1 for i in indices]
+        hidden_states = self._decoder.forward(_token_ids(batch).to(self._device), metadata, last_rows)
         if self._decoder.num_dropped is not None:
             _charge(batch, self._decoder.num_dropped, metadata.query_start_loc)
         sampled: list[SampledToken | None] = [None] * len(batch.sequences)
-        indices = [i for i, scheduled in enumerate(batch.sequences) if scheduled.needs_sample]
         if not indices:
             return sampled
-        last_rows = [metadata.query_start_loc[i + 1] - 1 for i in indices]
-        if len(last_rows) < len(hidden_states):
-            hidden_states = hidden_states[last_rows]
         logits = self._decoder.logits(hidden_states)  # [len(indices), vocab_size]
         for i, token in zip(indices, sample(logits, [_sample_row(batch.sequences[i]) for i in indices]), strict=True):
             sampled[i] = token

@@ -10,7 +10,10 @@ from tests.fake_experts import wire_assignments
 
 
 class LocalExperts:
-    """An ExpertDispatcher without shards: every routed expert lies here, in one unit, and answers at once."""
+    """An ExpertDispatcher without shards: every routed expert lies here, in one unit, and answers at once.
+
+    num_rows: of each dispatch so far, with its layer.
+    """
 
     def __init__(self, reader: WeightReader, config: DecoderConfig, dtype: torch.dtype = torch.float32) -> None:
         self._store = WeightStore(
@@ -23,11 +26,13 @@ class LocalExperts:
             ),
             reader,
         )
+        self.num_rows: list[tuple[int, int]] = []
         all_experts = tuple(range(config.gate.n_routed_experts))
         self._store.activate(1, [Unit(layer_id, 0, all_experts) for layer_id in config.moe_layer_ids])
 
     def dispatch(self, layer_id: int, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """The handle is the answer: each row's weighted sum, fp32, experts added in ascending order."""
+        self.num_rows.append((layer_id, len(hidden_states)))
         layer = self._store.layer(1, layer_id)
         assert layer is not None
         rows = torch.arange(len(hidden_states)).repeat_interleave(topk_ids.shape[1])

@@ -13,7 +13,7 @@ import torch
 
 from protos import native_library
 
-ABI = 4  # kAbi in native/kernels.h
+ABI = 5  # kAbi in native/kernels.h
 PROBE_BYTES = 256 * 2**20  # read by the bandwidth probe; larger than any cache
 
 

@@ -51,26 +51,29 @@ class ChoiceSampler:
         self._clock = clock
         self._lock = threading.Lock()
         self._samples_until_s = float("-inf")
+        self._is_sampling = False  # this step
         self._under_way: list[_MicroBatch] = []
         self._done: deque[_MicroBatch] = deque()
 
+    def begin_step(self) -> bool:
+        """Before a step's first layer: whether it is sampled. Then every layer must choose for every token."""
+        self._is_sampling = self._clock() < self._samples_until_s
+        with self._lock:
+            self._under_way.clear()  # of a step that failed
+            if not self._is_sampling:
+                self._done.clear()
+        return self._is_sampling
+
     def dispatch(self, layer_id: int, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Any:
         """Micro-batches come in the same order in every layer."""
-        if self._clock() < self._samples_until_s:
+        if self._is_sampling:
             self._keep(self._rows[layer_id], topk_ids.cpu().numpy().astype(self._dtype))
-        elif self._under_way or self._done:
-            with self._lock:
-                self._under_way.clear()
-                self._done.clear()
         return self._dispatcher.dispatch(layer_id, hidden_states, topk_weights, topk_ids)
 
     def combine(self, handle: Any) -> Tensor:
         return self._dispatcher.combine(handle)
 
     def abandon(self, handle: Any) -> None:
-        """The step has failed: its micro-batches will not reach the last layer."""
-        with self._lock:
-            self._under_way.clear()
         self._dispatcher.abandon(handle)
 
     def take(self, max_tokens: int) -> ExpertIds:

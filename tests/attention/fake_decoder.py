@@ -28,9 +28,9 @@ class CountingDecoder:
         self.vocab_size = vocab_size
         self.before_forward: Callable[[torch.Tensor], None] = lambda token_ids: None
 
-    def forward(self, token_ids, metadata):
+    def forward(self, token_ids, metadata, output_rows=None):
         self.before_forward(token_ids)
-        return token_ids.unsqueeze(-1)
+        return token_ids.unsqueeze(-1) if output_rows is None else token_ids.unsqueeze(-1)[output_rows]
 
     def logits(self, hidden_states):
         return torch.nn.functional.one_hot((hidden_states[:, 0] + 1) % self.vocab_size, self.vocab_size).float()
@@ -44,7 +44,7 @@ class SummingDecoder(CountingDecoder):
         self.block_size = block_size
         self.cache = torch.full((num_blocks * block_size,), 10**6)
 
-    def forward(self, token_ids, metadata):
+    def forward(self, token_ids, metadata, output_rows=None):
         self.before_forward(token_ids)
         self.cache[metadata.slot_mapping] = token_ids
         sums = []
@@ -54,7 +54,8 @@ class SummingDecoder(CountingDecoder):
                 table = metadata.block_tables[i]
                 slots = [int(table[p // self.block_size]) * self.block_size + p % self.block_size for p in places]
                 sums.append(int(self.cache[slots].sum()))
-        return torch.tensor(sums).unsqueeze(-1)
+        hidden_states = torch.tensor(sums).unsqueeze(-1)
+        return hidden_states if output_rows is None else hidden_states[output_rows]
 
 
 def summed_tokens(prompt, count, vocab_size=VOCAB_SIZE):

@@ -39,18 +39,21 @@ class StepRunner:
         form: MlaForm = MlaForm.BY_POSITION,
         num_blocks: int = 256,
         num_micro_batches: int | None = 1,
+        needs_every_choice: bool = False,
         seed: int = 0,
     ) -> None:
         checkpoint = Checkpoint.open(folder)
         self.config = checkpoint.model_config().decoder
         self.cache = LatentCache(cache_config(self.config, num_blocks, dtype))
+        self.experts = LocalExperts(checkpoint, self.config, dtype)
         self.decoder = Decoder(
             self.config,
             DecoderWeights.read(checkpoint, self.config, dtype),
-            LocalExperts(checkpoint, self.config, dtype),
+            self.experts,
             self.cache,
             mla_form=form,
             num_micro_batches=num_micro_batches,
+            needs_every_choice=lambda: needs_every_choice,
         )
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)
@@ -61,8 +64,11 @@ class StepRunner:
         taken, self._free = self._free[:num_blocks], self._free[num_blocks:]
         return Rows(token_ids, taken, len(token_ids) if num_prompt_tokens is None else num_prompt_tokens)
 
-    def step(self, rows: list[tuple[Rows, int]]) -> None:
-        """Runs the next tokens of each sequence, as many as said; their logits are kept with the sequence."""
+    def step(self, rows: list[tuple[Rows, int]], *, output_rows: list[int] | None = None) -> Tensor:
+        """Runs the next tokens of each sequence, as many as said; their logits are kept with the sequence.
+
+        output_rows: those of the step whose logits are returned, and then none are kept; unset: all.
+        """
         token_ids, positions, slots, loc = [], [], [], [0]
         for sequence, num_tokens in rows:
             start = sequence.num_computed_tokens
@@ -82,9 +88,11 @@ class StepRunner:
             num_prompt_tokens=tuple(sequence.num_prompt_tokens for sequence, _ in rows),
             block_tables=torch.tensor(tables, dtype=torch.int32),
         )
-        logits = self.decoder.logits(self.decoder.forward(torch.tensor(token_ids), metadata))
-        for (sequence, _), start, end in zip(rows, loc[:-1], loc[1:], strict=True):
-            sequence.logits.append(logits[start:end])
+        logits = self.decoder.logits(self.decoder.forward(torch.tensor(token_ids), metadata, output_rows))
+        if output_rows is None:
+            for (sequence, _), start, end in zip(rows, loc[:-1], loc[1:], strict=True):
+                sequence.logits.append(logits[start:end])
+        return logits
 
 
 def cache_config(config: DecoderConfig, num_blocks: int, dtype: torch.dtype) -> LatentCacheConfig:

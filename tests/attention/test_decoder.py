@@ -92,6 +92,57 @@ def test_the_cutting_into_chunks_changes_no_bit(folder: Path, dtype: torch.dtype
     assert torch.equal(logits([30] * 11), whole)
 
 
+@needs_kernels
+@pytest.mark.parametrize("needs_every_choice", [False, True])
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_rows_that_are_wanted_have_the_same_bits_when_the_last_layer_leaves_out_the_others(
+    folder: Path, num_micro_batches: int, needs_every_choice: bool
+) -> None:
+    def logits(wanted: list[list[int] | None]) -> list[torch.Tensor]:
+        runner = StepRunner(folder, num_micro_batches=num_micro_batches, needs_every_choice=needs_every_choice)
+        prompt, other = (runner.sequence(random_token_ids(n, seed=n), n - 2) for n in (80, 40))
+        steps = [[(prompt, 40), (other, 39)], [(prompt, 39), (other, 1)], [(prompt, 1)]]
+        return [runner.step(rows, output_rows=output_rows) for rows, output_rows in zip(steps, wanted, strict=True)]
+
+    whole = logits([None, None, None])
+    some = logits([[3, 38, 78], [39], [0]])
+    assert torch.equal(some[0], whole[0][[3, 38, 78]])
+    assert torch.equal(some[1], whole[1][[39]])
+    assert torch.equal(some[2], whole[2])  # reads the latents of rows that were left out
+
+
+def test_the_last_layer_asks_experts_only_for_rows_whose_logits_are_wanted(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, "v2", num_hidden_layers=4)
+    for needs_every_choice, num_last in ((False, 2), (True, 70)):
+        runner = StepRunner(folder, needs_every_choice=needs_every_choice)
+        runner.step([(runner.sequence(random_token_ids(70, seed=1)), 70)], output_rows=[5, 69])
+        assert runner.experts.num_rows == [(1, 70), (2, 70), (3, num_last)]
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_without_the_kernels_the_rows_that_are_wanted_have_the_logits_of_the_reference(folder: Path) -> None:
+    runner = StepRunner(folder)
+    prompt, generated = runner.sequence(random_token_ids(50, seed=1)), runner.sequence(random_token_ids(30, seed=2), 20)
+    found = runner.step([(prompt, 50), (generated, 30)], output_rows=[7, 49, 60, 75, 79])
+    expected = Reference(folder).logits(prompt.token_ids)[[7, 49]]
+    assert relative_error(found[:2], expected) < 1e-4
+    expected = Reference(folder).logits(generated.token_ids)[[10, 25, 29]]
+    assert relative_error(found[2:], expected) < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, {"first_k_dense_replace": 2}])
+def test_a_chunk_of_which_nothing_is_wanted_ends_with_the_latents_of_the_last_layer(
+    tmp_path: Path, changes: dict[str, int]
+) -> None:
+    runner = StepRunner(write_checkpoint(tmp_path, "v2", num_hidden_layers=2, **changes))
+    sequence = runner.sequence(random_token_ids(50, seed=1))
+    assert runner.step([(sequence, 30)], output_rows=[]).shape == (0, runner.config.vocab_size)
+    assert not runner.experts.num_rows
+    logits = runner.step([(sequence, 20)], output_rows=[19])
+    expected = Reference(tmp_path).logits(sequence.token_ids)
+    assert relative_error(logits[0], expected[-1]) < 1e-4
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bf16_is_no_further_from_the_reference_than_that_of_transformers(tmp_path: Path, shape: str) -> None:
     # With as many experts as a token visits no rounding can make it choose others.

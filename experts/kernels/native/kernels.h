@@ -15,7 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { kAbi = 4 };  // raised with every change of a struct below; library.py refuses another one
+enum { kAbi = 5 };  // raised with every change of a struct below; library.py refuses another one
 enum { kPanelColumns = 32 };
 enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3, kCompact = 4 };
 
@@ -151,16 +151,17 @@ struct MlaLayerCall {
   float norm_eps, latent_norm_eps, scale;
   // The step, all contiguous.
   const void* hidden_states;  // [num_rows, hidden_size]
-  void* out;                  // [num_rows, hidden_size], with what attention adds
-  void* normed;               // [num_rows, hidden_size], for the MLP
+  void* out;                  // [num_output_rows, hidden_size], with what attention adds
+  void* normed;               // [num_output_rows, hidden_size], for the MLP
   const float* cos;           // [num_rows, rope_dim / 2]
   const float* sin;
   const int64_t* slot_mapping;   // [num_rows]
   const int32_t* block_tables;   // [num_sequences, max_num_blocks]
   const int32_t* sequences;      // [num_rows], of absorbed rows; into block_tables
   const int32_t* context_lens;   // [num_rows], of absorbed rows
-  const MlaSpan* spans;          // every row is in one
-  int32_t num_rows, num_spans, max_num_blocks;
+  const MlaSpan* spans;          // every row that is wanted is in one
+  const int64_t* output_rows;    // [num_output_rows], those that are wanted, ascending; not read where all are
+  int32_t num_rows, num_output_rows, num_spans, max_num_blocks;
 };
 
 // What an instruction set implements.

@@ -1,4 +1,6 @@
 // A layer's attention in one call: between its products there is nothing else to do, so the pool's threads stay awake.
+#include <cstring>
+
 #include "kernels.h"
 #include "thread_pool.h"
 
@@ -12,27 +14,38 @@ inline size_t buffer_bytes(int format, size_t count) { return (count * element_b
 
 // What passes between the products of one layer.
 struct Buffers {
-  char *down, *low_rank, *query, *attended, *absorbed, *latents;
+  char *normed, *down, *low_rank, *query, *attended, *absorbed, *latents, *wanted_attended, *wanted_hidden;
 
   explicit Buffers(const MlaLayerCall& call) {
     const size_t rows = call.num_rows, per_head = rows * call.num_heads;
-    size_t sizes[6] = {rows * call.down->num_outputs, 0, 0, per_head * call.v_head_dim, 0, 0};
-    if (call.query_up) {
-      sizes[1] = rows * call.query_up->num_inputs;
-      sizes[2] = rows * call.query_up->num_outputs;
-    }
+    const bool is_whole = call.num_output_rows == call.num_rows;
+    const size_t wanted = is_whole ? 0 : call.num_output_rows;
     size_t most_absorbed = 0;
     for (int i = 0; i < call.num_spans; i++)
       if (call.spans[i].is_absorbed && (size_t)call.spans[i].num_rows > most_absorbed) most_absorbed = call.spans[i].num_rows;
-    sizes[4] = sizes[5] = most_absorbed * call.num_heads * call.kv_lora_rank;
+    const size_t latents_size = most_absorbed * call.num_heads * call.kv_lora_rank;
+    const struct {
+      char** buffer;
+      size_t size;
+    } needed[] = {
+        {&normed, is_whole ? 0 : rows * call.output->num_outputs},
+        {&down, rows * call.down->num_outputs},
+        {&low_rank, call.query_up ? rows * call.query_up->num_inputs : 0},
+        {&query, call.query_up ? rows * call.query_up->num_outputs : 0},
+        {&attended, per_head * call.v_head_dim},
+        {&absorbed, latents_size},
+        {&latents, latents_size},
+        {&wanted_attended, wanted * call.output->num_inputs},
+        {&wanted_hidden, wanted * call.output->num_outputs},
+    };
     size_t total = 0;
-    for (size_t size : sizes) total += buffer_bytes(call.format, size);
+    for (const auto& each : needed) total += buffer_bytes(call.format, each.size);
     char* memory = (char*)scratch(kLayerSlot, total);
-    char** const targets[6] = {&down, &low_rank, &query, &attended, &absorbed, &latents};
-    for (int i = 0; i < 6; i++) {
-      *targets[i] = memory;
-      memory += buffer_bytes(call.format, sizes[i]);
+    for (const auto& each : needed) {
+      *each.buffer = memory;
+      memory += buffer_bytes(call.format, each.size);
     }
+    if (is_whole) normed = (char*)call.normed;
   }
 };
 
@@ -78,6 +91,14 @@ void attend_naive(const KernelTable& kernels, const MlaLayerCall& call, const Ml
   kernels.mla_prefill(&prefill);
 }
 
+// The rows that are wanted, one after another.
+const void* gather(const MlaLayerCall& call, const void* from, char* to, size_t width) {
+  const size_t row_bytes = width * element_bytes(call.format);
+  for (int i = 0; i < call.num_output_rows; i++)
+    memcpy(to + i * row_bytes, (const char*)from + call.output_rows[i] * row_bytes, row_bytes);
+  return to;
+}
+
 }  // namespace
 
 void mla_layer(const KernelTable& kernels, const MlaLayerCall& call) {
@@ -86,21 +107,21 @@ void mla_layer(const KernelTable& kernels, const MlaLayerCall& call) {
   if (rows == 0) return;
   const StayAwake stay_awake;
   const Buffers buffers(call);
-  const auto norm = [&](const void* x, int64_t stride, const void* weight, int columns, float eps, void* out) {
+  const auto norm = [&](const void* x, int64_t stride, const void* weight, int columns, float eps, int rows, void* out) {
     const NormCall each = {x, weight, out, stride, columns, rows, columns, format, eps};
     kernels.rms_norm(&each);
   };
-  const auto linear = [&](const Matrix* matrix, const void* x, const void* residual, void* out) {
+  const auto linear = [&](const Matrix* matrix, const void* x, const void* residual, int rows, void* out) {
     const LinearCall product = {matrix, x, out, residual, matrix->num_inputs, matrix->num_outputs, rows, format, format};
     kernels.linear(&product);
   };
 
-  norm(call.hidden_states, hidden_size, call.attention_norm, hidden_size, call.norm_eps, call.normed);
-  linear(call.down, call.normed, nullptr, buffers.down);
+  norm(call.hidden_states, hidden_size, call.attention_norm, hidden_size, call.norm_eps, rows, buffers.normed);
+  linear(call.down, buffers.normed, nullptr, rows, buffers.down);
   Queries queries = {buffers.down, down_width, head_width};
   if (call.query_up) {
-    norm(buffers.down, down_width, call.query_norm, call.query_up->num_inputs, call.latent_norm_eps, buffers.low_rank);
-    linear(call.query_up, buffers.low_rank, nullptr, buffers.query);
+    norm(buffers.down, down_width, call.query_norm, call.query_up->num_inputs, call.latent_norm_eps, rows, buffers.low_rank);
+    linear(call.query_up, buffers.low_rank, nullptr, rows, buffers.query);
     queries = {buffers.query, call.query_up->num_outputs, head_width};
   }
   const MlaPrepareCall prepare = {offset(buffers.down, format, call.latents_start), call.kv_norm, queries.data, call.cos,
@@ -110,6 +131,13 @@ void mla_layer(const KernelTable& kernels, const MlaLayerCall& call) {
   kernels.mla_prepare(&prepare);
   for (int i = 0; i < call.num_spans; i++)
     (call.spans[i].is_absorbed ? attend_absorbed : attend_naive)(kernels, call, call.spans[i], queries, buffers);
-  linear(call.output, buffers.attended, call.hidden_states, call.out);
-  norm(call.out, hidden_size, call.mlp_norm, hidden_size, call.norm_eps, call.normed);
+  const void *attended = buffers.attended, *hidden_states = call.hidden_states;
+  const int output_rows = call.num_output_rows;
+  if (output_rows == 0) return;
+  if (output_rows < rows) {
+    attended = gather(call, attended, buffers.wanted_attended, call.output->num_inputs);
+    hidden_states = gather(call, hidden_states, buffers.wanted_hidden, hidden_size);
+  }
+  linear(call.output, attended, hidden_states, output_rows, call.out);
+  norm(call.out, hidden_size, call.mlp_norm, hidden_size, call.norm_eps, output_rows, call.normed);
 }

@@ -40,7 +40,8 @@ def sampler(now) -> ChoiceSampler:
 
 
 def run(sampler: ChoiceSampler, *batches: np.ndarray, layers: int = 3) -> None:
-    """Micro-batches side by side through the layers."""
+    """A step: micro-batches side by side through the layers."""
+    sampler.begin_step()
     for row, layer_id in enumerate(MODEL.moe_layer_ids[:layers]):
         for ids in batches:
             handle = sampler.dispatch(layer_id, torch.zeros(1), torch.zeros(1), torch.from_numpy(ids[row].astype("i8")))
@@ -71,10 +72,21 @@ def test_an_answer_has_a_limit_and_the_rest_comes_with_the_next_one(sampler) -> 
 def test_a_step_that_failed_leaves_nothing_behind(sampler) -> None:
     sampler.take(1)
     run(sampler, random_ids(MODEL, 4, 0), layers=2)
-    sampler.abandon(None)
     whole = random_ids(MODEL, 4, 1)
     run(sampler, whole)
     assert np.array_equal(sampler.take(100), whole)
+
+
+def test_a_step_is_sampled_from_its_first_layer_on_or_not_at_all(sampler, now) -> None:
+    assert not sampler.begin_step()
+    sampler.take(1)  # while the step is under way
+    for row, layer_id in enumerate(MODEL.moe_layer_ids):
+        ids = torch.from_numpy(random_ids(MODEL, 4, 0)[row].astype("i8"))
+        sampler.dispatch(layer_id, torch.zeros(1), torch.zeros(1), ids)
+    assert sampler.take(100).shape[1] == 0
+    assert sampler.begin_step()
+    now[0] = LINGER_S + 1
+    assert not sampler.begin_step()
 
 
 def test_memory_is_bounded_and_freed_when_nobody_asks_any_more(sampler, now, monkeypatch) -> None:
