@@ -1,6 +1,7 @@
 """The overload valve in a whole worker: engine, decoder, router and shards. What it drops is counted, and only that."""
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ from tests.router.test_overload_valve import POLICIES, naive_kept
 
 PROMPTS = [random_token_ids(n, seed=n) for n in (3, 40, 25, 9)]
 NUM_NEW_TOKENS = 6
+NUM_MICRO_BATCHES = 2
 FACTOR, MINIMUM = 0.5, 2
 
 
@@ -65,17 +67,23 @@ class RecountingRunner:
     def run(self, batch: ScheduledBatch) -> list[SampledToken | None]:
         self._valve.calls = []
         sampled = self._runner.run(batch)
-        num_parts = len(self._valve.calls) // self._num_layers
-        owners = [row.sequence.request_id for row in batch.sequences for _ in range(row.num_scheduled_tokens)]
-        for i, (ids, logits) in enumerate(self._valve.calls):
-            part = i % num_parts
-            first = sum(len(ids) for ids, _ in self._valve.calls[:part])
+        for rows, (ids, logits) in zip(self._rows_of_calls(batch), self._valve.calls, strict=True):
             kept = naive_kept(self._policy, self._gate, ids, logits, FACTOR, MINIMUM)
-            for row in range(len(ids)):
-                missing = ids.shape[1] - sum(token == row for token, _ in kept)
-                owner = owners[first + row]
+            for i, owner in enumerate(rows):
+                missing = ids.shape[1] - sum(token == i for token, _ in kept)
                 self.num_dropped[owner] = self.num_dropped.get(owner, 0) + missing
         return sampled
+
+    def _rows_of_calls(self, batch: ScheduledBatch) -> list[list[str]]:
+        """The request of each row that the gate chose for, in each call; in the last layer's, of those sampled."""
+        owners = [row.sequence.request_id for row in batch.sequences for _ in range(row.num_scheduled_tokens)]
+        ends = itertools.accumulate(row.num_scheduled_tokens for row in batch.sequences)
+        last = [end - 1 for row, end in zip(batch.sequences, ends, strict=True) if row.needs_sample]
+        middle = len(owners) // NUM_MICRO_BATCHES
+        parts = [range(middle), range(middle, len(owners))] if middle else [range(len(owners))]
+        every = [[owners[row] for row in part] for part in parts]
+        wanted = [[owners[row] for row in last if row in part] for part in parts]
+        return every * (self._num_layers - 1) + [part for part in wanted if part]
 
 
 class FakeContext:
@@ -112,7 +120,7 @@ class Worker:
             DecoderWeights.read(checkpoint, decoder_config, torch.float32),
             self.router,
             LatentCache(cache_config(decoder_config, num_blocks=64, dtype=torch.float32)),
-            num_micro_batches=2,
+            num_micro_batches=NUM_MICRO_BATCHES,
             valve=valve,
         )
         runner = ModelRunner(decoder, block_size=BLOCK_SIZE)
