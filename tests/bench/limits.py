@@ -98,15 +98,19 @@ class ModelShape:
         return self.num_layers * self.latent_size * bytes_per_number
 
     def prefill_operations(self, num_tokens: int) -> float:
-        """Multiplications and additions of a prompt from an empty cache; logits of the last token only.
+        """Multiplications and additions that a prompt needs from an empty cache; logits of the last token only.
 
-        Attention in its naive form: a token attends to itself and all before it.
+        Attention in its naive form: a token attends to itself and all before it. In the last layer, a mixture where
+        there is any, only the last token does, and the others leave their latents.
         """
         layers = self.num_layers * self.attention + self.num_dense_layers * self.dense
-        mixtures = self.num_mixture_layers * (self.mixture + self.top_k * self.expert)
+        mixture = self.mixture + self.top_k * self.expert
+        mlp = mixture if self.num_mixture_layers else self.dense
+        left_out = self.attention - self.hidden_size * self.latent_size + mlp
         pairs = num_tokens * (num_tokens + 1) / 2
-        scores = self.num_layers * self.score_size * pairs
-        return 2.0 * (num_tokens * (layers + mixtures) + scores + self.vocab_size * self.hidden_size)
+        scores = self.score_size * ((self.num_layers - 1) * pairs + num_tokens)
+        products = num_tokens * (layers + self.num_mixture_layers * mixture) - (num_tokens - 1) * left_out
+        return 2.0 * (products + scores + self.vocab_size * self.hidden_size)
 
     def decode_operations(self, batch: int) -> float:
         """Multiplications and additions of one step; those of attention over the cache are left out."""
@@ -124,6 +128,8 @@ class ModelShape:
     def prefill_rate(self, num_tokens: int, kind: str, operations_per_s: float, bytes_per_s: float) -> float:
         """Tokens/s: the operations, or one reading of the weights where that takes longer."""
         experts = expected_distinct([1.0 / self.num_experts] * self.num_experts, self.top_k, num_tokens)
+        if self.num_mixture_layers:  # the last of them is asked by one token
+            experts -= (experts - self.top_k) / self.num_mixture_layers
         reading_s = self.decode_bytes(1, num_tokens, experts, kind) / bytes_per_s
         return num_tokens / max(self.prefill_operations(num_tokens) / operations_per_s, reading_s)
 

@@ -17,6 +17,7 @@ import psutil
 STOP_TIMEOUT_S = 40.0
 MAX_LINES = 10_000  # of unread output; more are dropped
 NUM_LAST_LINES = 2
+IDLE_SHARE, IDLE_LOOK_S = 0.1, 0.1  # of one core, over so long
 
 
 class BenchProcess:
@@ -102,6 +103,26 @@ class BenchProcess:
                 text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
                 sizes[name] = sizes.get(name, 0) + parse_pss_bytes(text)
         return sizes
+
+    def cpu_s(self) -> float:
+        """Seconds on a processor so far, of it and all below it that still run."""
+        seconds = 0.0
+        for process in process_tree(self.pid):
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                times = process.cpu_times()
+                seconds += times.user + times.system
+        return seconds
+
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """Waits until it leaves the processor to others, as threads that spin for work do some time after it; whether
+        it does."""
+        give_up_at_s = time.monotonic() + timeout_s
+        while time.monotonic() < give_up_at_s:
+            before_s = self.cpu_s()
+            time.sleep(IDLE_LOOK_S)
+            if self.cpu_s() - before_s < IDLE_SHARE * IDLE_LOOK_S:
+                return True
+        return False
 
     def _read(self) -> None:
         assert self._process.stdout

@@ -81,6 +81,8 @@ def _one_turn(
     what = " ".join(str(value) for value in cell.params.values())
     options.show(f"{cell.name} {what}{against}")
     options.check_time(5.0)
+    if running:
+        running.settle()
     reading = probe.look()
     value, limit = cell.ours(seed)
     kept.ours.append(value)

@@ -27,6 +27,7 @@ VARIABLES = {
 }
 START_TIMEOUT_S = 180.0
 ANSWER_TIMEOUT_S = 240.0
+SETTLE_TIMEOUT_S = 5.0
 ANSWER = "@@ "
 GGUF_NAMES = {PLAIN: "bf16", "int8": "Q8_0", "int4": "Q4_0"}
 FOLDER = Path(__file__).parent
@@ -103,6 +104,10 @@ class RunningPeer:
     def decode(self, batch: int, context: int, num_steps: int, seed: int) -> float:
         """Tokens/s of all sequences together."""
         return self._ask(f"decode {batch} {context} {num_steps} {seed}")
+
+    def settle(self) -> None:
+        """Waits until it leaves the cores to the next turn: vLLM's threads spin for a second after an answer."""
+        self._process.wait_until_idle(SETTLE_TIMEOUT_S)
 
     def memory_bytes(self) -> int:
         """Proportional set size of all its processes."""
