@@ -81,7 +81,7 @@ class KernelRows:
 class AttentionPlan:
     """Every row of the step whose attention is wanted is in exactly one span.
 
-    output_rows: [n] int64, ascending, those that are wanted; None for all. The others only leave their latents.
+    output_rows: [n] int64, ascending, those that are wanted; None for all. The others leave their latents.
     """
 
     metadata: AttentionMetadata

@@ -7,7 +7,7 @@ A layer of one forward, for each micro-batch in turn (micro_batch.py):
 4. runs the shared experts meanwhile, and the other micro-batches;
 5. before its next layer combines: fp32 sum of routed, shared and residual, cast once.
 
-Of the last layer only the latents are needed of every row; all else is computed for rows whose logits are wanted.
+Of the last layer every row leaves its latents; only rows whose logits are wanted attend and go on to its MLP.
 """
 
 from collections.abc import Callable, Sequence
@@ -81,11 +81,11 @@ class Decoder:
         mla_form: MlaForm = MlaForm.BY_POSITION,
         num_micro_batches: int | None = None,
         valve: OverloadValve | None = None,
-        needs_every_choice: Callable[[], bool] = lambda: False,
+        begin_step: Callable[[], bool] = lambda: False,
     ) -> None:
         """num_micro_batches: of each step; unset: as measured. valve: unset where every assignment is computed.
 
-        needs_every_choice: asked as a forward begins: whether the last layer too must choose experts for every row.
+        begin_step: called as each forward begins; whether the last layer too must choose experts for every row.
         """
         self.config = config
         self._weights = weights
@@ -93,7 +93,7 @@ class Decoder:
         self._mla_form = mla_form
         self._micro_batch_count = MicroBatchCount(num_micro_batches)
         self._valve = valve
-        self._needs_every_choice = needs_every_choice
+        self._begin_step = begin_step
         self._num_dropped: Tensor | None = None
         self._dtype = weights.embedding.dtype
         self._rotary = RotaryEmbedding(config.rotary, weights.embedding.device)
@@ -114,16 +114,14 @@ class Decoder:
         return self._num_dropped
 
     @torch.inference_mode()
-    def forward(
-        self, token_ids: Tensor, metadata: AttentionMetadata, output_rows: Sequence[int] | None = None
-    ) -> Tensor:
+    def forward(self, token_ids: Tensor, metadata: AttentionMetadata, output_rows: list[int] | None = None) -> Tensor:
         """Hidden states after the final norm: [len(output_rows), hidden_size].
 
         token_ids: [num_tokens] int64. output_rows: those wanted of the step's rows, ascending; unset: all.
         """
         count = self._micro_batch_count.choose(metadata.num_tokens, metadata.num_seqs)
         started_s = self._micro_batch_count.now_s()
-        last_rows = None if self._needs_every_choice() else output_rows
+        last_rows = None if self._begin_step() else output_rows
         micro_batches = [
             self._micro_batch(token_ids[rows], part, within(rows, last_rows)) for rows, part in metadata.split(count)
         ]

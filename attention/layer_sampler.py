@@ -26,6 +26,7 @@ class LayerSample(NamedTuple):
 
 
 OnLayer = Callable[[LayerSample], None]
+_Asked = tuple[Any, list[OnLayer], int, int, float]  # handle, who asked, layer, rows, when it began
 
 
 class LayerSampler:
@@ -35,7 +36,7 @@ class LayerSampler:
         self._dispatcher = dispatcher
         self._clock = clock
         self._asked: queue.SimpleQueue[OnLayer] = queue.SimpleQueue()
-        self._under_way: tuple[Any, list[OnLayer], int, int, float] | None = None
+        self._under_way: _Asked | None = None
 
     def ask(self, on_layer: OnLayer) -> None:
         """Calls it once, on the engine thread."""
@@ -55,10 +56,10 @@ class LayerSampler:
 
     def combine(self, handle: Any) -> Tensor:
         """Tells who asked."""
+        asked = self._taken(handle)  # now, for what fails here is not abandoned
         sums = self._dispatcher.combine(handle)
-        if self._under_way is not None and self._under_way[0] is handle:
-            _, listeners, layer_id, num_rows, begin_s = self._under_way
-            self._under_way = None
+        if asked is not None:
+            _, listeners, layer_id, num_rows, begin_s = asked
             sample = LayerSample(layer_id, num_rows, begin_s, self._clock(), tuple(handle.timings))
             for listener in listeners:
                 listener(sample)
@@ -66,6 +67,13 @@ class LayerSampler:
 
     def abandon(self, handle: Any) -> None:
         """Who asked is told of none: the step has failed."""
-        if self._under_way is not None and self._under_way[0] is handle:
-            self._under_way = None
+        self._taken(handle)
         self._dispatcher.abandon(handle)
+
+    def _taken(self, handle: Any) -> _Asked | None:
+        """What was asked of this handle's layer, which then is under way no more."""
+        asked = self._under_way
+        if asked is None or asked[0] is not handle:
+            return None
+        self._under_way = None
+        return asked

@@ -3,7 +3,6 @@
 Knows nothing of requests, blocks' ownership or threads. The engine thread calls it.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -18,9 +17,7 @@ from attention.scheduler import ScheduledBatch, ScheduledSequence
 class Decoder(Protocol):
     """The part of attention.decoder.Decoder that is needed here; tests have one whose answers are known."""
 
-    def forward(
-        self, token_ids: Tensor, metadata: AttentionMetadata, output_rows: Sequence[int] | None = None
-    ) -> Tensor:
+    def forward(self, token_ids: Tensor, metadata: AttentionMetadata, output_rows: list[int] | None = None) -> Tensor:
         """Writes the latent cache. token_ids: [num_tokens] int64; output_rows: those wanted, ascending; unset: all.
 
         Returns [len(output_rows), hidden_size].

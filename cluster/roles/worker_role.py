@@ -108,7 +108,7 @@ class WorkerRole(Role):
                 mla_form=workers.mla_form,
                 num_micro_batches=workers.num_micro_batches,
                 valve=valve,
-                needs_every_choice=sampler.begin_step,
+                begin_step=sampler.begin_step,
             ),
             block_size=workers.engine.block_size,
             device=workers.device,

@@ -53,7 +53,7 @@ class StepRunner:
             self.cache,
             mla_form=form,
             num_micro_batches=num_micro_batches,
-            needs_every_choice=lambda: needs_every_choice,
+            begin_step=lambda: needs_every_choice,
         )
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)

@@ -130,17 +130,31 @@ def test_without_the_kernels_the_rows_that_are_wanted_have_the_logits_of_the_ref
     assert relative_error(found[2:], expected) < 1e-4
 
 
-@pytest.mark.parametrize("changes", [{}, {"first_k_dense_replace": 2}])
-def test_a_chunk_of_which_nothing_is_wanted_ends_with_the_latents_of_the_last_layer(
-    tmp_path: Path, changes: dict[str, int]
-) -> None:
-    runner = StepRunner(write_checkpoint(tmp_path, "v2", num_hidden_layers=2, **changes))
+def check_a_chunk_of_which_nothing_is_wanted(folder: Path, *, needs_every_choice: bool = False) -> None:
+    """The last layer ends with its latents, which the next chunk reads."""
+    runner = StepRunner(folder, needs_every_choice=needs_every_choice)
     sequence = runner.sequence(random_token_ids(50, seed=1))
     assert runner.step([(sequence, 30)], output_rows=[]).shape == (0, runner.config.vocab_size)
-    assert not runner.experts.num_rows
+    every = [(layer_id, 30) for layer_id in runner.config.moe_layer_ids]
+    last = runner.config.num_hidden_layers - 1
+    assert runner.experts.num_rows == [row for row in every if needs_every_choice or row[0] != last]
     logits = runner.step([(sequence, 20)], output_rows=[19])
-    expected = Reference(tmp_path).logits(sequence.token_ids)
+    expected = Reference(folder).logits(sequence.token_ids)
     assert relative_error(logits[0], expected[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("needs_every_choice", [False, True])
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"first_k_dense_replace": 2, "num_hidden_layers": 2}])
+def test_a_chunk_of_which_nothing_is_wanted_leaves_its_latents(
+    tmp_path: Path, changes: dict[str, int], needs_every_choice: bool
+) -> None:
+    folder = write_checkpoint(tmp_path, "v2", **changes)
+    check_a_chunk_of_which_nothing_is_wanted(folder, needs_every_choice=needs_every_choice)
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_without_the_kernels_a_chunk_of_which_nothing_is_wanted_leaves_its_latents(folder: Path) -> None:
+    check_a_chunk_of_which_nothing_is_wanted(folder)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

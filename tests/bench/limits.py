@@ -33,6 +33,7 @@ class ModelShape:
     expert: int
     plain: int
     latent_size: int  # numbers cached of a token in a layer
+    latent_up: int  # of one layer: latents to keys and values
     score_size: int  # heads x (qk_head_dim + v_head_dim)
     group_size: int
 
@@ -64,6 +65,7 @@ class ModelShape:
             expert=expert,
             plain=num_layers * latent_up + (num_layers - num_dense) * config["n_routed_experts"] * hidden,
             latent_size=latent + rope,
+            latent_up=latent_up,
             score_size=heads * (query + value),
             group_size=next(
                 (size for size in GROUP_SIZES if not any(width % size for width in widths)), GROUP_SIZES[-1]
@@ -100,13 +102,14 @@ class ModelShape:
     def prefill_operations(self, num_tokens: int) -> float:
         """Multiplications and additions that a prompt needs from an empty cache; logits of the last token only.
 
-        Attention in its naive form: a token attends to itself and all before it. In the last layer, a mixture where
-        there is any, only the last token does, and the others leave their latents.
+        Attention in its naive form: a token attends to itself and all before it. Of the last layer, taken to be a
+        mixture where there is any, only the last token attends and goes on; of the others it needs the latents, and
+        keys and values made of them.
         """
         layers = self.num_layers * self.attention + self.num_dense_layers * self.dense
         mixture = self.mixture + self.top_k * self.expert
         mlp = mixture if self.num_mixture_layers else self.dense
-        left_out = self.attention - self.hidden_size * self.latent_size + mlp
+        left_out = self.attention - self.hidden_size * self.latent_size - self.latent_up + mlp
         pairs = num_tokens * (num_tokens + 1) / 2
         scores = self.score_size * ((self.num_layers - 1) * pairs + num_tokens)
         products = num_tokens * (layers + self.num_mixture_layers * mixture) - (num_tokens - 1) * left_out

@@ -17,7 +17,7 @@ import psutil
 STOP_TIMEOUT_S = 40.0
 MAX_LINES = 10_000  # of unread output; more are dropped
 NUM_LAST_LINES = 2
-IDLE_SHARE, IDLE_LOOK_S = 0.1, 0.1  # of one core, over so long
+IDLE_SHARE, IDLE_LOOK_S = 0.1, 0.3  # of one core, over so long
 
 
 class BenchProcess:
@@ -120,7 +120,7 @@ class BenchProcess:
         while time.monotonic() < give_up_at_s:
             before_s = self.cpu_s()
             time.sleep(IDLE_LOOK_S)
-            if self.cpu_s() - before_s < IDLE_SHARE * IDLE_LOOK_S:
+            if 0.0 <= self.cpu_s() - before_s < IDLE_SHARE * IDLE_LOOK_S:  # less than 0: a child has ended
                 return True
         return False
 

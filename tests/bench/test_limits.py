@@ -56,16 +56,17 @@ def test_slow_processor_limits_a_large_batch_by_its_operations() -> None:
 
 def test_prefill_is_limited_by_operations_and_falls_with_length() -> None:
     rates = [LITE4.prefill_rate(length, "bf16", 850e9, 40e9) for length in (512, 2048, 8192)]
-    assert rates[0] == pytest.approx(1683, abs=1)
+    assert rates[0] == pytest.approx(1669, abs=1)
     assert rates == sorted(rates, reverse=True)
 
 
 def test_the_last_layer_of_a_prompt_is_its_latents_and_one_token() -> None:
     attention = 2048 * 16 * 192 + 2048 * 576 + 512 * 16 * 256 + 16 * 128 * 2048
     mixture = 64 * 2048 + 8 * 3 * 2048 * 1408
+    latents = 2048 * 576 + 512 * 16 * 256
     three = 3 * attention + 3 * 2048 * 10944 + 2 * mixture
     scores = 16 * (192 + 128) * (3 * 100 * 101 // 2 + 100)
-    products = 100 * (three + 2048 * 576) + (attention - 2048 * 576 + mixture) + 16384 * 2048
+    products = 100 * (three + latents) + (attention - latents + mixture) + 16384 * 2048
     assert LITE4.prefill_operations(100) == 2 * (products + scores)
 
 

@@ -104,20 +104,19 @@ export function quantile({ bounds, counts }, part) {
 
 // f, f′ and f″ of DeepSeek-V2's balance losses as they show at run time: the highest over the mean, 1 is even.
 export function balanceTerms(window) {
-  let sum = 0;
-  let busy = 0;
+  let hottest = 0;
+  let all = 0;
   for (let layer = 0; layer < window.layers; layer++) {
     let most = 0;
-    let total = 0;
     for (let at = layer * window.experts; at < (layer + 1) * window.experts; at++) {
-      total += window.tokens[at];
+      all += window.tokens[at];
       if (window.tokens[at] > most) most = window.tokens[at];
     }
-    if (total) { sum += (most * window.experts) / total; busy += 1; }
+    hottest += most;
   }
   const shards = [...window.shards.values()];
   return {
-    expert: busy ? sum / busy : NaN,
+    expert: all ? (hottest * window.experts) / all : NaN, // layers by their tokens: the last one has few
     shard: highestOverMean(shards.map((shard) => shard.assignments)),
     rows: highestOverMean(shards.map((shard) => shard.rows)),
   };

@@ -106,8 +106,12 @@ class RunningPeer:
         return self._ask(f"decode {batch} {context} {num_steps} {seed}")
 
     def settle(self) -> None:
-        """Waits until it leaves the cores to the next turn: vLLM's threads spin for a second after an answer."""
-        self._process.wait_until_idle(SETTLE_TIMEOUT_S)
+        """Waits until it leaves the cores to the next turn: vLLM's threads spin for a second after an answer.
+
+        Raises Unmeasurable when it never does.
+        """
+        if not self._process.wait_until_idle(SETTLE_TIMEOUT_S):
+            raise Unmeasurable(f"{self.name} still keeps a core busy {SETTLE_TIMEOUT_S:.0f} s after its answer")
 
     def memory_bytes(self) -> int:
         """Proportional set size of all its processes."""

@@ -81,7 +81,8 @@ EXPERTS = [
     Panel(
         "f, f' and f'', the worst layer's",
         [(largest("expert"), "f: expert"), (largest("compute"), "f': shard"), (largest("communication"), "f'': rows")],
-        text="The terms of DeepSeek-V2's balance losses as they are now; 1 is even.",
+        text="The terms of DeepSeek-V2's balance losses as they are now; 1 is even. Of a prompt only one token visits "
+        "the last layer, so with few requests its terms are a small sample's.",
     ),
     Panel(
         "Load by shard",
