@@ -155,7 +155,7 @@ class RequestReader:
         if len(token_ids) > limit:
             raise errors.PromptTooLong(
                 f"the prompt has {len(token_ids)} tokens, limit is {limit} (max_model_len {self._max_model_len}, one "
-                "token of it for the answer); shorten it or raise max_model_len",
+                "token of it for the answer); shorten it, or raise max_model_len where model and cache hold more",
                 field=name,
             )
         return token_ids

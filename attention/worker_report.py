@@ -104,6 +104,7 @@ def _dispatch(stats: DispatchStats) -> generation_pb2.DispatchStats:
         sent_bytes=stats.sent_bytes,
         received_bytes=stats.received_bytes,
         num_dropped_assignments=stats.num_dropped_assignments,
+        num_device_limit_violations=stats.num_device_limit_violations,
     )
 
 

@@ -228,18 +228,20 @@ class ShardLoad(_message.Message):
     def __init__(self, ep_rank: _Optional[int] = ..., address: _Optional[str] = ..., num_units: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_assignments: _Optional[int] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
 
 class DispatchStats(_message.Message):
-    __slots__ = ("num_tokens_by_ranks", "max_ranks_per_token", "sent_bytes", "received_bytes", "num_dropped_assignments")
+    __slots__ = ("num_tokens_by_ranks", "max_ranks_per_token", "sent_bytes", "received_bytes", "num_dropped_assignments", "num_device_limit_violations")
     NUM_TOKENS_BY_RANKS_FIELD_NUMBER: _ClassVar[int]
     MAX_RANKS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_DROPPED_ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEVICE_LIMIT_VIOLATIONS_FIELD_NUMBER: _ClassVar[int]
     num_tokens_by_ranks: _containers.RepeatedScalarFieldContainer[int]
     max_ranks_per_token: int
     sent_bytes: int
     received_bytes: int
     num_dropped_assignments: int
-    def __init__(self, num_tokens_by_ranks: _Optional[_Iterable[int]] = ..., max_ranks_per_token: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., num_dropped_assignments: _Optional[int] = ...) -> None: ...
+    num_device_limit_violations: int
+    def __init__(self, num_tokens_by_ranks: _Optional[_Iterable[int]] = ..., max_ranks_per_token: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., num_dropped_assignments: _Optional[int] = ..., num_device_limit_violations: _Optional[int] = ...) -> None: ...
 
 class GetExpertLoadResponse(_message.Message):
     __slots__ = ("placement_version", "layers", "shards", "dispatch")

@@ -87,7 +87,8 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetExpertLoad(self, request, context):
-        """Counted load of every routed expert since start, the load of every shard, and how far tokens travelled.
+        """Counted load of every routed expert, the load of every shard, and how far tokens travelled, each since its process
+        started: what a shard or worker counted that was replaced is gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

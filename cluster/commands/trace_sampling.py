@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import grpc
 import numpy as np
 
 from cluster.client import AdminClient
@@ -19,6 +20,7 @@ from router.trace.trace import ExpertIds, TraceError, TraceHeader, TraceWindow, 
 from router.trace.trace_file import TraceWriter
 
 ASK_INTERVAL_S = 0.5
+AWAY_S = 10.0  # a system that answers nothing for so long is not waited for; what was sampled is kept
 
 
 def sample(
@@ -39,13 +41,24 @@ def sample(
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     header = TraceHeader(model=model, source=f"traffic of {client.address}", started_at=started_at)
     counts: dict[str, int] = {}
-    started_s = asked_s = time.monotonic()
+    started_s = asked_s = answered_s = time.monotonic()
     was_interrupted = False
     with TraceWriter(path, header) as writer:
         try:
             while writer.num_tokens < max_tokens and (now_s := time.monotonic()) - started_s < max_seconds:
                 on_progress("sampling", writer.num_tokens)
-                for choices in client.sample_choices().choices:
+                try:
+                    sampled = client.sample_choices().choices
+                    answered_s = now_s
+                except grpc.RpcError as error:
+                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        raise
+                    if now_s - answered_s > AWAY_S:
+                        was_interrupted = True
+                        break
+                    sleep(ASK_INTERVAL_S)  # workers keep what they sample while the controller is away
+                    continue
+                for choices in sampled:
                     window = TraceWindow(
                         topk_ids=_topk_ids(choices, header)[:, : max_tokens - writer.num_tokens],
                         start_s=asked_s - started_s,

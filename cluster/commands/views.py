@@ -194,16 +194,18 @@ def _ranks_view(
     counts = list(load.dispatch.num_tokens_by_ranks)
     total = sum(counts) or 1
     limit = load.dispatch.max_ranks_per_token
+    over = load.dispatch.num_device_limit_violations  # counted at the time: with more shards the limit was another one
     table = Table(box=None)
     table.add_column("shards", justify="right")
     table.add_column("share of tokens")
     for ranks in range(1, max(limit, len(counts) - 1) + 1):
         count = counts[ranks] if ranks < len(counts) else 0
-        bar = Text("█" * round(count / total * BAR_WIDTH), style="deep_sky_blue1" if ranks <= limit else "bold red")
+        bar = Text(
+            "█" * round(count / total * BAR_WIDTH), style="deep_sky_blue1" if ranks <= limit or not over else "bold red"
+        )
         bar.append(f" {count / total:.1%}", style="default")
         table.add_row(str(ranks), bar)
     visits = sum(ranks * count for ranks, count in enumerate(counts))
-    over = sum(counts[limit + 1 :])
     verdict = Text(f"mean {visits / total:.2f}, over the limit: {over}", style="green" if not over else "bold red")
     wire = (
         f"   rows sent {format_bytes(load.dispatch.sent_bytes)}, answers {format_bytes(load.dispatch.received_bytes)}"

@@ -31,6 +31,7 @@ def load_fields(load: generation_pb2.GetExpertLoadResponse) -> dict[str, Any]:
             "sent_bytes": dispatch.sent_bytes,
             "received_bytes": dispatch.received_bytes,
             "num_dropped_assignments": dispatch.num_dropped_assignments,
+            "num_device_limit_violations": dispatch.num_device_limit_violations,
         },
     }
 

@@ -247,4 +247,5 @@ def _add_dispatch(total: generation_pb2.DispatchStats, other: generation_pb2.Dis
     total.sent_bytes += other.sent_bytes
     total.received_bytes += other.received_bytes
     total.num_dropped_assignments += other.num_dropped_assignments
+    total.num_device_limit_violations += other.num_device_limit_violations
     total.max_ranks_per_token = max(total.max_ranks_per_token, other.max_ranks_per_token)

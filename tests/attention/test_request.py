@@ -165,7 +165,7 @@ def test_bad_request_is_refused_with_its_field(fields, field, message):
 
 def test_prompt_that_leaves_no_room_for_an_answer_is_refused_with_the_numbers():
     assert read(text="x" * 14).max_num_tokens == 16
-    with pytest.raises(errors.PromptTooLong, match=r"has 16 tokens, limit is 15 .* shorten it or raise max_model_len"):
+    with pytest.raises(errors.PromptTooLong, match=r"has 16 tokens, limit is 15 .* shorten it, or raise max_model_len"):
         read(text="x" * 15)
 
 

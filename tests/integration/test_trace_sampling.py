@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 from cluster.commands import trace_sampling
 from cluster.commands.cli import app
 from protos import errors
+from router.trace.trace import ExpertIds
 from router.trace.trace_file import TraceFile
 from tests.fake_controller import FakeController, GatewayHost, admin_server, gateway_host
 
@@ -18,9 +19,21 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace_sampling, "ASK_INTERVAL_S", 0.01)
 
 
+class LeavingController(FakeController):
+    """Away from its third call on, for `num_away` of them."""
+
+    num_away = 0
+
+    def sample_choices(self) -> tuple[bytes, list[tuple[int, ExpertIds]]]:
+        if self.num_sampled >= 2 and self.num_away:
+            self.num_away -= 1
+            raise errors.Unavailable("the controller cannot be reached")
+        return super().sample_choices()
+
+
 @pytest.fixture
-def controller() -> FakeController:
-    return FakeController()
+def controller() -> LeavingController:
+    return LeavingController()
 
 
 @pytest.fixture
@@ -61,3 +74,25 @@ def test_a_system_without_traffic_or_that_refuses_leaves_no_file(
     result = run(*arguments, "--prompt", "x")
     assert "--address is given" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_controller_that_is_replaced_meanwhile_costs_nothing(
+    gateway: GatewayHost, controller: LeavingController, tmp_path: Path
+) -> None:
+    controller.num_away = 5
+    out = tmp_path / "live.npz"
+    result = run("record", "--address", gateway.address, "--out", str(out), "--tokens", "350")
+    assert "wrote 350 tokens" in result.output
+    assert controller.num_away == 0
+    assert TraceFile(out).num_tokens == 350
+
+
+def test_what_was_recorded_before_the_system_went_is_kept(
+    gateway: GatewayHost, controller: LeavingController, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace_sampling, "AWAY_S", 0.1)
+    controller.num_away = 10**9
+    out = tmp_path / "live.npz"
+    result = run("record", "--address", gateway.address, "--out", str(out), "--tokens", "350")
+    assert "interrupted after 200 tokens" in result.output
+    assert TraceFile(out).num_tokens == 200

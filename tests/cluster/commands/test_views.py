@@ -55,7 +55,14 @@ def test_a_system_without_any_tokens_yet_says_so_instead_of_drawing_nothing() ->
 def test_a_violated_limit_is_counted() -> None:
     broken = load(1, 1)
     broken.dispatch.max_ranks_per_token = 1
+    broken.dispatch.num_device_limit_violations = 10
     assert "over the limit: 10" in text_of(experts_view(broken, pb.GetPlacementResponse(ep_size=2), 100))
+
+
+def test_tokens_that_visited_more_shards_while_there_were_more_violate_nothing() -> None:
+    fewer = load(1, 1)
+    fewer.dispatch.max_ranks_per_token = 1
+    assert "over the limit: 0" in text_of(experts_view(fewer, pb.GetPlacementResponse(ep_size=1), 100))
 
 
 def test_what_the_overload_valve_dropped_is_shown_if_anything() -> None:
