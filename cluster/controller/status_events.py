@@ -89,7 +89,8 @@ class StatusEvents:
             who = f", as another process, pid {now.pid}" if is_another else ""
             yield StatusEvent(Level.GOOD, name, f"is ready{away}{who}")
         elif is_ready and is_another:
-            yield StatusEvent(Level.INFO, name, f"was replaced by another process, pid {now.pid}")
+            level = Level.INFO if _is_told_to_end(old) else Level.BAD
+            yield StatusEvent(level, name, f"was replaced by another process, pid {now.pid}")
         if _is_told_to_end(now) and self._told_to_end.get(name) != now.detail:
             self._told_to_end[name] = now.detail
             self._begin(name, "leaving")

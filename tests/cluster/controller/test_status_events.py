@@ -94,7 +94,7 @@ def test_a_process_that_died_is_ready_again_as_another_one() -> None:
 
 def test_a_process_that_was_replaced_between_two_looks_is_told() -> None:
     another = with_health(WELL, "worker-0", generation="new", pid=77)
-    assert told(WELL, another) == [("info", "worker-0", "was replaced by another process, pid 77")]
+    assert told(WELL, another) == [("bad", "worker-0", "was replaced by another process, pid 77")]
 
 
 def test_a_process_that_cannot_load_says_why() -> None:
