@@ -292,9 +292,16 @@ def serve(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     )
     command = [sys.executable, "-m", "cluster.commands.cli", "serve", "--config", str(config)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where tests are to ignore it
     ) as process:
         yield process
+        if process.poll() is None:  # the test has failed; without this it would be waited for
+            process.terminate()
 
 
 def read_until(serve: "subprocess.Popen[str]", text: str) -> list[str]:
