@@ -20,6 +20,7 @@ from router.trace.trace import ExpertIds, TraceError, TraceHeader, TraceWindow, 
 from router.trace.trace_file import TraceWriter
 
 ASK_INTERVAL_S = 0.5
+AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 AWAY_S = 10.0  # a system that answers nothing for so long is not waited for; what was sampled is kept
 
 
@@ -51,9 +52,10 @@ def sample(
                     sampled = client.sample_choices().choices
                     answered_s = now_s
                 except grpc.RpcError as error:
-                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    is_away = now_s - answered_s > AWAY_S
+                    if error.code() not in AWAY or (is_away and not writer.num_tokens):
                         raise
-                    if now_s - answered_s > AWAY_S:
+                    if is_away:
                         was_interrupted = True
                         break
                     sleep(ASK_INTERVAL_S)  # workers keep what they sample while the controller is away

@@ -20,12 +20,13 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class LeavingController(FakeController):
-    """Away from its third call on, for `num_away` of them."""
+    """Away from its third call on, or from `leaves_after`, for `num_away` of them."""
 
     num_away = 0
+    leaves_after = 2
 
     def sample_choices(self) -> tuple[bytes, list[tuple[int, ExpertIds]]]:
-        if self.num_sampled >= 2 and self.num_away:
+        if self.num_sampled >= self.leaves_after and self.num_away:
             self.num_away -= 1
             raise errors.Unavailable("the controller cannot be reached")
         return super().sample_choices()
@@ -96,3 +97,14 @@ def test_what_was_recorded_before_the_system_went_is_kept(
     result = run("record", "--address", gateway.address, "--out", str(out), "--tokens", "350")
     assert "interrupted after 200 tokens" in result.output
     assert TraceFile(out).num_tokens == 200
+
+
+def test_a_system_that_goes_before_the_first_token_is_told_as_gone(
+    gateway: GatewayHost, controller: LeavingController, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace_sampling, "AWAY_S", 0.1)
+    controller.leaves_after, controller.num_away = 1, 10**9
+    result = run("record", "--address", gateway.address, "--out", str(tmp_path / "live.npz"), "--tokens", "350")
+    assert result.exit_code == 1
+    assert "cannot be reached" in result.stderr
+    assert list(tmp_path.iterdir()) == []
