@@ -112,12 +112,12 @@ def can_pack(weight: Matrix) -> bool:
 def pack(parts: Sequence[Matrix], on_packed: Callable[[int], None] | None = None) -> PackedMatrix:
     """The matrices [outputs, inputs] one above the other, all of one kind and with the same inputs.
 
-    bfloat16 numbers take 12 bits each where the processor decodes them in registers and most of them are alike enough.
+    bfloat16 numbers take 12 bits each where vector instructions decode them and most of them are alike enough.
 
     on_packed: if given, a few panels are packed at a time, between which others may use the kernels, and it is told of
     the bytes of each time.
     """
-    decodes_fast = (instruction_set() or "").startswith("avx512")
+    decodes_fast = instruction_set() not in (None, "portable")
     is_taken = _format(parts[0])[0] is Format.BFLOAT16 and parts[0].shape[1] % STEP_INPUTS == 0
     packed = pack_compact(parts, on_packed) if decodes_fast and is_taken else None
     return packed or pack_plain(parts, on_packed)

@@ -1,12 +1,32 @@
-// Products with compact panels: in registers where one tile covers the rows, else of a panel that is decoded once.
-// Included by tile.h.
+// Products with compact panels: decoded in registers where one tile of whole panels covers the rows, else once, into memory
+// that stays in cache. Included by tile.h.
 #pragma once
 
 namespace {
 
+// add_pair with the weights of a step that was kept as it is.
+template <class S, int M, int V>
+inline __attribute__((always_inline)) void add_plain_pair(typename S::Floats (&sums)[M][V], const uint16_t* const* plain,
+                                                          int place, const typename S::Bf16Input* const* rows, int at) {
+  if constexpr (S::kTakesPairsApart) {
+    static_assert(V == 2);
+    const typename S::Bf16Weights w[2] = {S::load_pairs(plain[0] + place), S::load_pairs(plain[0] + place + 32)};
+    add_pair<2, S>(sums, 0, w, rows, at);
+  } else {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      const typename S::Bf16Pair input = S::broadcast_pair(rows[m] + at);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++)
+        sums[m][j] = S::dot(sums[m][j], S::load_pairs(plain[j / 2] + place + (j & 1) * 32), input);
+    }
+  }
+}
+
 // The sums of tile_bf16, of panels that are decoded as they are read; a single panel may be left as a plain one.
 template <int M, int V, int kPrefetch>
-inline void tile_compact(const Simd::Bf16Input* const* x, const Panels& p, int half, Ahead<kPrefetch> ahead, float* out) {
+inline void tile_compact(const Simd::Bf16Input* const* x, const Panels& p, Ahead<kPrefetch> ahead, float* out) {
+  static_assert(V > 1, "a panel is decoded as a whole");
   constexpr int kPanels = V > 2 ? 2 : 1;
   const Matrix& matrix = *p.matrix;
   const int num_steps = matrix.num_inputs / kStepInputs, panels[2] = {p.first, V > 2 ? p.second : p.first};
@@ -14,7 +34,9 @@ inline void tile_compact(const Simd::Bf16Input* const* x, const Panels& p, int h
   for (int i = 0; i < 2; i++) bytes[i] = (const uint8_t*)matrix.data + panels[i] * panel_bytes(matrix);
   Exceptions exceptions[2] = {{matrix, panels[0]}, {matrix, panels[1]}};
   typename Simd::Floats sums[M][V];
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int j = 0; j < V; j++) sums[m][j] = Simd::zero();
   const Simd::Bf16Input* rows[M];
   for (int m = 0; m < M; m++) rows[m] = x[m];
@@ -47,12 +69,7 @@ inline void tile_compact(const Simd::Bf16Input* const* x, const Panels& p, int h
             w[0] = Simd::load_pairs(plain);
             w[1] = Simd::load_pairs(plain + 32);
           }
-#pragma GCC unroll 12
-          for (int m = 0; m < M; m++) {
-            const Simd::Bf16Pair input = Simd::broadcast_pair(rows[m] + 4 * step + 2 * pair);
-            sums[m][2 * i] = Simd::dot(sums[m][2 * i], w[V > 1 ? 0 : half], input);
-            if (V > 1) sums[m][2 * i + 1] = Simd::dot(sums[m][2 * i + 1], w[1], input);
-          }
+          add_pair<2, Simd>(sums, 2 * i, w, rows, 4 * step + 2 * pair);
         }
       }
     }
@@ -70,17 +87,29 @@ inline void tile_compact(const Simd::Bf16Input* const* x, const Panels& p, int h
     if (kPrefetch != kAhead) memcpy(p.expanded + (size_t)step * kStepNumbers, plain[0], sizeof decoded[0]);
     for (int pair = 0; pair < 2; pair++) {
       ahead.fetch_next();
-#pragma GCC unroll 12
-      for (int m = 0; m < M; m++) {
-        const Simd::Bf16Pair input = Simd::broadcast_pair(rows[m] + 4 * step + 2 * pair);
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++)
-          sums[m][j] = Simd::dot(sums[m][j], Simd::load_pairs(plain[j / 2] + pair * 64 + ((j & 1) + half) * 32), input);
-      }
+      add_plain_pair<Simd>(sums, plain, pair * 64, rows, 4 * step + 2 * pair);
     }
   }
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int j = 0; j < V; j++) Simd::store(out + (m * V + j) * 16, sums[m][j]);
+}
+
+// A whole panel as a plain one.
+inline void expand_panel(const Matrix& matrix, int panel, uint16_t* to) {
+  const int num_steps = matrix.num_inputs / kStepInputs;
+  const uint8_t* at = (const uint8_t*)matrix.data + panel * panel_bytes(matrix);
+  const typename Simd::Table table = Simd::load_table(matrix.dictionaries[panel].high_bytes);
+  for (int step = 0; step < num_steps; step++, at += kStepBytes) {
+    const typename Simd::Ints codes = Simd::load_bytes(at);
+    Simd::expand_to(table, Simd::low_nibbles(codes), at + 64, to + (size_t)step * kStepNumbers);
+    Simd::expand_to(table, Simd::high_nibbles(codes), at + 128, to + (size_t)step * kStepNumbers + 64);
+  }
+  for (Exceptions exceptions = {matrix, panel}; exceptions.next(-1) >= 0;) {
+    const int step = exceptions.next(-1);
+    memcpy(to + (size_t)step * kStepNumbers, exceptions.take(step), kStepNumbers * sizeof(uint16_t));
+  }
 }
 
 }  // namespace

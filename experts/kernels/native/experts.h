@@ -191,10 +191,20 @@ void experts(const ExpertsCall* call) {
   }
 }
 
+// A format's largest tile, 16 times; how many rows it has.
+template <class T>
+int multiply_often(const Panels& panels, typename T::Row row, float* product) {
+  constexpr int kRows = T::kRows.of_many();
+  typename T::Row x[kMaxRows];
+  for (auto& each : x) each = row;
+  __asm__ volatile("" : : "r"(x) : "memory");  // else the compiler sees that all rows are one, and sums row by row
+  for (int i = 0; i < 16; i++) multiply<T, kNothing>(x, kRows, panels, 2, product);
+  return kRows;
+}
+
 // Operations of one thread's largest tile over operands in its first-level cache.
 double peak(int format, long iterations) {
-  alignas(64) static thread_local uint8_t own_operands[32768];
-  uint8_t* operands = own_operands;
+  alignas(64) static thread_local uint8_t operands[32768];
   alignas(64) float product[kMaxRows * 2 * kPanelColumns];
   static const float one_scale[2 * kPanelColumns] = {};
   constexpr int kInputs = 64;
@@ -202,27 +212,16 @@ double peak(int format, long iterations) {
   const Panels panels = {&matrix, 0, 1};
   const float zero = 0.0f;
   const int32_t sum = 0;
+  const void* inputs = operands + 24576;
+  const QuantizedRow bytes = {(const int8_t*)inputs, &zero, &sum};
   int rows = 0;
   volatile float sink = 0.0f;
   for (long i = 0; i < iterations; i++) {
-    if (format == kInt8) {
-      QuantizedRow x[kMaxRows];
-      for (auto& row : x) row = {(const int8_t*)operands + 16384, &zero, &sum};
-      __asm__ volatile("" : : "r"(x) : "memory");  // else the compiler sees that all rows are one, and sums row by row
-      rows = Tiles<kInt8>::kRows;
-      for (int j = 0; j < 16; j++) multiply<Tiles<kInt8>, false>(x, rows, panels, 2, product);
-    } else if (format == kBfloat16) {
-      const Simd::Bf16Input* x[kMaxRows];
-      for (auto& row : x) row = (const Simd::Bf16Input*)(operands + 16384);
-      __asm__ volatile("" : : "r"(x) : "memory");  // else the compiler sees that all rows are one, and sums row by row
-      rows = Tiles<kBfloat16>::kRows;
-      for (int j = 0; j < 16; j++) multiply<Tiles<kBfloat16>, false>(x, rows, panels, 2, product);
-    } else {
-      const float* x[kMaxRows];
-      for (auto& row : x) row = (const float*)(operands + 24576);
-      __asm__ volatile("" : : "r"(x) : "memory");  // else the compiler sees that all rows are one, and sums row by row
-      rows = Tiles<kFloat32>::kRows;
-      for (int j = 0; j < 16; j++) multiply<Tiles<kFloat32>, false>(x, rows, panels, 2, product);
+    switch (format) {
+      case kInt8: rows = multiply_often<Tiles<kInt8>>(panels, bytes, product); break;
+      case kInt4: rows = multiply_often<Tiles<kInt4>>(panels, bytes, product); break;
+      case kBfloat16: rows = multiply_often<Tiles<kBfloat16>>(panels, (const Simd::Bf16Input*)inputs, product); break;
+      default: rows = multiply_often<Tiles<kFloat32>>(panels, (const float*)inputs, product);
     }
     sink = sink + product[0];
   }

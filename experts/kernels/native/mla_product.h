@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kSlab = 64;           // units of a row that lie side by side
 constexpr int kInputsPerFetch = 4;  // between two prefetches
-constexpr bool kIsWide = Simd::kVectorsPerTile == 4;  // 32 vector registers
-constexpr int kBlockRows = kIsWide ? 6 : 4, kBlockVectors = kIsWide ? 4 : 1;  // of a product's largest tile
+constexpr bool kIsWide = Simd::kHas32Registers;
+constexpr int kBlockRows = Simd::kFloatRows.of_many(), kBlockVectors = kIsWide ? 4 : 1;  // of a product's largest tile
 constexpr int kBlockColumns = 64;
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }

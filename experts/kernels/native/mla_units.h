@@ -60,14 +60,14 @@ inline Simd::Floats power_of_two(Simd::Floats x) {
 template <class S>
 inline void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* to, int n) {
   int i = 0;
-  if constexpr (S::kVectorsPerTile == 4)
+  if constexpr (S::kHas32Registers)
     for (; i + 32 <= n; i += 32) S::interleave(even + i, odd + i, to + i);
   for (; i < n; i++) to[i] = (uint32_t)even[i] | (uint32_t)odd[i] << 16;
 }
 
 template <class S>
 inline void store_pairs(uint32_t* to, typename S::Floats even, typename S::Floats odd) {
-  if constexpr (S::kVectorsPerTile == 4) {
+  if constexpr (S::kHas32Registers) {
     S::store_bf16_pairs(to, even, odd);
   } else {
     alignas(64) uint16_t halves[32];
@@ -86,7 +86,7 @@ inline void transpose_as(const uint32_t* from, size_t from_stride, int num_rows,
       const uint32_t* block = from + row * from_stride + column;
       uint32_t* target = to + column * to_stride + row;
       const int rows = num_rows - row < 16 ? num_rows - row : 16, columns = num_columns - column < 16 ? num_columns - column : 16;
-      if constexpr (S::kVectorsPerTile == 4)
+      if constexpr (S::kHas32Registers)
         if (rows == 16 && columns == 16) {
           S::transpose((const float*)block, from_stride, (float*)target, to_stride);
           continue;

@@ -149,11 +149,11 @@ struct RowReader<Tiles<kInt8>> : QuantizedRows {};
 template <>
 struct RowReader<Tiles<kInt4>> : QuantizedRows {};
 
-// Calls `body(tile, num_tiles, first, count)` for tiles of nearly equal height that cover num_rows: a narrow one that
-// reads the weights once where one can be high enough, else broad ones, which read the rows less often.
+// Calls `body(tile, num_tiles, first, count)` for tiles of nearly equal height that cover num_rows: one where one can be
+// high enough, else broad ones, which read the rows less often.
 template <class T, class Body>
 inline void for_tiles(int num_rows, Body body) {
-  const int max_rows = num_rows <= T::kNarrowRows ? T::kNarrowRows : T::kRows;
+  const int max_rows = num_rows <= T::kRows.highest() ? T::kRows.highest() : T::kRows.of_many();
   const int tiles = (num_rows + max_rows - 1) / max_rows;
   for (int i = 0, first = 0; i < tiles; i++) {
     const int count = (num_rows - first + tiles - i - 1) / (tiles - i);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "compact.h"
+#include "tile_rows.h"
 
 namespace {
 
@@ -16,7 +17,7 @@ struct Simd {
   struct Ints {
     __m256i a, b;
   };
-  static constexpr int kVectorsPerTile = 1;  // 16 columns: there are only sixteen registers
+  static constexpr bool kHas32Registers = false;
 
   static Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Floats set1(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
@@ -79,76 +80,104 @@ struct Simd {
     _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(packed, 0xd8));
   }
 
-  static constexpr int kBf16Rows = 4, kBf16NarrowRows = 4;  // 8 registers of accumulators, 4 of weights, 2 of activations
+  static constexpr TileRows kBf16Rows = {6, 3, 0};  // 12 registers of sums, 2 of weights, 1 of activations
+  static constexpr bool kTakesPairsApart = true;
   using Bf16Input = float;
-  struct Bf16Weights {
-    Floats even, odd;
-  };
-  struct Bf16Pair {
-    __m256 even, odd;
-  };
-  static Bf16Weights load_pairs(const uint16_t* from) {
-    const __m256i a = _mm256_loadu_si256((const __m256i*)from), b = _mm256_loadu_si256((const __m256i*)(from + 16));
+  using Bf16Weights = Ints;  // as they are stored
+  static Bf16Weights load_pairs(const uint16_t* from) { return load_bytes((const uint8_t*)from); }
+  static Floats even(Ints pairs) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(pairs.b, 16))};
+  }
+  static Floats odd(Ints pairs) {
     const __m256i mask = _mm256_set1_epi32((int)0xffff0000);
-    return {{_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))},
-            {_mm256_castsi256_ps(_mm256_and_si256(a, mask)), _mm256_castsi256_ps(_mm256_and_si256(b, mask))}};
+    return {_mm256_castsi256_ps(_mm256_and_si256(pairs.a, mask)), _mm256_castsi256_ps(_mm256_and_si256(pairs.b, mask))};
   }
-  static Bf16Pair broadcast_pair(const float* from) {
-    return {_mm256_broadcast_ss(from), _mm256_broadcast_ss(from + 1)};
-  }
-  static Floats dot(Floats sum, Bf16Weights w, Bf16Pair x) {
-    return {_mm256_fmadd_ps(w.odd.a, x.odd, _mm256_fmadd_ps(w.even.a, x.even, sum.a)),
-            _mm256_fmadd_ps(w.odd.b, x.odd, _mm256_fmadd_ps(w.even.b, x.even, sum.b))};
+  static void add_product(Floats& sum, Floats w, const float* input) {
+    __m256 x;
+    __asm__("vbroadcastss %5, %2\n\tvfmadd231ps %2, %3, %0\n\tvfmadd231ps %2, %4, %1"
+            : "+&x"(sum.a), "+x"(sum.b), "=&x"(x)
+            : "x"(w.a), "x"(w.b), "m"(*input));
   }
   // The two vectors of a pair of inputs in a compact panel.
-  using Table = const uint8_t*;
-  static Table load_table(const uint8_t* sixteen) { return sixteen; }
-  static void expand_to(Table high_bytes, Ints codes, const uint8_t* low_bytes, uint16_t* to) {
-    uint8_t bytes[64];
-    memcpy(bytes, &codes, sizeof bytes);
-    expand_pair(high_bytes, bytes, low_bytes, to);
+  using Table = __m256i;
+  static Table load_table(const uint8_t* sixteen) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)sixteen));
   }
   static void expand(Table high_bytes, Ints codes, const uint8_t* low_bytes, Bf16Weights* to) {
-    uint16_t numbers[64];
-    expand_to(high_bytes, codes, low_bytes, numbers);
-    to[0] = load_pairs(numbers);
-    to[1] = load_pairs(numbers + kPanelColumns);
+    const Ints low = load_bytes(low_bytes);
+    const __m256i high_a = _mm256_shuffle_epi8(high_bytes, codes.a), high_b = _mm256_shuffle_epi8(high_bytes, codes.b);
+    to[0] = {_mm256_unpacklo_epi8(low.a, high_a), _mm256_unpacklo_epi8(low.b, high_b)};
+    to[1] = {_mm256_unpackhi_epi8(low.a, high_a), _mm256_unpackhi_epi8(low.b, high_b)};
   }
-  static constexpr int kFloatRows = 5;
+  static void expand_to(Table high_bytes, Ints codes, const uint8_t* low_bytes, uint16_t* to) {
+    Bf16Weights pairs[2];
+    expand(high_bytes, codes, low_bytes, pairs);
+    store_ints(to, pairs[0]);
+    store_ints(to + kPanelColumns, pairs[1]);
+  }
+  static constexpr TileRows kFloatRows = {6, 3, 0};
 
-  static constexpr int kByteRows = 3, kByteNarrowRows = 3;
+  static constexpr TileRows kInt8Rows = {4, 2, 0, 3}, kInt4Rows = {6, 3, 0};
   static Ints load_bytes(const uint8_t* from) {
     return {_mm256_loadu_si256((const __m256i*)from), _mm256_loadu_si256((const __m256i*)(from + 32))};
+  }
+  static void store_ints(void* to, Ints x) {
+    _mm256_storeu_si256((__m256i*)to, x.a);
+    _mm256_storeu_si256((__m256i*)to + 1, x.b);
   }
   static Ints broadcast_bytes(const int8_t* from) {
     int32_t four;
     memcpy(&four, from, 4);
     return set1_int(four);
   }
-  static __m256i high_half(__m256i x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
-  static Ints low_nibbles(Ints x) {
+  // Of each byte, the low nibble or the high one.
+  static Ints nibbles(Ints x, int is_high) {
+    const __m128i bits = _mm_cvtsi32_si128(4 * is_high);
     const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+    return {_mm256_and_si256(_mm256_srl_epi16(x.a, bits), mask), _mm256_and_si256(_mm256_srl_epi16(x.b, bits), mask)};
   }
-  static Ints high_nibbles(Ints x) { return {high_half(x.a), high_half(x.b)}; }
+  static Ints low_nibbles(Ints x) { return nibbles(x, 0); }
+  static Ints high_nibbles(Ints x) { return nibbles(x, 1); }
   static Ints set1_int(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
-  static __m256i dot_half(__m256i sum, __m256i w, __m256i x) {  // maddubs would saturate
+  // Products of bytes in 16 bits, two neighbours added up. They saturate: byte_tile.h keeps below that. As assembly, here
+  // and in `add_product`, because gcc 12 multiplies first and adds later, for which there are no registers.
+  static constexpr bool kSumsBytesIn16Bits = true;
+  static constexpr int kInt4Steps = 8;  // 8 * 2 * 15 * 127 < 32768
+  static void add_bytes_to_shorts(__m256i& sum, __m256i w, __m256i x) {  // w: not negative
+    __m256i products;
+    __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(w), "x"(x));
+  }
+  static void add_signed_bytes(__m256i& sum, __m256i magnitudes, __m256i w, __m256i x) {
+    __m256i products;
+    __asm__("vpsignb %3, %4, %1\n\tvpmaddubsw %1, %2, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
+            : "+x"(sum), "=&x"(products)
+            : "x"(magnitudes), "x"(w), "x"(x), "x"(_mm256_set1_epi16(1)));
+  }
+  static Ints sum_pairs(Ints shorts) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_madd_epi16(shorts.a, ones), _mm256_madd_epi16(shorts.b, ones)};
+  }
+  static Ints without_zero_point(Ints x) {  // 0 to 255 as -128 to 127
+    const __m256i sign = _mm256_set1_epi8((char)0x80);
+    return {_mm256_xor_si256(x.a, sign), _mm256_xor_si256(x.b, sign)};
+  }
+  static __m256i dot_half(__m256i sum, __m256i w, __m256i x) {
     const __m256i w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xff)), w_odd = _mm256_srli_epi16(w, 8);
     const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w_even, x_even));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(w_odd, x_odd));
   }
   static Ints dot_bytes(Ints sum, Ints w, Ints x) { return {dot_half(sum.a, w.a, x.a), dot_half(sum.b, w.b, x.b)}; }
+  static Ints magnitudes(Ints x) { return {_mm256_abs_epi8(x.a), _mm256_abs_epi8(x.b)}; }
   static Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
   static __m256i clamp(__m256i x) {
     return _mm256_max_epi32(_mm256_min_epi32(x, _mm256_set1_epi32(127)), _mm256_set1_epi32(-127));
   }
   static Ints store_rounded_bytes(int8_t* to, Floats value) {
     const Ints rounded = {clamp(_mm256_cvtps_epi32(value.a)), clamp(_mm256_cvtps_epi32(value.b))};
-    alignas(32) int32_t lanes[16];
-    _mm256_store_si256((__m256i*)lanes, rounded.a);
-    _mm256_store_si256((__m256i*)(lanes + 8), rounded.b);
-    for (int i = 0; i < 16; i++) to[i] = (int8_t)lanes[i];
+    const __m256i shorts = _mm256_permute4x64_epi64(_mm256_packs_epi32(rounded.a, rounded.b), 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1));
+    _mm_storeu_si128((__m128i*)to, bytes);
     return rounded;
   }
   static int32_t sum_ints(Ints x) {

@@ -8,13 +8,14 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "tile_rows.h"
 
 namespace {
 
 struct Simd {
   using Floats = __m512;
   using Ints = __m512i;
-  static constexpr int kVectorsPerTile = 4;  // 64 columns
+  static constexpr bool kHas32Registers = true;
 
   static Floats zero() { return _mm512_setzero_ps(); }
   static Floats set1(float value) { return _mm512_set1_ps(value); }
@@ -116,8 +117,8 @@ struct Simd {
 
   // --- products of bf16 pairs: the panel has 16 columns x 2 numbers a vector -----------------------------------
 #ifdef MOBULA_AVX512_BF16
-  static constexpr int kBf16Rows = 6;  // of 64 columns: 24 accumulators, 4 weights, 1 activation
-  static constexpr int kBf16NarrowRows = 12;  // of 32 columns
+  static constexpr bool kTakesPairsApart = false;
+  static constexpr TileRows kBf16Rows = {0, 12, 6};  // 24 accumulators, 4 weights, 1 activation
   using Bf16Input = uint16_t;          // how activations are fed to a tile
 #ifdef MOBULA_EMULATE_BF16
   using Bf16Weights = __m512i;
@@ -144,8 +145,8 @@ struct Simd {
   static Floats dot(Floats sum, Bf16Weights w, Bf16Pair x) { return _mm512_dpbf16_ps(sum, w, x); }
 #endif
 #else
-  static constexpr int kBf16Rows = 5;  // of 64 columns: 20 accumulators, 8 weights, 2 activations
-  static constexpr int kBf16NarrowRows = 12;  // of 32 columns: 24 accumulators, 4 weights, 2 activations
+  static constexpr bool kTakesPairsApart = false;
+  static constexpr TileRows kBf16Rows = {0, 12, 5};  // 24 or 20 accumulators, 4 or 8 weights, 2 activations
   using Bf16Input = float;
   struct Bf16Weights {
     Floats even, odd;
@@ -178,10 +179,11 @@ struct Simd {
     _mm512_storeu_si512(to, _mm512_unpacklo_epi8(low, high));
     _mm512_storeu_si512(to + kPanelColumns, _mm512_unpackhi_epi8(low, high));
   }
-  static constexpr int kFloatRows = 6;
+  static constexpr TileRows kFloatRows = {0, 6, 6};
 
   // --- products of bytes: unsigned weights, signed activations, four numbers a lane -----------------------------
-  static constexpr int kByteRows = 6, kByteNarrowRows = 12;  // of 64 and 32 columns
+  static constexpr bool kSumsBytesIn16Bits = false;
+  static constexpr TileRows kInt8Rows = {0, 12, 6}, kInt4Rows = kInt8Rows;
   static Ints load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
   static Ints broadcast_bytes(const int8_t* from) {
     int32_t four;

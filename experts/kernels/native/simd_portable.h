@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "compact.h"
+#include "tile_rows.h"
 
 namespace {
 
@@ -16,7 +17,7 @@ struct Simd {
   struct Ints {
     int32_t v[16];
   };
-  static constexpr int kVectorsPerTile = 1;
+  static constexpr bool kHas32Registers = false;
 
   template <class F>
   static Floats each(F f) {
@@ -99,7 +100,8 @@ struct Simd {
     for (int i = 0; i < 16; i++) to[i] = narrow(x.v[i]);
   }
 
-  static constexpr int kBf16Rows = 2, kBf16NarrowRows = 2;
+  static constexpr bool kTakesPairsApart = false;
+  static constexpr TileRows kBf16Rows = {2, 0, 0};
   using Bf16Input = float;
   struct Bf16Weights {
     Floats even, odd;
@@ -128,9 +130,10 @@ struct Simd {
     to[0] = load_pairs(numbers);
     to[1] = load_pairs(numbers + kPanelColumns);
   }
-  static constexpr int kFloatRows = 2;
+  static constexpr TileRows kFloatRows = {2, 0, 0};
 
-  static constexpr int kByteRows = 2, kByteNarrowRows = 2;
+  static constexpr bool kSumsBytesIn16Bits = false;
+  static constexpr TileRows kInt8Rows = {2, 0, 0}, kInt4Rows = kInt8Rows;
   static Ints load_bytes(const uint8_t* from) {
     Ints result;
     memcpy(result.v, from, 64);

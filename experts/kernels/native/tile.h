@@ -35,6 +35,7 @@ enum Prefetch {
   kNext = 2,      // a part of the panels that are wanted next, up to a line a step
   kNextFast = 3,  // up to two
 };
+constexpr int kFetchingTiles = 8;  // at most so many of a pair's tiles share out the fetching of the next one
 constexpr ptrdiff_t kAheadBytes = 4096;  // what a core computes with while memory answers
 
 inline size_t panel_bytes(const Matrix& m) {
@@ -87,11 +88,38 @@ struct Ahead {
 // In the functions below V is the number of vectors of 16 columns, j / 2 their panel; `half` is the first vector's place
 // in its panel when V is 1. out: [M][16 * V].
 
+// sums[m][first...] += a pair of inputs of every row, `at` numbers from its start, times N vectors of weights.
+template <int N, class S, int M, int V>
+inline __attribute__((always_inline)) void add_pair(typename S::Floats (&sums)[M][V], int first,
+                                                    const typename S::Bf16Weights* w,
+                                                    const typename S::Bf16Input* const* rows, int at) {
+  if constexpr (S::kTakesPairsApart) {  // the even numbers first: there are no registers for both
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) {
+      const typename S::Floats even = S::even(w[j]);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; m++) S::add_product(sums[m][first + j], even, rows[m] + at);
+      const typename S::Floats odd = S::odd(w[j]);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; m++) S::add_product(sums[m][first + j], odd, rows[m] + at + 1);
+    }
+  } else {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      const typename S::Bf16Pair input = S::broadcast_pair(rows[m] + at);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) sums[m][first + j] = S::dot(sums[m][first + j], w[j], input);
+    }
+  }
+}
+
 template <int M, int V, int kPrefetch>
 inline void tile_bf16(const Simd::Bf16Input* const* x, const uint16_t* a, const uint16_t* b, int half, int k,
                       Ahead<kPrefetch> ahead, float* out) {
   typename Simd::Floats sums[M][V];
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int j = 0; j < V; j++) sums[m][j] = Simd::zero();
   const Simd::Bf16Input* rows[M];
   for (int m = 0; m < M; m++) rows[m] = x[m];
@@ -103,14 +131,11 @@ inline void tile_bf16(const Simd::Bf16Input* const* x, const uint16_t* a, const 
 #pragma GCC unroll 4
     for (int j = 0; j < V; j++) j < 2 ? ahead.fetch_a(a + (j & 1) * 32) : ahead.fetch_b(b + (j & 1) * 32);
     ahead.fetch_next();
-#pragma GCC unroll 12
-    for (int m = 0; m < M; m++) {
-      const Simd::Bf16Pair input = Simd::broadcast_pair(rows[m] + 2 * pair);
-#pragma GCC unroll 4
-      for (int j = 0; j < V; j++) sums[m][j] = Simd::dot(sums[m][j], w[j], input);
-    }
+    add_pair<V, Simd>(sums, 0, w, rows, 2 * pair);
   }
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int j = 0; j < V; j++) Simd::store(out + (m * V + j) * 16, sums[m][j]);
 }
 
@@ -118,7 +143,9 @@ template <int M, int V, int kPrefetch>
 inline void tile_float(const float* const* x, const float* a, const float* b, int half, int k, Ahead<kPrefetch> ahead,
                        float* out) {
   typename Simd::Floats sums[M][V];
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int j = 0; j < V; j++) sums[m][j] = Simd::zero();
   const float* rows[M];
   for (int m = 0; m < M; m++) rows[m] = x[m];
@@ -137,67 +164,15 @@ inline void tile_float(const float* const* x, const float* a, const float* b, in
       for (int j = 0; j < V; j++) sums[m][j] = Simd::fma(w[j], input, sums[m][j]);
     }
   }
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int j = 0; j < V; j++) Simd::store(out + (m * V + j) * 16, sums[m][j]);
-}
-
-// Integers within a group, fp32 over groups. The fp32 sums live in `out`: there are no registers for both.
-template <int M, int V, int kPrefetch, bool kIsInt4>
-inline void tile_bytes(const QuantizedRow* x, const uint8_t* a, const uint8_t* b, const float* scales_a,
-                       const float* scales_b, int half, int k, int group_size, Ahead<kPrefetch> ahead, float* out) {
-  constexpr int kStep = kIsInt4 ? 64 : 128, kZeroPoint = kIsInt4 ? 8 : 128;
-  for (int i = 0; i < M * V; i++) Simd::store(out + i * 16, Simd::zero());
-  for (int group = 0; group * group_size < k; group++) {
-    typename Simd::Ints sums[M][V];
-    const int8_t* rows[M];
-#pragma GCC unroll 12
-    for (int m = 0; m < M; m++) {
-      rows[m] = x[m].numbers + group * group_size;
-      const typename Simd::Ints start = Simd::set1_int(-kZeroPoint * x[m].sums[group]);
-#pragma GCC unroll 4
-      for (int j = 0; j < V; j++) sums[m][j] = start;
-    }
-    for (int four = 0; four < group_size / 4; four++, a += kStep, b += kStep) {
-      typename Simd::Ints w[V];
-      ahead.fetch_next();
-      if (kIsInt4) {
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) {
-          const typename Simd::Ints both = Simd::load_bytes(j < 2 ? a : b);
-          w[j] = ((j & 1) || half) ? Simd::high_nibbles(both) : Simd::low_nibbles(both);
-        }
-        ahead.fetch_a(a);
-        if (V > 2) ahead.fetch_b(b);
-      } else {
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) w[j] = Simd::load_bytes((j < 2 ? a : b) + ((j & 1) + half) * 64);
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++)
-          j < 2 ? ahead.fetch_a(a + ((j & 1) + half) * 64) : ahead.fetch_b(b + ((j & 1) + half) * 64);
-      }
-#pragma GCC unroll 12
-      for (int m = 0; m < M; m++) {
-        const typename Simd::Ints input = Simd::broadcast_bytes(rows[m] + 4 * four);
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) sums[m][j] = Simd::dot_bytes(sums[m][j], w[j], input);
-      }
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < V; j++) {
-      const float* scales = (j < 2 ? scales_a : scales_b) + group * kPanelColumns + ((j & 1) + half) * 16;
-      const typename Simd::Floats weight_scale = Simd::load(scales);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; m++) {
-        float* sum = out + (m * V + j) * 16;
-        const typename Simd::Floats scale = Simd::mul(weight_scale, Simd::set1(x[m].scales[group]));
-        Simd::store(sum, Simd::fma(Simd::to_floats(sums[m][j]), scale, Simd::load(sum)));
-      }
-    }
-  }
 }
 
 }  // namespace
 
+#include "byte_tile.h"
 #include "compact_tile.h"
 
 namespace {
@@ -210,10 +185,11 @@ template <>
 struct Tiles<kBfloat16> {
   using Row = const Simd::Bf16Input*;
   static constexpr int kStep = 2;  // inputs
-  static constexpr int kRows = Simd::kBf16Rows, kNarrowRows = Simd::kBf16NarrowRows;
+  static constexpr TileRows kRows = Simd::kBf16Rows;
   template <int M, int V, int kPrefetch>
   static void run(const Row* x, const Panels& p, int half, float* out) {
-    if (p.matrix->format == kCompact) return tile_compact<M, V, kPrefetch>(x, p, half, Ahead<kPrefetch>(p), out);
+    if constexpr (V > 1)  // narrower tiles are given plain panels
+      if (p.matrix->format == kCompact) return tile_compact<M, V, kPrefetch>(x, p, Ahead<kPrefetch>(p), out);
     const uint16_t* data = (const uint16_t*)p.matrix->data;
     const size_t panel = (size_t)p.matrix->num_inputs * kPanelColumns;
     const auto *a = data + p.first * panel, *b = data + p.second * panel;
@@ -225,7 +201,7 @@ template <>
 struct Tiles<kFloat32> {
   using Row = const float*;
   static constexpr int kStep = 1;
-  static constexpr int kRows = Simd::kFloatRows, kNarrowRows = kRows;
+  static constexpr TileRows kRows = Simd::kFloatRows;
   template <int M, int V, int kPrefetch>
   static void run(const Row* x, const Panels& p, int half, float* out) {
     const float* data = (const float*)p.matrix->data;
@@ -239,16 +215,22 @@ template <bool kIsInt4>
 struct ByteTiles {
   using Row = QuantizedRow;
   static constexpr int kStep = 4;
-  static constexpr int kRows = Simd::kByteRows, kNarrowRows = Simd::kByteNarrowRows;
+  static constexpr TileRows kRows = kIsInt4 ? Simd::kInt4Rows : Simd::kInt8Rows;
   template <int M, int V, int kPrefetch>
   static void run(const Row* x, const Panels& p, int half, float* out) {
     const uint8_t* data = (const uint8_t*)p.matrix->data;
     const size_t panel = panel_bytes(*p.matrix);
     const size_t scales = (size_t)(p.matrix->num_inputs / p.matrix->group_size) * kPanelColumns;
     const uint8_t *a = data + p.first * panel, *b = data + p.second * panel;
-    tile_bytes<M, V, kPrefetch, kIsInt4>(x, a, b, p.matrix->scales + p.first * scales,
-                                         p.matrix->scales + p.second * scales, half, p.matrix->num_inputs,
-                                         p.matrix->group_size, Ahead<kPrefetch>(p), out);
+    const float *scales_a = p.matrix->scales + p.first * scales, *scales_b = p.matrix->scales + p.second * scales;
+    const int k = p.matrix->num_inputs, group_size = p.matrix->group_size;
+    const Ahead<kPrefetch> ahead(p);
+    // Of several tiles with int8 weights the multiplications count, of which 16-bit numbers need no more, and no signs.
+    constexpr bool kIsOfMany = !kIsInt4 && V == 1 && M <= kRows.of_many();
+    if constexpr (Simd::kSumsBytesIn16Bits && !kIsOfMany)
+      tile_bytes_by_16<Simd, M, V, kPrefetch, kIsInt4>(x, a, scales_a, half, k, group_size, ahead, out);
+    else
+      tile_bytes<Simd, M, V, kPrefetch, kIsInt4>(x, a, b, scales_a, scales_b, half, k, group_size, ahead, out);
   }
 };
 template <>
@@ -258,9 +240,9 @@ struct Tiles<kInt4> : ByteTiles<true> {};
 
 template <class T, int M, int V, int kPrefetch>
 inline void run_tile(const typename T::Row* x, const Panels& p, int half, float* out) {
-  constexpr bool kIsOfMany = kPrefetch >= kNext;  // then tiles are at least half as high as they can be
-  if constexpr (M <= (V > 2 || kIsOfMany ? T::kRows : T::kNarrowRows) && (!kIsOfMany || 2 * M >= T::kRows))
-    T::template run<M, V, kPrefetch>(x, p, half, out);
+  constexpr bool kFetchesNext = kPrefetch >= kNext;  // done by tiles that are at least half as high as they can be
+  constexpr int kMost = kFetchesNext && V > 1 ? T::kRows.of_many() : T::kRows.of(V);
+  if constexpr (M <= kMost && (!kFetchesNext || 2 * M >= kMost)) T::template run<M, V, kPrefetch>(x, p, half, out);
 }
 
 template <class T, int V, int kPrefetch>
@@ -281,15 +263,11 @@ inline void run_rows(const typename T::Row* x, int num_rows, const Panels& p, in
   }
 }
 
-// Rows times one or two panels. num_rows <= T::kNarrowRows; out: [num_rows][32 * count].
-template <class T, int kPrefetch>
-inline void multiply(const typename T::Row* x, int num_rows, const Panels& p, int count, float* out) {
-  constexpr int kVectors = Simd::kVectorsPerTile;
+// Rows times one or two panels, kWide vectors at a time.
+template <class T, int kPrefetch, int kWide>
+inline void multiply_by_columns(const typename T::Row* x, int num_rows, const Panels& p, int count, float* out) {
   const int columns = count * kPanelColumns;
-  const bool is_wide = kVectors == 4 && count == 2 && num_rows <= T::kRows && !p.expanded;
-  if (is_wide) return run_rows<T, 4, kPrefetch>(x, num_rows, p, 0, out);
   constexpr int kOthers = kPrefetch == kAhead ? kAhead : kNothing;  // the first of the narrower ones fetches for all
-  constexpr int kWide = kVectors >= 2 ? 2 : 1;
   alignas(64) float piece[kMaxRows * 32];
   for (int i = 0; i < count; i++) {
     Panels single = p;
@@ -310,12 +288,59 @@ inline void multiply(const typename T::Row* x, int num_rows, const Panels& p, in
   }
 }
 
-// One tile of the several that cover a pair of panels. They share out the fetching of the next panels, so that memory has
-// the time of two or four of them to answer. Compact panels are decoded once, by the first tile, into memory that stays
-// in cache.
+// Rows times one or two panels. num_rows <= T::kRows.highest(); out: [num_rows][32 * count].
+template <class T, int kPrefetch>
+inline void multiply(const typename T::Row* x, int num_rows, const Panels& p, int count, float* out) {
+  if constexpr (T::kRows.pair > 0)
+    if (count == 2 && num_rows <= T::kRows.pair && !p.expanded)
+      return run_rows<T, 4, kPrefetch>(x, num_rows, p, 0, out);
+  if constexpr (T::kRows.half > 0)
+    if (num_rows > T::kRows.panel) return multiply_by_columns<T, kPrefetch, 1>(x, num_rows, p, count, out);
+  if constexpr (T::kRows.panel > 0) multiply_by_columns<T, kPrefetch, 2>(x, num_rows, p, count, out);
+}
+
+// Where tiles are half a panel wide they pass over each panel twice. Passes share out the fetching of the next panels, and
+// a compact panel is decoded before the first of them.
 template <class T>
-inline void multiply_tile(const typename T::Row* x, int tile, int num_tiles, int num_rows, const Panels& p, int count,
-                          float* out) {
+inline void multiply_by_halves(const typename T::Row* x, int tile, int num_tiles, int num_rows, const Panels& p, int count,
+                               float* out) {
+  static_assert(2 * (T::kRows.panel + 1) >= T::kRows.half, "run_tile has no tile of so few rows that fetches");
+  const Matrix& matrix = *p.matrix;
+  const int k = matrix.num_inputs, columns = count * kPanelColumns;
+  const int num_fetching = num_tiles < kFetchingTiles ? num_tiles : kFetchingTiles, passes = 2 * num_fetching;  // of a panel
+  const size_t panel = (size_t)k * kPanelColumns, part = panel_bytes(matrix) / passes;
+  const Matrix plain = {matrix.format == kCompact ? own_scratch(2 * panel * sizeof(uint16_t)) : nullptr, nullptr, nullptr,
+                        kBfloat16, columns, k, 0};
+  alignas(64) float piece[kMaxRows * 16];
+  for (int i = 0; i < count; i++) {
+    Panels single = p;
+    single.first = i ? p.second : p.first;
+    if (matrix.format == kCompact) {
+      if (tile == 0) expand_panel(matrix, single.first, (uint16_t*)plain.data + i * panel);
+      single.matrix = &plain;
+      single.first = i;
+    }
+    single.fetched_a_step = (part + k / T::kStep - 1) / (k / T::kStep);
+    for (int half = 0; half < 2; half++) {
+      const int pass = 2 * (tile * count + i) + half;
+      const char* next = (const char*)(pass < passes ? p.next_first : p.next_second);
+      if (next && tile < num_fetching) {
+        single.fetched = next + pass % passes * part;
+        run_rows<T, 1, kNext>(x, num_rows, single, half, piece);
+      } else {
+        run_rows<T, 1, kNothing>(x, num_rows, single, half, piece);
+      }
+      for (int m = 0; m < num_rows; m++)
+        Simd::store(out + m * columns + i * kPanelColumns + half * 16, Simd::load(piece + m * 16));
+    }
+  }
+}
+
+// Tiles of whole panels: several share out the fetching of the next panels, so that memory has the time of two or four of
+// them to answer. Compact panels are decoded once, by the first tile, into memory that stays in cache.
+template <class T>
+inline void multiply_by_panels(const typename T::Row* x, int tile, int num_tiles, int num_rows, const Panels& p, int count,
+                               float* out) {
   if (num_tiles == 1) return multiply<T, kAhead>(x, num_rows, p, count, out);
   const int k = p.matrix->num_inputs, parts = num_tiles < 4 ? 1 : 2;  // of a panel
   const char* next = (const char*)(tile < parts ? p.next_first : tile < 2 * parts ? p.next_second : nullptr);
@@ -339,6 +364,20 @@ inline void multiply_tile(const typename T::Row* x, int tile, int num_tiles, int
   if (!next) return multiply<T, kNothing>(x, num_rows, panels, count, out);
   if (panels.fetched_a_step > 64) return multiply<T, kNextFast>(x, num_rows, panels, count, out);
   multiply<T, kNext>(x, num_rows, panels, count, out);
+}
+
+// One tile of the num_tiles that cover a pair of panels; num_rows: its own.
+template <class T>
+inline void multiply_tile(const typename T::Row* x, int tile, int num_tiles, int num_rows, const Panels& p, int count,
+                          float* out) {
+  if constexpr (T::kRows.half > 0) {
+    if (num_tiles > 1 || num_rows > T::kRows.panel)
+      multiply_by_halves<T>(x, tile, num_tiles, num_rows, p, count, out);
+    else
+      multiply<T, kAhead>(x, num_rows, p, count, out);
+  } else {
+    multiply_by_panels<T>(x, tile, num_tiles, num_rows, p, count, out);
+  }
 }
 
 }  // namespace

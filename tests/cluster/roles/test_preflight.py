@@ -152,7 +152,7 @@ def test_quantised_experts_are_counted_as_they_are_kept_and_named(
 
 
 def test_what_a_worker_keeps_as_integers_is_counted_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_matrix, "instruction_set", lambda: "avx2")  # bfloat16 in 16 bits, as plans count it
+    monkeypatch.setattr(packed_matrix, "instruction_set", lambda: "portable")  # bfloat16 in 16 bits, as plans count it
     folder = write_checkpoint(tmp_path / "plain", "v2", dtype=torch.bfloat16, q_lora_rank=32)
     (tmp_path / "int8").mkdir()
     convert.plan(Checkpoint.open(folder), 8, selection=convert.ALL_LINEAR).write(tmp_path / "int8", lambda _: None)

@@ -91,10 +91,11 @@ def test_partial_sums_are_those_of_a_loop_in_fp64(
         assert torch.equal(experts.run(x, assignments, torch.bfloat16), found.bfloat16())
 
 
-@needs_kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
-def test_a_rows_sums_have_the_same_bits_alone_and_among_many(kind: str, num_threads: int) -> None:
+def test_a_rows_sums_have_the_same_bits_alone_and_among_many(
+    each_instruction_set: str, kind: str, num_threads: int
+) -> None:
     experts, x = Experts(kind), torch.randn(120, 96).bfloat16()
     everything = random_assignments(120)
     set_num_threads(num_threads)
@@ -112,8 +113,7 @@ def test_a_rows_sums_have_the_same_bits_alone_and_among_many(kind: str, num_thre
         assert torch.equal(experts.run(x[row : row + 1], alone, torch.float32), together[2 * row : 2 * row + 2])
 
 
-@needs_kernels
-def test_many_rows_go_through_in_groups_of_experts_with_the_same_bits() -> None:
+def test_many_rows_go_through_in_groups_of_experts_with_the_same_bits(each_instruction_set: str) -> None:
     experts = Experts("float32", hidden_size=32, intermediate_size=2048)  # 300 rows of 8 KiB: more than one group holds
     x, assignments = torch.randn(300, 32), random_assignments(300)
     found = experts.run(x, assignments, torch.float32)

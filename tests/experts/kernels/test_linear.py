@@ -7,7 +7,7 @@ from experts.kernels.library import set_num_threads
 from experts.kernels.linear import KernelHeads, KernelLinear
 from experts.kernels.packed_matrix import pack, pack_plain
 from experts.quantized_matrix import QuantizedMatrix
-from tests.experts.kernels.instruction_sets import each_instruction_set, needs_kernels
+from tests.experts.kernels.instruction_sets import each_instruction_set
 
 __all__ = ["each_instruction_set"]
 
@@ -51,7 +51,24 @@ def test_a_quantised_product_is_that_of_its_dequantised_weight(
     assert relative_error(found, x.double() @ matrix.dequantize().double().T) < tolerance
 
 
-@needs_kernels
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 6, 20])
+@pytest.mark.parametrize(("num_bits", "low", "high"), [(8, -128, 127), (4, -8, 7)])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])
+def test_no_sum_of_the_largest_integers_saturates(
+    each_instruction_set: str, num_rows: int, num_bits: int, low: int, high: int, group_size: int
+) -> None:
+    values = torch.tensor([low, high], dtype=torch.int8)[torch.arange(64) // 2 % 2].unsqueeze(1).repeat(1, 256)
+    values[::2, ::2] = values[::2, ::2].neg().clamp(low, high)
+    matrix = QuantizedMatrix(
+        values=values, scales=torch.ones(64, 256 // group_size), num_bits=num_bits, group_size=group_size
+    )
+    x = torch.full((num_rows, 256), -127.0)  # its own integers, with a scale of 1
+    x[::2] = 127.0
+    x[1::3, 1::2] *= -1
+    found = KernelLinear(pack([matrix]))(x)
+    assert torch.equal(found.double(), x.double() @ values.double().T)
+
+
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     num_rows=st.integers(1, 60),
@@ -60,7 +77,7 @@ def test_a_quantised_product_is_that_of_its_dequantised_weight(
     kind=st.sampled_from(["float32", "bfloat16", "compact", "int8", "int4"]),
 )
 def test_a_row_has_the_same_bits_beside_any_others_with_any_number_of_threads(
-    num_rows: int, others: int, num_threads: int, kind: str
+    each_instruction_set: str, num_rows: int, others: int, num_threads: int, kind: str
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(170, 128, generator=generator)
