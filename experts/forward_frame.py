@@ -15,7 +15,7 @@ from experts.grouped_ffn import ForwardInput, Int32Array
 from experts.kernels.assignments import kernel_accepts
 from experts.weight_store import ExpertModel, LayerWeights
 from protos import expert_pb2
-from protos.codec import dtype_from_wire, dtype_to_wire, encode_frame
+from protos.codec import dtype_from_wire, dtype_to_wire, encode_frame, read_matrix
 from protos.errors import InvalidRequest, MobulaError, StalePlacement, UnitQuarantined, code_number
 
 MAX_UNIT_IDS = 64  # of an error; a forward that asks for more quarantined units learns of the others by asking again
@@ -57,9 +57,10 @@ def read_forward(
 
     Raises InvalidRequest for what can never be computed, StalePlacement for experts that `layer` does not hold.
     """
-    dtype = dtype_from_wire(header.dtype)
-    if dtype != model.dtype:
-        raise InvalidRequest(f"hidden states are {dtype}, this shard computes in {model.dtype}", field="header.dtype")
+    dtype = model.dtype
+    if header.dtype != dtype_to_wire(dtype):
+        sent = dtype_from_wire(header.dtype)
+        raise InvalidRequest(f"hidden states are {sent}, this shard computes in {dtype}", field="header.dtype")
     num_rows, num_assignments = header.num_rows, header.num_assignments
     rows_bytes = num_rows * model.hidden_size * dtype.itemsize
     excess = len(payload) - rows_bytes - 16 * num_assignments
@@ -70,27 +71,20 @@ def read_forward(
         )
     # Copied before they are checked: whoever sent them may be able to write to them still.
     assignments = np.frombuffer(payload[rows_bytes:], dtype=np.int32).reshape(4, num_assignments).copy()
-    limits = ForwardLimits(
-        layer_id=layer.layer_id,
-        placement_version=layer.placement_version,
-        num_rows=num_rows,
-        num_partial_sums=header.num_partial_sums,
-        expert_to_unit=layer.expert_to_unit,
-    )
-    if not kernel_accepts(assignments, limits.expert_to_unit, num_rows, limits.num_partial_sums):
+    if not kernel_accepts(assignments, layer.expert_to_unit, num_rows, header.num_partial_sums):
+        limits = ForwardLimits(
+            layer_id=layer.layer_id,
+            placement_version=layer.placement_version,
+            num_rows=num_rows,
+            num_partial_sums=header.num_partial_sums,
+            expert_to_unit=layer.expert_to_unit,
+        )
         check_assignments(assignments[1], assignments[2], assignments[3], limits)  # says what is wrong
     return ForwardInput(
-        hidden_states=_matrix(payload[:rows_bytes], num_rows, model),
+        hidden_states=read_matrix(payload[:rows_bytes], num_rows, model.hidden_size, dtype),
         assignments=assignments,
         num_partial_sums=header.num_partial_sums,
     )
-
-
-def _matrix(memory: memoryview, num_rows: int, model: ExpertModel) -> torch.Tensor:
-    """[num_rows, hidden_size] in the model's dtype, a view."""
-    if not memory:
-        return torch.empty(num_rows, model.hidden_size, dtype=model.dtype)
-    return torch.frombuffer(memory, dtype=model.dtype).view(num_rows, model.hidden_size)
 
 
 def check_assignments(
@@ -140,7 +134,7 @@ def answer_tensor(memory: memoryview, forward: ForwardInput, model: ExpertModel)
     num_bytes = forward.num_partial_sums * model.hidden_size * model.dtype.itemsize
     if len(memory) != num_bytes:
         raise InvalidRequest(f"the answer's region has {len(memory)} bytes, the partial sums have {num_bytes}")
-    return _matrix(memory, forward.num_partial_sums, model)
+    return read_matrix(memory, forward.num_partial_sums, model.hidden_size, model.dtype)
 
 
 def answer_header(sequence_number: int, outcome: ForwardOutput | MobulaError) -> expert_pb2.ForwardResult:

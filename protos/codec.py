@@ -18,7 +18,7 @@ from torch import Tensor
 from protos import tensor_pb2
 from protos.errors import CorruptFrame, InvalidRequest
 
-# Views of received bytes are read-only by contract (PayloadReader); torch has no such tensors and warns of it.
+# Views of received bytes are read-only by contract (read_matrix); torch has no such tensors and warns of it.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
 
 _HEADER_TAG = 0x0A  # field 1, length-delimited
@@ -101,32 +101,17 @@ def _check(header: bytes, payload: memoryview) -> None:
         )
 
 
-class PayloadReader:
-    """Takes tensors off the front of a payload, as views. The bytes are read-only: do not write to the tensors."""
+def read_matrix(payload: memoryview, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
+    """All of a payload as a [num_rows, num_columns] view, read-only where the payload is.
 
-    def __init__(self, payload: memoryview) -> None:
-        self._payload = payload
-        self._offset = 0
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The next tensor. Raises InvalidRequest when the payload is too short for it."""
-        count = 1
-        for size in shape:
-            count *= size
-        num_bytes = count * dtype.itemsize
-        left = len(self._payload) - self._offset
-        if num_bytes > left:
-            raise InvalidRequest(f"payload has {left} bytes left, {list(shape)} of {dtype} needs {num_bytes}")
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
-        flat = torch.frombuffer(self._payload, dtype=dtype, count=count, offset=self._offset)
-        self._offset += num_bytes
-        return flat.view(shape)
-
-    def finish(self) -> None:
-        """Raises InvalidRequest when bytes are left."""
-        if self._offset != len(self._payload):
-            raise InvalidRequest(f"payload has {len(self._payload) - self._offset} bytes too many")
+    Raises InvalidRequest for another size.
+    """
+    num_bytes = num_rows * num_columns * dtype.itemsize
+    if payload.nbytes != num_bytes:
+        raise InvalidRequest(f"{num_rows} rows of {num_columns} {dtype} have {num_bytes} bytes, got {payload.nbytes}")
+    if not num_bytes:
+        return torch.empty(num_rows, num_columns, dtype=dtype)
+    return torch.frombuffer(payload, dtype=dtype).view(num_rows, num_columns)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

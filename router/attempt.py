@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from protos import expert_pb2
-from protos.codec import PayloadReader, dtype_from_wire, dtype_to_wire
+from protos.codec import dtype_to_wire, read_matrix
 from protos.errors import DeadlineExceeded, InternalError, MobulaError, ShardUnavailable, UnitQuarantined, from_code
 from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall, Outcome
 from router.plan import PartialSums, ShardMessage
@@ -148,18 +148,19 @@ def not_computed(attempt: Attempt, layer_id: int) -> InternalError:
 
 
 def read_partial_sums(message: ShardMessage, answer: ForwardAnswer, hidden_states: Tensor) -> PartialSums:
-    """What an answer has, in place. Raises the error that it carries, InternalError when it is not the message's."""
+    """What an answer has, in place.
+
+    Raises the error that it carries, InternalError when it is not the message's, InvalidRequest for another size.
+    """
     header, dtype = answer.header, hidden_states.dtype
     if header.HasField("error"):
         if header.error.quarantined_unit_ids:
             raise UnitQuarantined(header.error.message, unit_ids=tuple(header.error.quarantined_unit_ids))
         raise from_code(header.error.code, header.error.message)
-    if header.num_partial_sums != message.num_partial_sums or dtype_from_wire(header.dtype) != dtype:
+    if header.num_partial_sums != message.num_partial_sums or header.dtype != dtype_to_wire(dtype):
         raise InternalError(
             f"the answer has {header.num_partial_sums} partial sums of dtype {header.dtype}, expected "
             f"{message.num_partial_sums} of {dtype}"
         )
-    reader = PayloadReader(answer.payload)
-    values = reader.take((message.num_partial_sums, hidden_states.shape[1]), dtype)
-    reader.finish()
+    values = read_matrix(answer.payload, message.num_partial_sums, hidden_states.shape[1], dtype)
     return PartialSums(message.partial_sums, values)

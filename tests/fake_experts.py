@@ -18,7 +18,7 @@ from experts.metrics import ShardMetrics
 from experts.shard import ExpertShard, ShardConfig
 from experts.weight_store import ExpertModel, Unit, WeightStore
 from protos import expert_pb2
-from protos.codec import PayloadReader, decode_frame, dtype_from_wire
+from protos.codec import decode_frame, dtype_from_wire
 from protos.errors import MobulaError, ShardUnavailable
 from protos.poller import Poller
 from router.expert_map import ExpertMap
@@ -29,6 +29,7 @@ from router.placement import PlacementRequest, place_units
 from router.router import Router
 from router.router_config import RouterConfig
 from router.transport import ShardTransport
+from tests.payload_reader import PayloadReader
 
 MOE_LAYER_IDS = (1, 2, 4)
 

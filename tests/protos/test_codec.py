@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import expert_pb2, tensor_pb2
-from protos.codec import PayloadReader, decode_frame, dtype_from_wire, dtype_to_wire, encode_frame
+from protos.codec import decode_frame, dtype_from_wire, dtype_to_wire, encode_frame, read_matrix
 from protos.errors import CorruptFrame, InvalidRequest
+from tests.payload_reader import PayloadReader
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int32, torch.int64]
 shapes = st.lists(st.integers(0, 5), min_size=1, max_size=3).map(tuple)
@@ -108,18 +109,23 @@ def test_a_length_that_never_ends_is_refused():
         decode_frame(expert_pb2.ForwardHeader, b"\x0a" + b"\xff" * 20)
 
 
-def test_a_tensor_larger_than_the_payload_is_refused_with_both_sizes():
-    reader = PayloadReader(memoryview(bytes(7)))
-    with pytest.raises(InvalidRequest, match=r"7 bytes left, .* needs 8"):
-        reader.take((2,), torch.float32)
-    reader.take((1,), torch.float32)
-    with pytest.raises(InvalidRequest, match="3 bytes too many"):
-        reader.finish()
+@pytest.mark.parametrize("num_bytes", [0, 15, 17, 32])
+def test_a_payload_of_another_size_than_its_matrix_is_refused_with_both_sizes(num_bytes):
+    with pytest.raises(InvalidRequest, match=rf"2 rows of 4 torch.bfloat16 have 16 bytes, got {num_bytes}"):
+        read_matrix(memoryview(bytes(num_bytes)), 2, 4, torch.bfloat16)
+
+
+def test_a_matrix_is_a_view_of_its_payload_and_may_have_no_rows():
+    payload = memoryview(bytearray(16))
+    matrix = read_matrix(payload, 2, 2, torch.float32)
+    payload[:] = torch.tensor([1.0, 2.0, 3.0, 4.0]).numpy().tobytes()
+    assert matrix.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert read_matrix(memoryview(b""), 0, 2, torch.bfloat16).shape == (0, 2)
 
 
 def test_a_huge_shape_is_refused_before_anything_is_allocated():
     with pytest.raises(InvalidRequest):
-        PayloadReader(memoryview(b"")).take((2**32 - 1, 2**32 - 1), torch.float32)
+        read_matrix(memoryview(b""), 2**32 - 1, 2**32 - 1, torch.float32)
 
 
 def test_dtypes_have_wire_names_and_unknown_ones_are_refused():
