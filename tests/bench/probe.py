@@ -19,7 +19,7 @@ LIBRARY = "experts.kernels.library"
 BUFFER_BYTES = 384 * 2**20  # beyond any cache
 MATRIX_SIZE = 1024
 NUM_REPEATS = 3  # of a look; the best counts
-KINDS = {"bf16": "BFLOAT16", "float32": "FLOAT32", "int8": "INT8", "int4": "INT8"}  # what computes each format
+KINDS = {"bf16": "BFLOAT16", "float32": "FLOAT32", "int8": "INT8", "int4": "INT4"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
