@@ -18,7 +18,7 @@ from tests.cut_link import CutLink
 from tests.system import TIMEOUT_S, System
 
 NUM_TOKENS = 60
-CUT_AFTER = 12  # answers, of each request
+CUT_AFTER = 4  # answers, of each request: long before the first of them ends
 PROMPTS = [[5 + i, 90, 17, 250 - i, 33] * (1 + 9 * (i % 3)) for i in range(8)]
 
 
@@ -71,7 +71,7 @@ def test_every_stream_of_a_lost_worker_goes_on_as_if_nothing_had_happened(system
     plain = [read(system.stub.Generate(wanted, timeout=TIMEOUT_S)) for wanted in greedy]
     stopped = [
         # across the end of a piece, and after the cut
-        request(prompt, temperature=0.0, stop=[answer.text[len(answer.text) // 2 :][:5]])
+        request(prompt, temperature=0.0, stop=[answer.text[len(answer.text) * 3 // 4 :][:5]])
         for prompt, answer in zip(PROMPTS, plain, strict=True)
     ]
     wanted = [*greedy, *drawn, *stopped]
@@ -82,9 +82,11 @@ def test_every_stream_of_a_lost_worker_goes_on_as_if_nothing_had_happened(system
     system.gateway.update_members({rank: link.address for rank, link in enumerate(links)}, {})
     start = threading.Barrier(len(wanted))
     is_cut = threading.Event()
+    num_lost: list[int] = []  # streams; about a half, for who gets which depends on their order and prompts
 
     def on_answer(number: int) -> None:
         if number == CUT_AFTER and start.wait(TIMEOUT_S) == 0:
+            num_lost.append(system.workers[0].engine_stats().num_running)
             links[0].cut()
             is_cut.set()
         elif number == CUT_AFTER:
@@ -100,7 +102,8 @@ def test_every_stream_of_a_lost_worker_goes_on_as_if_nothing_had_happened(system
         assert len(answer.request_ids) == 1
         assert replace(answer, request_ids=undisturbed.request_ids) == undisturbed
     registry = system.gateway._registry
-    assert registry.get_sample_value("mobula_gateway_resumes_total", {"reason": "lost"}) == len(wanted) / 2
+    assert 0 < num_lost[0] < len(wanted)
+    assert registry.get_sample_value("mobula_gateway_resumes_total", {"reason": "lost"}) == num_lost[0]
     assert system.becomes_idle(), "the lost worker still holds blocks"
     links[1].cut()
     loop.stop()
