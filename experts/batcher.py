@@ -10,17 +10,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from experts.grouped_ffn import ForwardInput
 from experts.weight_store import LayerWeights
 from protos.errors import Cancelled, DeadlineExceeded, InternalError, MobulaError, QueueFull, Unavailable
+from protos.memory import Matrix, as_tensor
 from protos.poller import Poller
 
 logger = logging.getLogger(__name__)
 
+_UNGUARDED = nullcontext()
 MAX_POLLS = 16  # before a computation: what came meanwhile may be merged, or takes a forward back
 
 
@@ -31,7 +32,7 @@ class ForwardOutput:
     partial_sums: [num_partial_sums, hidden_size]. compute_ns: of the whole computation.
     """
 
-    partial_sums: Tensor
+    partial_sums: Matrix
     queue_ns: int
     compute_ns: int
 
@@ -49,21 +50,24 @@ class WaitingForward:
     weights: LayerWeights
     forward: ForwardInput
     on_done: Callable[[ForwardOutput | MobulaError], None]
-    out: Tensor | None = None
+    out: Matrix | None = None
     num_bytes: int = 0
     timeout_ns: int | None = None
     arrived_ns: int = 0
     is_given_up: bool = False
 
 
-Compute = Callable[[list[WaitingForward]], Tensor]  # the merged partial sums, forward after forward
+Compute = Callable[[list[WaitingForward]], Matrix]  # the merged partial sums, forward after forward
+Count = Callable[[list[WaitingForward], int, int], None]  # started_ns and compute_ns of their computation
 
 
 class Batcher:
     """`submit` from any thread; `compute` runs in the batcher's own thread, "experts".
 
-    A forward that is computed alone may be computed right into its `out`. when_idle: called in that thread when nothing
-    waits, `idle_interval_s` after the time before.
+    A forward that is computed alone may be computed right into its `out`. count: told of a computation after it was
+    answered, for a worker waits for the answer; whoever reads the counts takes `counting` first, which is held from the
+    first answer until all is counted. when_idle: called in that thread when nothing waits, `idle_interval_s` after the
+    time before.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class Batcher:
         compute: Compute,
         max_waiting: int,
         max_waiting_bytes: int,
+        count: Count = lambda *_: None,
+        counting: AbstractContextManager[object] = _UNGUARDED,
         when_idle: Callable[[], None] = lambda: None,
         idle_interval_s: float | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
@@ -79,6 +85,8 @@ class Batcher:
         self._compute = compute
         self._max_waiting = max_waiting
         self._max_waiting_bytes = max_waiting_bytes
+        self._count = count
+        self._counting = counting
         self._when_idle = when_idle
         self._idle_interval_s = idle_interval_s
         self._idled_ns = 0
@@ -140,16 +148,21 @@ class Batcher:
                 _tell(waiting, failure)
             return len(batch)
         compute_ns = self._clock_ns() - started_ns
+        with self._counting:
+            self._answer(batch, sums, started_ns, compute_ns)
+            self._count(batch, started_ns, compute_ns)
+        return len(batch)
+
+    def _answer(self, batch: list[WaitingForward], sums: Matrix, started_ns: int, compute_ns: int) -> None:
         start = 0
         for waiting in batch:
             end = start + waiting.forward.num_partial_sums
-            mine = sums if len(batch) == 1 else sums[start:end]
+            mine = sums if len(batch) == 1 else as_tensor(sums)[start:end]
             if waiting.out is not None and mine is not waiting.out:
-                mine = waiting.out.copy_(mine)
+                mine = as_tensor(waiting.out).copy_(as_tensor(mine))
             start = end
             output = ForwardOutput(partial_sums=mine, queue_ns=started_ns - waiting.arrived_ns, compute_ns=compute_ns)
             _tell(waiting, output)
-        return len(batch)
 
     def refuse(self, weights: LayerWeights, error: MobulaError) -> None:
         """Answers what waits for a layer with an error. The compute thread's."""

@@ -5,11 +5,12 @@ else out of the caches, so adding up after each took 0.2 ms; many at once take a
 """
 
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from experts.grouped_ffn import ForwardInput, Int32Array
+from experts.grouped_ffn import ForwardInput, assignment_array
 from experts.load_snapshot import LoadSnapshot
 
 MAX_NOTED = 64  # computations
@@ -17,11 +18,10 @@ MAX_NOTED_ASSIGNMENTS = 2**14  # 16 bytes each, kept meanwhile
 
 
 class _Computation(NamedTuple):
-    """expert_ids: [A] int32, of its assignments."""
+    """row: of the counts. assignments: of each forward that it answered, as the forward has them."""
 
     row: int
-    expert_ids: Int32Array
-    num_forwards: int
+    assignments: list[bytes]
     num_rows: int
     compute_ns: int
 
@@ -41,12 +41,14 @@ class ExpertLoad:
         self._num_noted_assignments = 0
         self._lock = threading.Lock()  # a snapshot is of one moment
 
-    def count(self, layer_id: int, num_forwards: int, forward: ForwardInput, compute_ns: int) -> None:
-        """Adds a computation that answered `num_forwards` forwards."""
+    def count(self, layer_id: int, forwards: Sequence[ForwardInput], compute_ns: int) -> None:
+        """Adds a computation that answered these forwards."""
         row = self._row_of_layer[layer_id]
+        assignments = [forward.assignment_bytes for forward in forwards]
+        num_rows = sum(forward.num_rows for forward in forwards)
         with self._lock:
-            self._noted.append(_Computation(row, forward.expert_ids, num_forwards, forward.num_rows, compute_ns))
-            self._num_noted_assignments += forward.num_assignments
+            self._noted.append(_Computation(row, assignments, num_rows, compute_ns))
+            self._num_noted_assignments += sum(forward.num_assignments for forward in forwards)
             if len(self._noted) >= MAX_NOTED or self._num_noted_assignments > MAX_NOTED_ASSIGNMENTS:
                 self._add_noted()
 
@@ -54,11 +56,12 @@ class ExpertLoad:
         """With the lock."""
         noted, self._noted, self._num_noted_assignments = self._noted, [], 0
         for computation in noted:
-            counts = np.bincount(computation.expert_ids, minlength=self._num_tokens.shape[1])
+            expert_ids = np.concatenate([assignment_array(one)[2] for one in computation.assignments])
+            counts = np.bincount(expert_ids, minlength=self._num_tokens.shape[1])
             self._num_tokens[computation.row] += counts
             self._rows_by_layer[computation.row] += computation.num_rows
-            self._num_forwards += computation.num_forwards
-            self._num_assignments += len(computation.expert_ids)
+            self._num_forwards += len(computation.assignments)
+            self._num_assignments += len(expert_ids)
             self._num_experts_read += int(np.count_nonzero(counts))
             self._compute_ns += computation.compute_ns
 

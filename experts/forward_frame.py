@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from experts.batcher import ForwardOutput
 from experts.grouped_ffn import ForwardInput, Int32Array
 from experts.kernels.assignments import kernel_accepts
 from experts.weight_store import ExpertModel, LayerWeights
 from protos import expert_pb2
-from protos.codec import dtype_from_wire, dtype_to_wire, encode_frame, read_matrix
+from protos.codec import dtype_from_wire, dtype_to_wire, encode_frame
 from protos.errors import InvalidRequest, MobulaError, StalePlacement, UnitQuarantined, code_number
+from protos.memory import Memory, RawMatrix, as_tensor
 
 MAX_UNIT_IDS = 64  # of an error; a forward that asks for more quarantined units learns of the others by asking again
 MAX_MESSAGE_CHARS = 800  # of an error; with four bytes a character it still fits a ring's doorbell
@@ -51,9 +51,9 @@ def next_number(number: int, last: int) -> int:
 
 
 def read_forward(
-    header: expert_pb2.ForwardHeader, payload: memoryview, model: ExpertModel, layer: LayerWeights
+    header: expert_pb2.ForwardHeader, payload: Memory, model: ExpertModel, layer: LayerWeights
 ) -> ForwardInput:
-    """The forward in a frame; its hidden states are a view of the payload.
+    """The forward in a frame; its hidden states lie where the payload does.
 
     Raises InvalidRequest for what can never be computed, StalePlacement for experts that `layer` does not hold.
     """
@@ -63,28 +63,35 @@ def read_forward(
         raise InvalidRequest(f"hidden states are {sent}, this shard computes in {dtype}", field="header.dtype")
     num_rows, num_assignments = header.num_rows, header.num_assignments
     rows_bytes = num_rows * model.hidden_size * dtype.itemsize
-    excess = len(payload) - rows_bytes - 16 * num_assignments
+    num_bytes = payload.num_bytes
+    excess = num_bytes - rows_bytes - 16 * num_assignments
     if excess:
         raise InvalidRequest(
-            f"payload has {len(payload)} bytes, {num_rows} rows of {model.hidden_size} {dtype} and {num_assignments} "
-            f"assignments have {len(payload) - excess}: {abs(excess)} bytes too {'many' if excess > 0 else 'few'}"
+            f"payload has {num_bytes} bytes, {num_rows} rows of {model.hidden_size} {dtype} and {num_assignments} "
+            f"assignments have {num_bytes - excess}: {abs(excess)} bytes too {'many' if excess > 0 else 'few'}"
         )
     # Copied before they are checked: whoever sent them may be able to write to them still.
-    assignments = np.frombuffer(payload[rows_bytes:], dtype=np.int32).reshape(4, num_assignments).copy()
-    if not kernel_accepts(assignments, layer.expert_to_unit, num_rows, header.num_partial_sums):
+    forward = ForwardInput(
+        hidden_states=RawMatrix(payload.part(0, rows_bytes), (num_rows, model.hidden_size), dtype),
+        assignment_bytes=bytes(payload.part(rows_bytes, 16 * num_assignments).view),
+        num_partial_sums=header.num_partial_sums,
+    )
+    if not kernel_accepts(
+        forward.assignment_bytes,
+        layer.expert_to_unit_address,
+        len(layer.expert_to_unit),
+        num_rows,
+        forward.num_partial_sums,
+    ):
         limits = ForwardLimits(
             layer_id=layer.layer_id,
             placement_version=layer.placement_version,
             num_rows=num_rows,
-            num_partial_sums=header.num_partial_sums,
+            num_partial_sums=forward.num_partial_sums,
             expert_to_unit=layer.expert_to_unit,
         )
-        check_assignments(assignments[1], assignments[2], assignments[3], limits)  # says what is wrong
-    return ForwardInput(
-        hidden_states=read_matrix(payload[:rows_bytes], num_rows, model.hidden_size, dtype),
-        assignments=assignments,
-        num_partial_sums=header.num_partial_sums,
-    )
+        check_assignments(forward.rows, forward.expert_ids, forward.partial_sums, limits)  # says what is wrong
+    return forward
 
 
 def check_assignments(
@@ -129,12 +136,12 @@ def _check_range(name: str, values: Int32Array, limit: int) -> None:
         raise InvalidRequest(f"{name} {low if low < 0 else highest} is out of range, must be 0 to {limit - 1}")
 
 
-def answer_tensor(memory: memoryview, forward: ForwardInput, model: ExpertModel) -> torch.Tensor:
+def answer_matrix(memory: Memory, forward: ForwardInput, model: ExpertModel) -> RawMatrix:
     """The answer's memory as [num_partial_sums, hidden_size]. Raises InvalidRequest for another size."""
     num_bytes = forward.num_partial_sums * model.hidden_size * model.dtype.itemsize
-    if len(memory) != num_bytes:
-        raise InvalidRequest(f"the answer's region has {len(memory)} bytes, the partial sums have {num_bytes}")
-    return read_matrix(memory, forward.num_partial_sums, model.hidden_size, model.dtype)
+    if memory.num_bytes != num_bytes:
+        raise InvalidRequest(f"the answer's region has {memory.num_bytes} bytes, the partial sums have {num_bytes}")
+    return RawMatrix(memory, (forward.num_partial_sums, model.hidden_size), model.dtype)
 
 
 def answer_header(sequence_number: int, outcome: ForwardOutput | MobulaError) -> expert_pb2.ForwardResult:
@@ -158,5 +165,5 @@ def answer_header(sequence_number: int, outcome: ForwardOutput | MobulaError) ->
 
 def answer_frame(sequence_number: int, outcome: ForwardOutput | MobulaError) -> bytes:
     """The ForwardResponse frame of a forward."""
-    payload = () if isinstance(outcome, MobulaError) else (outcome.partial_sums,)
+    payload = () if isinstance(outcome, MobulaError) else (as_tensor(outcome.partial_sums),)
     return encode_frame(answer_header(sequence_number, outcome), payload)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experts.kernels.expert_set import ExpertSet
+from protos.memory import Matrix, as_tensor
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -42,13 +43,18 @@ class ForwardInput:
     """What one forward, or several merged ones, ask of a layer. A = number of assignments.
 
     hidden_states: [num_rows, hidden_size] in the weights' dtype.
-    assignments: [4, A] int32, contiguous: weights (the bits of fp32), rows, expert ids, partial sums. Ordered so that
-        each partial sum's experts ascend; a (partial sum, expert) pair occurs once.
+    assignment_bytes: of [4, A] int32: weights (the bits of fp32), rows, expert ids, partial sums. Ordered so that each
+        partial sum's experts ascend; a (partial sum, expert) pair occurs once.
     """
 
-    hidden_states: Tensor
-    assignments: Int32Array
+    hidden_states: Matrix
+    assignment_bytes: bytes
     num_partial_sums: int
+
+    @property
+    def assignments(self) -> Int32Array:
+        """[4, A], read-only."""
+        return assignment_array(self.assignment_bytes)
 
     @property
     def weights(self) -> npt.NDArray[np.float32]:
@@ -76,12 +82,17 @@ class ForwardInput:
 
     @property
     def num_assignments(self) -> int:
-        return int(self.assignments.shape[1])
+        return len(self.assignment_bytes) // 16
+
+
+def assignment_array(assignment_bytes: bytes) -> Int32Array:
+    """[4, A], read-only, of a forward's bytes."""
+    return np.frombuffer(assignment_bytes, dtype=np.int32).reshape(4, -1)
 
 
 def grouped_ffn(
-    forward: ForwardInput, experts: Mapping[int, ExpertWeights] | ExpertSet, out: Tensor | None = None
-) -> Tensor:
+    forward: ForwardInput, experts: Mapping[int, ExpertWeights] | ExpertSet, out: Matrix | None = None
+) -> Matrix:
     """The partial sums, [num_partial_sums, hidden_size] in the activations' dtype.
 
     Each is the sum over its assignments of weight * expert(row), in ascending order of the expert, in fp32.
@@ -90,18 +101,20 @@ def grouped_ffn(
     """
     if isinstance(experts, ExpertSet):
         if out is None:
-            out = forward.hidden_states.new_empty(forward.num_partial_sums, forward.hidden_states.shape[1])
-        return experts.forward(forward.hidden_states, forward.assignments, out)
+            hidden_states = forward.hidden_states
+            out = torch.empty(forward.num_partial_sums, hidden_states.shape[1], dtype=hidden_states.dtype)
+        return experts.forward(forward.hidden_states, forward.assignment_bytes, out)
     sums = _torch_ffn(forward, experts)
-    return sums.to(forward.hidden_states.dtype) if out is None else out.copy_(sums)
+    return sums.to(forward.hidden_states.dtype) if out is None else as_tensor(out).copy_(sums)
 
 
 @torch.inference_mode()
 def _torch_ffn(forward: ForwardInput, experts: Mapping[int, ExpertWeights]) -> Tensor:
     """The partial sums in fp32."""
     sums = torch.zeros(forward.num_partial_sums, forward.hidden_states.shape[1])
-    _, rows, expert_ids, partial_sums = torch.from_numpy(forward.assignments)
-    weights = torch.from_numpy(forward.weights)
+    assignments = torch.from_numpy(forward.assignments.copy())
+    weights, (_, rows, expert_ids, partial_sums) = assignments[0].view(torch.float32), assignments
+    hidden_states = as_tensor(forward.hidden_states)
     order = expert_ids.argsort(stable=True)
     end = 0
     for expert_id, num_rows in enumerate(expert_ids.bincount().tolist()):
@@ -109,7 +122,7 @@ def _torch_ffn(forward: ForwardInput, experts: Mapping[int, ExpertWeights]) -> T
             continue
         start, end = end, end + num_rows
         mine = order[start:end]
-        output = expert_ffn(forward.hidden_states[rows[mine]], experts[expert_id])  # [num_rows, hidden_size]
+        output = expert_ffn(hidden_states[rows[mine]], experts[expert_id])  # [num_rows, hidden_size]
         # An expert adds to a partial sum once, so the order within this addition does not matter.
         sums.index_add_(0, partial_sums[mine], output.float() * weights[mine].unsqueeze(-1))
     return sums
@@ -132,7 +145,7 @@ def merge(forwards: list[ForwardInput]) -> ForwardInput:
         num_rows += forward.num_rows
         num_partial_sums += forward.num_partial_sums
     return ForwardInput(
-        hidden_states=torch.cat([forward.hidden_states for forward in forwards]),
-        assignments=np.concatenate(parts, axis=1),
+        hidden_states=torch.cat([as_tensor(forward.hidden_states) for forward in forwards]),
+        assignment_bytes=np.concatenate(parts, axis=1).tobytes(),
         num_partial_sums=num_partial_sums,
     )

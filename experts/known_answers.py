@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from experts.grouped_ffn import ExpertWeights, ForwardInput
 from experts.kernels.expert_set import ExpertSet, PackedExpert
 from experts.weight_store import Expert, ExpertModel, LayerWeights
 from protos.codec import raw_bytes
+from protos.memory import Matrix, as_tensor
 
 SEED = 0
 
@@ -25,7 +25,7 @@ Experts = Mapping[int, ExpertWeights] | ExpertSet
 class KnownAnswers:
     """Of all experts that a shard ever held; an expert that is read again must answer as before."""
 
-    def __init__(self, model: ExpertModel, ffn: Callable[..., Tensor]) -> None:
+    def __init__(self, model: ExpertModel, ffn: Callable[..., Matrix]) -> None:
         """ffn: as grouped_ffn; asked anew for each answer."""
         self._ffn = ffn
         self._intermediate_size = model.moe_intermediate_size
@@ -65,8 +65,8 @@ class KnownAnswers:
         assignments = np.zeros((4, 1), dtype=np.int32)
         assignments[0].view(np.float32)[0] = 1.0
         assignments[2] = expert_id
-        forward = ForwardInput(hidden_states=self._row, assignments=assignments, num_partial_sums=1)
-        return zlib.crc32(raw_bytes(self._ffn(forward, experts, None)))
+        forward = ForwardInput(hidden_states=self._row, assignment_bytes=assignments.tobytes(), num_partial_sums=1)
+        return zlib.crc32(raw_bytes(as_tensor(self._ffn(forward, experts, None))))
 
     def _set(self, expert_id: int, expert: PackedExpert) -> ExpertSet:
         return ExpertSet({expert_id: expert}, self._intermediate_size)

@@ -1,5 +1,6 @@
 """What an expert shard counts, and its Prometheus series, which are built when somebody scrapes."""
 
+import threading
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry
@@ -17,6 +18,7 @@ class ShardMetrics(Collector):
     """Counts for one shard; registers itself. Its compute thread adds, its control thread sets what it holds."""
 
     def __init__(self, registry: CollectorRegistry, ep_rank: int) -> None:
+        self.counting = threading.Lock()  # held while what was answered is not counted yet
         self._labels = {"ep_rank": str(ep_rank)}
         self.num_rows = 0
         self.num_assignments = 0
@@ -55,6 +57,11 @@ class ShardMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The series of the counts."""
+        with self.counting:
+            metrics = list(self._metrics())
+        yield from metrics
+
+    def _metrics(self) -> Iterator[Metric]:
         counters = (
             ("mobula_ep_rank_tokens", "Rows of hidden states received and computed.", self.num_rows),
             ("mobula_ep_rank_assignments", "(row, expert) pairs computed.", self.num_assignments),

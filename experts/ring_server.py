@@ -20,6 +20,7 @@ from experts.shard import ExpertShard
 from protos import expert_pb2, ring
 from protos.errors import InvalidRequest, MobulaError
 from protos.guard import RefusalLog
+from protos.memory import Memory
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class RingConnection:
     ) -> None:
         self._shard = shard
         self._sock = sock
-        self._memory = memory
+        self._memory = Memory.of(memory)
         self._on_closed = on_closed
         self._waiting: dict[int, WaitingForward] = {}
         self._last_number = -1
@@ -123,7 +124,7 @@ class RingConnection:
             self._close("the worker ended it")
             return
         try:
-            header_bytes, payload, answer = ring.unpack_forward(doorbell, len(self._memory))
+            header_bytes, payload, answer = ring.unpack_forward(doorbell, self._memory.num_bytes)
             header = expert_pb2.ForwardHeader.FromString(header_bytes)
         except (DecodeError, InvalidRequest) as error:
             self._close(f"not a forward's doorbell: {error}")
@@ -141,9 +142,9 @@ class RingConnection:
             return
         waiting = self._shard.submit(
             header,
-            payload.of(self._memory),
+            self._memory.part(*payload),
             on_done=lambda outcome: self._answer(number, outcome),
-            answer=answer.of(self._memory),
+            answer=self._memory.part(*answer),
         )
         if waiting is not None:
             self._waiting[number] = waiting
@@ -172,5 +173,5 @@ class RingConnection:
         for waiting in self._waiting.values():
             waiting.is_given_up = True
         self._waiting.clear()
-        self._memory = memoryview(b"")  # gives it back, once what is being computed is done
+        self._memory = Memory.of(b"")  # gives it back, once what is being computed is done
         self._on_closed(self)

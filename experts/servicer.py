@@ -24,6 +24,7 @@ from protos import expert_pb2, rpc
 from protos.codec import decode_frame
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
 from protos.errors import InternalError, InvalidRequest, MobulaError, StalePlacement, to_status
+from protos.memory import Memory
 from protos.ring import METADATA_KEY, Ticket
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class _Answers:
             return
         self._last_number = next_number(number, self._last_number)
         self._waiting[number] = None
-        self._waiting[number] = shard.submit(header, payload, lambda outcome: self._on_done(number, outcome))
+        self._waiting[number] = shard.submit(header, Memory.of(payload), lambda outcome: self._on_done(number, outcome))
 
     def _on_done(self, number: int, outcome: ForwardOutput | MobulaError) -> None:
         """In the compute thread, or at once when it is refused."""

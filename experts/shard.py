@@ -3,21 +3,19 @@
 A forward's life:
 1. `submit` (the event loop's thread, the compute thread for a ring, or any) checks what the forward asks.
 2. It waits in the batcher, with the weights of the version that it named.
-3. The compute thread merges it with what else waits for its layer, computes, and counts the load.
+3. The compute thread merges it with what else waits for its layer, and computes.
 4. Its partial sums are in the answer's memory, or become the answer's frame; whatever went wrong becomes an answer that
    says so.
+5. Once it is answered its load is counted.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from experts.batcher import Batcher, ForwardOutput, WaitingForward
 from experts.expert_load import ExpertLoad
-from experts.forward_frame import answer_frame, answer_tensor, read_forward
+from experts.forward_frame import answer_frame, answer_matrix, read_forward
 from experts.grouped_ffn import grouped_ffn, merge
 from experts.known_answers import KnownAnswers
 from experts.load_snapshot import LoadSnapshot
@@ -28,9 +26,10 @@ from experts.weight_store import CopyExpert, Expert, ExpertModel, Unit, WeightRe
 from protos import expert_pb2
 from protos.codec import decode_frame
 from protos.errors import InvalidRequest, MobulaError, StalePlacement
+from protos.memory import Matrix, Memory
 from protos.poller import Poller
 
-GroupedFfn = Callable[..., Tensor]  # grouped_ffn and what stands in for it
+GroupedFfn = Callable[..., Matrix]  # grouped_ffn and what stands in for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +70,8 @@ class ExpertShard:
             self._compute,
             config.max_waiting_forwards,
             config.max_waiting_bytes,
+            count=self._count,
+            counting=metrics.counting,
             when_idle=self._check_next,
             idle_interval_s=config.self_check_interval_s,
         )
@@ -184,7 +185,7 @@ class ExpertShard:
             if answer.set_running_or_notify_cancel():
                 answer.set_result(answer_frame(number, outcome))
 
-        waiting = self.submit(header, payload, on_done)
+        waiting = self.submit(header, Memory.of(payload), on_done)
 
         def give_up(answer: Future[bytes]) -> None:
             if answer.cancelled() and waiting is not None:
@@ -196,9 +197,9 @@ class ExpertShard:
     def submit(
         self,
         header: expert_pb2.ForwardHeader,
-        payload: memoryview,
+        payload: Memory,
         on_done: Callable[[ForwardOutput | MobulaError], None],
-        answer: memoryview | None = None,
+        answer: Memory | None = None,
     ) -> WaitingForward | None:
         """Queues a forward; None when it was refused, and then `on_done` has been told why already.
 
@@ -214,13 +215,13 @@ class ExpertShard:
                 )
             forward = read_forward(header, payload, self._model, layer)
             self._self_check.refuse_wrong(layer, forward)
-            out = None if answer is None else answer_tensor(answer, forward, self._model)
+            out = None if answer is None else answer_matrix(answer, forward, self._model)
             waiting = WaitingForward(
                 weights=layer,
                 forward=forward,
                 on_done=on_done,
                 out=out,
-                num_bytes=len(payload) if answer is None else 0,
+                num_bytes=payload.num_bytes if answer is None else 0,
                 timeout_ns=header.timeout_ms * 1_000_000 or None,
             )
             self._batcher.submit(waiting)
@@ -231,27 +232,27 @@ class ExpertShard:
 
     def load(self) -> LoadSnapshot:
         """Counted load since the shard started."""
-        return self._load.snapshot()
+        with self._metrics.counting:
+            return self._load.snapshot()
 
-    def _compute(self, batch: list[WaitingForward]) -> Tensor:
-        started_ns = time.monotonic_ns()
-        layer = batch[0].weights
+    def _compute(self, batch: list[WaitingForward]) -> Matrix:
         merged = merge([waiting.forward for waiting in batch])
-        sums = self._ffn(merged, layer.experts, batch[0].out if len(batch) == 1 else None)
-        compute_ns = time.monotonic_ns() - started_ns
-        self._load.count(layer.layer_id, len(batch), merged, compute_ns)
-        metrics = self._metrics
-        for waiting in batch:
-            metrics.queue_seconds.observe((started_ns - waiting.arrived_ns) / 1e9)
+        return self._ffn(merged, batch[0].weights.experts, batch[0].out if len(batch) == 1 else None)
+
+    def _count(self, batch: list[WaitingForward], started_ns: int, compute_ns: int) -> None:
+        forwards = [waiting.forward for waiting in batch]
+        self._load.count(batch[0].weights.layer_id, forwards, compute_ns)
+        metrics, row_bytes = self._metrics, self._model.hidden_size * self._model.dtype.itemsize
         metrics.compute_seconds.observe(compute_ns / 1e9)
         metrics.batched_calls.observe(len(batch))
         metrics.num_forwards += len(batch)
-        metrics.num_rows += merged.num_rows
-        metrics.num_assignments += merged.num_assignments
-        metrics.num_partial_sums += merged.num_partial_sums
-        metrics.received_bytes += merged.hidden_states.nbytes + merged.assignments.nbytes
-        metrics.sent_bytes += sums.nbytes
-        return sums
+        for waiting, forward in zip(batch, forwards, strict=True):
+            metrics.queue_seconds.observe((started_ns - waiting.arrived_ns) / 1e9)
+            metrics.num_rows += forward.num_rows
+            metrics.num_assignments += forward.num_assignments
+            metrics.num_partial_sums += forward.num_partial_sums
+            metrics.received_bytes += forward.num_rows * row_bytes + len(forward.assignment_bytes)
+            metrics.sent_bytes += forward.num_partial_sums * row_bytes
 
     def _check_next(self) -> None:
         layer = self._self_check.check_next()

@@ -5,7 +5,7 @@ one control thread changes: what is published is never written to again. Knows n
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -91,6 +91,10 @@ class LayerWeights:
     layer_id: int
     experts: Mapping[int, ExpertWeights] | ExpertSet
     expert_to_unit: npt.NDArray[np.int64]
+    expert_to_unit_address: int = field(init=False)  # asking numpy for it is slow where the caches are cold
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "expert_to_unit_address", self.expert_to_unit.ctypes.data)
 
 
 class WeightStore:

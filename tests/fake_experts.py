@@ -198,17 +198,17 @@ def reference_sums(rows: Rows, layer_id: int, expert_to_unit: np.ndarray, model:
             zeros = torch.zeros(len(places))
             forward = ForwardInput(
                 hidden_states=rows.hidden_states[row : row + 1],
-                assignments=wire_assignments(weights[places], zeros, expert_ids[places], zeros),
+                assignment_bytes=wire_assignments(weights[places], zeros, expert_ids[places], zeros),
                 num_partial_sums=1,
             )
             total[row] += grouped_ffn(forward, experts)[0].float()
     return total
 
 
-def wire_assignments(weights: Tensor, rows: Tensor, expert_ids: Tensor, partial_sums: Tensor) -> np.ndarray:
-    """[4, A] int32, as a payload has them; each argument has one number an assignment."""
+def wire_assignments(weights: Tensor, rows: Tensor, expert_ids: Tensor, partial_sums: Tensor) -> bytes:
+    """Of [4, A] int32, as a payload has them; each argument has one number an assignment."""
     columns = (weights.float().view(torch.int32), rows.int(), expert_ids.int(), partial_sums.int())
-    return torch.stack(columns).numpy()
+    return torch.stack(columns).numpy().tobytes()
 
 
 def expert_shard(

@@ -38,7 +38,7 @@ class LocalExperts:
         rows = torch.arange(len(hidden_states)).repeat_interleave(topk_ids.shape[1])
         forward = ForwardInput(
             hidden_states=hidden_states.contiguous(),
-            assignments=wire_assignments(topk_weights.flatten(), rows, topk_ids.flatten(), rows),
+            assignment_bytes=wire_assignments(topk_weights.flatten(), rows, topk_ids.flatten(), rows),
             num_partial_sums=len(hidden_states),
         )
         return grouped_ffn(forward, layer.experts).float()

@@ -1,41 +1,23 @@
 """Experts whose feed-forward the kernels compute: all routed experts of a layer on a shard, or one dense MLP."""
 
 import ctypes
+import struct
 from collections.abc import Mapping
-from ctypes import c_int32, c_void_p
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from experts.kernels.library import CMatrix, format_of, require
 from experts.kernels.packed_matrix import PackedMatrix
+from protos.memory import Matrix
 
 
 class _CExpert(ctypes.Structure):
     _fields_ = (("w13", CMatrix), ("w2", CMatrix))
 
 
-class _ExpertsCall(ctypes.Structure):
-    _fields_ = (
-        ("experts", c_void_p),
-        ("x", c_void_p),
-        ("weights", c_void_p),
-        ("rows", c_void_p),
-        ("expert_ids", c_void_p),
-        ("partial_sums", c_void_p),
-        ("out", c_void_p),
-        ("num_experts", c_int32),
-        ("num_rows", c_int32),
-        ("num_assignments", c_int32),
-        ("num_partial_sums", c_int32),
-        ("hidden_size", c_int32),
-        ("intermediate_size", c_int32),
-        ("x_format", c_int32),
-        ("out_format", c_int32),
-    )
+_EXPERTS_CALL = struct.Struct("4P8i")  # struct ExpertsCall in native/kernels.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,61 +45,38 @@ class ExpertSet:
         self._address = ctypes.addressof(self._table)
         self._function = require().mobula_experts
 
-    def forward(self, hidden_states: Tensor, assignments: npt.NDArray[np.int32], out: Tensor) -> Tensor:
+    def forward(self, hidden_states: Matrix, assignments: bytes, out: Matrix) -> Matrix:
         """Writes the partial sums to `out`, [num_partial_sums, hidden_size], and returns it.
 
-        hidden_states: [num_rows, hidden_size]; assignments: [4, A], see experts.grouped_ffn.ForwardInput; all
+        hidden_states: [num_rows, hidden_size]; assignments: of [4, A] int32, see experts.grouped_ffn.ForwardInput; all
         contiguous. Every expert named must be in the set.
         """
-        assert hidden_states.shape[1] == out.shape[1] == self._hidden_size
-        assert assignments.dtype == np.int32
-        assert assignments.flags.c_contiguous
-        assert hidden_states.is_contiguous()
-        assert out.is_contiguous()
-        num_assignments = assignments.shape[1]
-        start, column_bytes = assignments.ctypes.data, 4 * num_assignments
-        call = _ExpertsCall(
-            self._address,
-            hidden_states.data_ptr(),
-            start,
-            start + column_bytes,
-            start + 2 * column_bytes,
-            start + 3 * column_bytes,
-            out.data_ptr(),
-            len(self._table),
-            hidden_states.shape[0],
-            num_assignments,
-            out.shape[0],
-            self._hidden_size,
-            self._intermediate_size,
-            format_of(hidden_states.dtype),
-            format_of(out.dtype),
-        )
-        self._function(ctypes.addressof(call))
+        self._compute(hidden_states, assignments, len(assignments) // 16, out)
         return out
 
     def forward_dense(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         """Every row through expert 0 with weight 1: a dense MLP. x: [num_rows, hidden_size]; returns the same shape."""
-        num_rows = x.shape[0]
-        assert x.shape[1] == self._hidden_size
-        assert x.is_contiguous()
         out = torch.empty(x.shape, dtype=out_dtype)
-        call = _ExpertsCall(
+        self._compute(x, None, len(x), out)
+        return out
+
+    def _compute(self, x: Matrix, assignments: bytes | None, num_assignments: int, out: Matrix) -> None:
+        (num_rows, hidden_size), (num_partial_sums, out_size) = x.shape, out.shape
+        assert hidden_size == out_size == self._hidden_size
+        assert x.is_contiguous()
+        assert out.is_contiguous()
+        call = _EXPERTS_CALL.pack(
             self._address,
             x.data_ptr(),
-            None,
-            None,
-            None,
-            None,
+            0,
             out.data_ptr(),
-            1,
+            len(self._table),
             num_rows,
-            num_rows,
-            num_rows,
+            num_assignments,
+            num_partial_sums,
             self._hidden_size,
             self._intermediate_size,
             format_of(x.dtype),
-            format_of(out_dtype),
+            format_of(out.dtype),
         )
-        self._function(ctypes.addressof(call))
-        return out
+        self._function(call, assignments)

@@ -13,7 +13,7 @@ import torch
 
 from protos import native_library
 
-ABI = 5  # kAbi in native/kernels.h
+ABI = 6  # kAbi in native/kernels.h
 PROBE_BYTES = 256 * 2**20  # read by the bandwidth probe; larger than any cache
 
 
@@ -30,7 +30,6 @@ class Format(IntEnum):
 _CALLS = (
     "linear",
     "heads",
-    "experts",
     "rms_norm",
     "select_experts",
     "mla_layer",
@@ -108,7 +107,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, f"mobula_{name}")
         function.argtypes = [c_void_p]
         function.restype = None
-    library.mobula_accepts_assignments.argtypes = [c_void_p]
+    library.mobula_experts.argtypes = [c_char_p, c_char_p]
+    library.mobula_experts.restype = None
+    library.mobula_accepts_assignments.argtypes = [c_char_p, c_char_p]
     library.mobula_probe_read.argtypes = [c_void_p, c_size_t]
     library.mobula_probe_read.restype = c_double
     library.mobula_probe_peak.argtypes = [c_int, c_long]

@@ -23,7 +23,7 @@ LAYERS = {layer_id: layer(layer_id) for layer_id in range(4)}
 def forward_of(value: float, num_partial_sums: int = 1) -> ForwardInput:
     return ForwardInput(
         hidden_states=torch.full((num_partial_sums, 1), value),
-        assignments=np.zeros((4, 0), dtype=np.int32),
+        assignment_bytes=b"",
         num_partial_sums=num_partial_sums,
     )
 

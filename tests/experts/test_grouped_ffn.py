@@ -43,7 +43,7 @@ def random_forward(num_rows: int, seed: int, dtype: torch.dtype = torch.float32)
     rows = torch.arange(num_rows).repeat_interleave(expert_ids.shape[1])
     return ForwardInput(
         hidden_states=torch.randn(num_rows, HIDDEN, generator=generator).to(dtype),
-        assignments=wire_assignments(torch.rand(len(rows), generator=generator), rows, expert_ids.flatten(), rows),
+        assignment_bytes=wire_assignments(torch.rand(len(rows), generator=generator), rows, expert_ids.flatten(), rows),
         num_partial_sums=num_rows,
     )
 

@@ -6,6 +6,7 @@ import torch
 from experts.shard import ExpertShard
 from protos import expert_pb2
 from protos.errors import MobulaError, UnitQuarantined
+from protos.memory import Memory
 from tests.fake_experts import RandomReader, expert_shard, grouped_gate, placed, small_model
 
 MODEL = small_model()
@@ -39,7 +40,7 @@ def answer_of(shard: ExpertShard, layer_id: int, expert_id: int) -> MobulaError 
     tensors = (torch.ones(MODEL.hidden_size), torch.ones(1), torch.tensor([[0], [expert_id], [0]], dtype=torch.int32))
     payload = b"".join(tensor.numpy().tobytes() for tensor in tensors)
     outcomes: list = []
-    shard.submit(header, memoryview(payload), outcomes.append)
+    shard.submit(header, Memory.of(payload), outcomes.append)
     shard._batcher.compute_next()
     (outcome,) = outcomes
     return outcome if isinstance(outcome, MobulaError) else None
@@ -108,7 +109,7 @@ def test_whoever_controls_the_shard_is_told_once_of_a_unit_that_is_wrong(shard):
 def test_what_waits_for_a_layer_when_a_unit_of_it_is_found_wrong_is_asked_of_others(shard):
     outcomes: list = []
     header = expert_pb2.ForwardHeader(sequence_number=1, layer_id=1, placement_version=1, dtype=1)
-    shard.submit(header, memoryview(b""), outcomes.append)
+    shard.submit(header, Memory.of(b""), outcomes.append)
     damage(shard, layer_id=1, expert_id=0)
     check_all(shard)
     assert [type(outcome).__name__ for outcome in outcomes] == ["StalePlacement"]

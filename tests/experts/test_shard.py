@@ -9,6 +9,7 @@ from experts.shard import ExpertShard
 from protos import expert_pb2, tensor_pb2
 from protos.codec import decode_frame, encode_frame
 from protos.errors import InvalidRequest
+from protos.memory import Memory, as_tensor
 from tests.fake_experts import expert_shard, grouped_gate, placed, small_model
 
 MODEL = small_model()
@@ -152,14 +153,14 @@ def test_a_sender_that_changes_its_indices_after_they_were_checked_changes_nothi
     header, payload = decode_frame(expert_pb2.ForwardHeader, forward_frame())
     memory = memoryview(bytearray(payload))
     outcomes = []
-    waiting = shard.submit(header, memory, outcomes.append)
+    waiting = shard.submit(header, Memory.of(memory), outcomes.append)
     memory[2 * MODEL.hidden_size * 4 :] = b"\xff" * (4 * 16)
     assert waiting.forward.rows.tolist() == [0, 0, 0, 1]
     assert waiting.forward.expert_ids.tolist() == [0, 1, 4, 4]
     assert waiting.forward.weights.tolist() == [1.0] * 4
     shard.start()
     shard.stop()
-    assert outcomes[0].partial_sums.isfinite().all()
+    assert as_tensor(outcomes[0].partial_sums).isfinite().all()
 
 
 def test_an_answer_is_computed_in_the_memory_that_the_caller_gave(shard):
@@ -167,6 +168,6 @@ def test_an_answer_is_computed_in_the_memory_that_the_caller_gave(shard):
     expected = decode_frame(expert_pb2.ForwardResult, shard.forward(forward_frame()).result(30))[1]
     memory = memoryview(bytearray(len(expected)))
     done = Future()
-    shard.submit(header, payload, done.set_result, memory)
+    shard.submit(header, Memory.of(payload), done.set_result, Memory.of(memory))
     assert done.result(30).partial_sums.shape == (3, MODEL.hidden_size)
     assert memory == expected

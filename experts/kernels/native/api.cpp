@@ -142,9 +142,12 @@ void mobula_heads(const HeadsCall* call) {
   choice.table->heads(call);
 }
 
-void mobula_experts(const ExpertsCall* call) {
+// The call's own pointer to the assignments is not read.
+void mobula_experts(const ExpertsCall* call, const int32_t* assignments) {
   std::lock_guard<std::mutex> lock(calls);
-  choice.table->experts(call);
+  ExpertsCall complete = *call;
+  complete.assignments = assignments;
+  choice.table->experts(&complete);
 }
 
 void mobula_select_experts(const GateCall* call) {

@@ -3,14 +3,15 @@
 #include <stdint.h>
 
 struct AssignmentsCheck {
-  const int32_t* assignments;     // [4, num_assignments]: weights, rows, expert ids, partial sums
   const int64_t* expert_to_unit;  // [num_experts], -1: not held
   int32_t num_assignments, num_experts, num_rows, num_partial_sums;
 };
 
-extern "C" __attribute__((visibility("default"))) int mobula_accepts_assignments(const AssignmentsCheck* check) {
+// assignments: [4, num_assignments]: weights, rows, expert ids, partial sums.
+extern "C" __attribute__((visibility("default"))) int mobula_accepts_assignments(const AssignmentsCheck* check,
+                                                                                 const int32_t* assignments) {
   const int32_t length = check->num_assignments;
-  const int32_t* rows = check->assignments + static_cast<int64_t>(length);
+  const int32_t* rows = assignments + static_cast<int64_t>(length);
   const int32_t* expert_ids = rows + length;
   const int32_t* partial_sums = expert_ids + length;
   int64_t unit_before = -1;

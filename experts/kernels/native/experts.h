@@ -60,7 +60,7 @@ void gate_up_task(void* context, int task, int) {
     typename T::Row x[kMaxRows];
     for (int m = 0; m < height; m++) {
       const int assignment = work.order[start + first + m];
-      x[m] = work.x[work.call->rows ? work.call->rows[assignment] : assignment];
+      x[m] = work.x[work.call->row(assignment)];
     }
     multiply_tile<T>(x, tile, num_tiles, height, panels, 2, product);
     for (int m = 0; m < height; m++) {
@@ -109,8 +109,8 @@ void down_task(void* context, int task, int) {
       multiply_tile<T>(x, tile, num_tiles, height, panels, count, product);
       for (int m = 0; m < height; m++) {
         const int assignment = work.order[start + first + m];
-        const int sum = call.partial_sums ? call.partial_sums[assignment] : assignment;
-        add_weighted(product + m * width, call.weights ? call.weights[assignment] : 1.0f,
+        const int sum = call.partial_sum(assignment);
+        add_weighted(product + m * width, call.weight(assignment),
                      work.sums + (size_t)sum * hidden_size + first_column, columns);
       }
     });
@@ -125,13 +125,13 @@ void down_task(void* context, int task, int) {
 // Assignments in ascending order of their expert, stable; starts [num_experts + 1]; present: the experts with any.
 inline int sort_by_expert(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_t* present) {
   memset(starts, 0, sizeof(int32_t) * (call.num_experts + 1));
-  for (int i = 0; i < call.num_assignments; i++) starts[(call.expert_ids ? call.expert_ids[i] : 0) + 1]++;
+  for (int i = 0; i < call.num_assignments; i++) starts[call.expert_id(i) + 1]++;
   int num_present = 0;
   for (int e = 0; e < call.num_experts; e++) {
     if (starts[e + 1]) present[num_present++] = e;
     starts[e + 1] += starts[e];
   }
-  for (int i = 0; i < call.num_assignments; i++) order[starts[call.expert_ids ? call.expert_ids[i] : 0]++] = i;
+  for (int i = 0; i < call.num_assignments; i++) order[starts[call.expert_id(i)]++] = i;
   for (int e = call.num_experts; e > 0; e--) starts[e] = starts[e - 1];
   starts[0] = 0;
   return num_present;

@@ -15,7 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { kAbi = 5 };  // raised with every change of a struct below; library.py refuses another one
+enum { kAbi = 6 };  // raised with every change of a struct below; library.py refuses another one
 enum { kPanelColumns = 32 };
 enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3, kCompact = 4 };
 
@@ -59,16 +59,18 @@ struct Expert {  // data is null for an expert that is not here
 };
 
 struct ExpertsCall {
-  const Expert* experts;  // by logical expert id
-  const void* x;          // [num_rows, hidden_size]
-  const float* weights;   // the next four by assignment
-  const int32_t* rows;
-  const int32_t* expert_ids;
-  const int32_t* partial_sums;
-  void* out;  // [num_partial_sums, hidden_size]
+  const Expert* experts;       // by logical expert id
+  const void* x;               // [num_rows, hidden_size]
+  const int32_t* assignments;  // [4, num_assignments]; null: row i goes to expert 0 with weight 1, into sum i
+  void* out;                   // [num_partial_sums, hidden_size]
   int32_t num_experts, num_rows, num_assignments, num_partial_sums;
   int32_t hidden_size, intermediate_size;
   int32_t x_format, out_format;
+
+  float weight(int i) const { return assignments ? ((const float*)assignments)[i] : 1.0f; }
+  int32_t row(int i) const { return assignments ? assignments[(size_t)num_assignments + i] : i; }
+  int32_t expert_id(int i) const { return assignments ? assignments[2 * (size_t)num_assignments + i] : 0; }
+  int32_t partial_sum(int i) const { return assignments ? assignments[3 * (size_t)num_assignments + i] : i; }
 };
 
 struct NormCall {

@@ -48,6 +48,8 @@ def test_the_kernel_accepts_what_numpy_accepts_and_nothing_else(num_tokens, seed
             layer_id=1, placement_version=1, num_rows=message.num_rows + num_rows,
             num_partial_sums=message.num_partial_sums + num_partial_sums, expert_to_unit=held,
         )  # fmt: skip
-        accepted = kernel_accepts(assignments, held, limits.num_rows, limits.num_partial_sums)
+        accepted = kernel_accepts(
+            assignments.tobytes(), held.ctypes.data, len(held), limits.num_rows % 2**32, limits.num_partial_sums % 2**32
+        )
         assert accepted == numpy_accepts(assignments, limits)
         assert accepted or changes or num_partial_sums or num_rows  # an honest message is
