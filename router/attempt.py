@@ -7,9 +7,18 @@ from typing import NamedTuple
 from torch import Tensor
 
 from protos import expert_pb2
-from protos.codec import dtype_to_wire, read_matrix
-from protos.errors import DeadlineExceeded, InternalError, MobulaError, ShardUnavailable, UnitQuarantined, from_code
-from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall, Outcome
+from protos.codec import dtype_to_wire
+from protos.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    MobulaError,
+    ShardUnavailable,
+    UnitQuarantined,
+    from_code,
+)
+from protos.memory import RawMatrix
+from router.completions import Completions, ForwardAnswer, ForwardCall, Outcome
 from router.plan import PartialSums, ShardMessage
 from router.router_config import RouterConfig
 from router.step_limit import StepLimit
@@ -88,7 +97,6 @@ class Answer(NamedTuple):
 def forward_call(
     message: ShardMessage,
     layer: LayerInput,
-    hidden_bytes: Bytes,
     *,
     sequence_number: int,
     timeout_s: float,
@@ -96,10 +104,7 @@ def forward_call(
     completions: Completions,
     tell: Callable[[Outcome], None],
 ) -> ForwardCall:
-    """The call that carries a message.
-
-    hidden_bytes: the layer's hidden states. timeout_s: how long the answer will be waited for.
-    """
+    """The call that carries a message. timeout_s: how long the answer will be waited for."""
     hidden_states = layer.hidden_states
     header = expert_pb2.ForwardHeader(
         sequence_number=sequence_number,
@@ -111,13 +116,11 @@ def forward_call(
         dtype=dtype_to_wire(hidden_states.dtype),
         timeout_ms=min(max(1, int(1000 * timeout_s)), MAX_TIMEOUT_MS),
     )
-    is_every_row = message.num_rows == len(hidden_states)  # ascending and distinct, so in place already
     return ForwardCall(
         sequence_number=sequence_number,
         header=header.SerializeToString(),
-        hidden_states=hidden_bytes,
-        row_ids=None if is_every_row else message.row_ids,
-        assignments=message.assignments,
+        hidden_states=hidden_states,
+        message=message,
         answer_bytes=message.num_partial_sums * hidden_states.shape[1] * hidden_states.itemsize,
         completions=completions,
         tell=tell,
@@ -152,7 +155,7 @@ def read_partial_sums(message: ShardMessage, answer: ForwardAnswer, hidden_state
 
     Raises the error that it carries, InternalError when it is not the message's, InvalidRequest for another size.
     """
-    header, dtype = answer.header, hidden_states.dtype
+    header, payload, dtype = answer.header, answer.payload, hidden_states.dtype
     if header.HasField("error"):
         if header.error.quarantined_unit_ids:
             raise UnitQuarantined(header.error.message, unit_ids=tuple(header.error.quarantined_unit_ids))
@@ -162,5 +165,11 @@ def read_partial_sums(message: ShardMessage, answer: ForwardAnswer, hidden_state
             f"the answer has {header.num_partial_sums} partial sums of dtype {header.dtype}, expected "
             f"{message.num_partial_sums} of {dtype}"
         )
-    values = read_matrix(answer.payload, message.num_partial_sums, hidden_states.shape[1], dtype)
-    return PartialSums(message.partial_sums, values)
+    values = RawMatrix(payload, (message.num_partial_sums, hidden_states.shape[1]), dtype)
+    expected_bytes = values.shape[0] * values.shape[1] * dtype.itemsize
+    if payload.num_bytes != expected_bytes:
+        raise InvalidRequest(
+            f"{values.shape[0]} partial sums of {values.shape[1]} {dtype} have {expected_bytes} bytes, got "
+            f"{payload.num_bytes}"
+        )
+    return PartialSums(message.partial_sums, values, message.addresses.partial_sums)

@@ -11,11 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from protos import expert_pb2
 from protos.codec import join_frame
 from protos.errors import MobulaError
+from protos.memory import Memory
 from protos.poller import Poller
+from router.plan import ShardMessage
+from router.plan_kernels import write_payload
 
 
 class Carrier(StrEnum):
@@ -34,12 +39,11 @@ class ForwardAnswer(NamedTuple):
     """A shard's answer. The payload may be shared memory: whoever is told calls `release` once when done with it."""
 
     header: expert_pb2.ForwardResult
-    payload: memoryview
+    payload: Memory
     release: Callable[[], None] = _nothing  # in the engine thread
 
 
 Outcome = ForwardAnswer | MobulaError
-Bytes = npt.NDArray[np.uint8]
 
 
 class Completions:
@@ -72,9 +76,8 @@ class ForwardCall:
 
     Attributes:
         header: a serialised ForwardHeader that has `sequence_number`.
-        hidden_states: [num_tokens, row bytes] uint8, contiguous. row_ids: [num_rows] int64, those that are sent, or
-            None for all of them.
-        assignments: [4, num_assignments] int32, contiguous: weights (the bits of fp32), rows, expert ids, partial sums.
+        hidden_states: [num_tokens, hidden_size], contiguous, on the CPU.
+        message: which of them are sent, and with what.
         answer_bytes: of the answer's payload, unless it is an error.
         carrier: who carries it; set by the transport.
         is_given_up: nobody waits any more; its end may still be told, and is ignored.
@@ -83,12 +86,12 @@ class ForwardCall:
     __slots__ = (
         "_completions",
         "answer_bytes",
-        "assignments",
         "carrier",
         "header",
         "hidden_states",
         "is_given_up",
-        "row_ids",
+        "message",
+        "payload_bytes",
         "sequence_number",
         "tell",
     )
@@ -98,9 +101,8 @@ class ForwardCall:
         *,
         sequence_number: int,
         header: bytes,
-        hidden_states: Bytes,
-        row_ids: npt.NDArray[np.int64] | None,
-        assignments: npt.NDArray[np.int32],
+        hidden_states: Tensor,
+        message: ShardMessage,
         answer_bytes: int,
         completions: Completions,
         tell: Callable[[Outcome], None],
@@ -109,20 +111,14 @@ class ForwardCall:
         self.sequence_number = sequence_number
         self.header = header
         self.hidden_states = hidden_states
-        self.row_ids = row_ids
-        self.assignments = assignments
+        self.message = message
+        row_bytes = hidden_states.shape[1] * hidden_states.itemsize
+        self.payload_bytes = message.num_rows * row_bytes + 16 * message.num_assignments
         self.answer_bytes = answer_bytes
         self.tell = tell
         self.carrier = Carrier.LOCAL
         self.is_given_up = False
         self._completions = completions
-
-    @property
-    def payload_bytes(self) -> int:
-        """Of the request."""
-        num_rows = len(self.hidden_states) if self.row_ids is None else len(self.row_ids)
-        row_bytes: int = self.hidden_states.shape[1]
-        return num_rows * row_bytes + self.assignments.nbytes
 
     @property
     def sent_bytes(self) -> int:
@@ -131,25 +127,31 @@ class ForwardCall:
 
     def frame(self) -> bytes:
         """As a ForwardRequest."""
-        rows = self.hidden_states if self.row_ids is None else self.hidden_states.take(self.row_ids, axis=0)
-        return join_frame(self.header, (rows.data, self.assignments.data))
+        rows = self._hidden_bytes()
+        if self.message.num_rows < len(rows):
+            rows = rows.take(self.message.row_ids, axis=0)
+        return join_frame(self.header, (rows.data, self.message.assignments.data))
 
     def cancellation(self) -> bytes:
         """The serialised header that takes the call back."""
         header = expert_pb2.ForwardHeader(sequence_number=self.sequence_number, is_cancellation=True)
         return header.SerializeToString()
 
-    def write_payload(self, memory: Bytes, offset: int) -> None:
-        """Puts the payload into `memory` ([n] uint8) from `offset` on."""
-        row_bytes = self.hidden_states.shape[1]
-        num_rows = len(self.hidden_states) if self.row_ids is None else len(self.row_ids)
-        end = offset + num_rows * row_bytes
-        rows = memory[offset:end].reshape(num_rows, row_bytes)
-        if self.row_ids is None:
-            rows[...] = self.hidden_states
-        else:
-            self.hidden_states.take(self.row_ids, axis=0, out=rows, mode="clip")  # "raise" would copy twice
-        memory[end : end + self.assignments.nbytes] = self.assignments.view(np.uint8).ravel()
+    def write_payload(self, memory: Memory) -> None:
+        """Puts the payload into memory of its size."""
+        message = self.message
+        if write_payload(self.hidden_states, message, memory.address):
+            return
+        to = np.frombuffer(memory.view, dtype=np.uint8)
+        rows = self._hidden_bytes()
+        num_bytes = message.num_rows * rows.shape[1]
+        # The row ids are right; "raise" would copy twice.
+        rows.take(message.row_ids, axis=0, out=to[:num_bytes].reshape(message.num_rows, rows.shape[1]), mode="clip")
+        to[num_bytes:] = message.assignments.view(np.uint8).ravel()
+
+    def _hidden_bytes(self) -> npt.NDArray[np.uint8]:
+        """[num_tokens, row bytes], in place; numpy knows no bfloat16."""
+        return self.hidden_states.view(torch.uint8).numpy()
 
     def end(self, outcome: Outcome) -> None:
         """From any thread. The answer's payload stays as it is."""

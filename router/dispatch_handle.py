@@ -33,7 +33,7 @@ from protos.errors import (
     UnitQuarantined,
 )
 from router.attempt import Attempt, LayerInput, ShardTiming, forward_call, not_computed, out_of_time, read_partial_sums
-from router.completions import Bytes, ForwardAnswer, Outcome
+from router.completions import ForwardAnswer, Outcome
 from router.expert_map import Int64Array
 from router.finite_check import is_finite, units_of
 from router.handle_context import HandleContext
@@ -68,7 +68,6 @@ class DispatchHandle:
         self._expert_to_unit: Int64Array
         self._plan: DispatchPlan
         self._sums: LayerSums | None = None
-        self._hidden_bytes: Bytes = layer.hidden_states.view(torch.uint8).numpy()  # numpy knows no bfloat16
 
     @property
     def plan(self) -> DispatchPlan:
@@ -89,8 +88,10 @@ class DispatchHandle:
         row = routing.expert_map.row(self._layer.layer_id)
         self._expert_to_unit = routing.expert_map.expert_to_unit[row]
         layer, ep_size = self._layer, routing.expert_map.ep_size
-        candidates, queues = self._context.candidates.to_plan(routing, row)
-        self._plan = plan_layer(layer.topk_ids, layer.topk_weights, self._expert_to_unit, candidates, ep_size, queues)
+        choice, queues, addresses = self._context.candidates.to_plan(routing, row)
+        self._plan = plan_layer(
+            layer.topk_ids, layer.topk_weights, self._expert_to_unit, choice, ep_size, queues, addresses
+        )
         self._sums = LayerSums(self._plan)
         for message in self._plan.messages:
             self._send(message, routing, number=1)
@@ -213,7 +214,6 @@ class DispatchHandle:
         attempt.call = call = forward_call(
             message,
             self._layer,
-            self._hidden_bytes,
             sequence_number=next(self._context.sequence_numbers),
             timeout_s=attempt.give_up_at_s - now_s,
             placement_version=routing.expert_map.placement_version,

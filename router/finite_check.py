@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protos.memory import as_tensor
 from router.expert_map import Int64Array
 from router.plan import DispatchPlan, PartialSums, ShardMessage
 
@@ -21,7 +22,7 @@ def is_finite(sums: Tensor) -> bool:
 
 def doubtful(plan: DispatchPlan, answer: PartialSums, hidden_states: Tensor) -> Int64Array:
     """Those of an answer's partial sums that are not finite, although their row of `hidden_states` is."""
-    is_bad = ~torch.isfinite(answer.values).all(dim=1).numpy()
+    is_bad = ~torch.isfinite(as_tensor(answer.values)).all(dim=1).numpy()
     partial_sums: Int64Array = answer.partial_sums[is_bad]
     if not len(partial_sums):
         return partial_sums
@@ -32,7 +33,7 @@ def doubtful(plan: DispatchPlan, answer: PartialSums, hidden_states: Tensor) -> 
 
 def confirmed_wrong(doubts: Int64Array, others: Iterable[PartialSums]) -> Int64Array:
     """Those of the doubtful partial sums that other shards answered with numbers."""
-    finite = [other.partial_sums[torch.isfinite(other.values).all(dim=1).numpy()] for other in others]
+    finite = [other.partial_sums[torch.isfinite(as_tensor(other.values)).all(dim=1).numpy()] for other in others]
     wrong: Int64Array = doubts[np.isin(doubts, np.concatenate([doubts[:0], *finite]))]
     return wrong
 

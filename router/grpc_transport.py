@@ -25,6 +25,7 @@ from protos import expert_pb2, rpc
 from protos.codec import decode_frame, join_frame
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
 from protos.errors import Cancelled, InvalidRequest, QueueFull, ShardUnavailable
+from protos.memory import Memory
 from router.completions import Carrier, ForwardAnswer, ForwardCall
 
 logger = logging.getLogger(__name__)
@@ -199,10 +200,10 @@ class GrpcTransport:
 
     async def _read_answers(self, call: grpc.aio.StreamStreamCall) -> None:
         async for frame in call:
-            answer = ForwardAnswer(*decode_frame(expert_pb2.ForwardResult, frame))
-            forward = self._pending.pop(answer.header.sequence_number, None)
+            header, payload = decode_frame(expert_pb2.ForwardResult, frame)
+            forward = self._pending.pop(header.sequence_number, None)
             if forward is not None:
-                forward.end(answer)
+                forward.end(ForwardAnswer(header, Memory.of(payload)))
 
     def _fail_pending(self, failure: str) -> None:
         self._outgoing = None

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from protos import expert_pb2
 from protos.codec import decode_frame
 from protos.errors import MobulaError, ShardUnavailable
+from protos.memory import Memory
 from router.completions import ForwardAnswer, ForwardCall
 
 
@@ -41,6 +42,7 @@ class LocalTransport:
 
 def _end(call: ForwardCall, answer: Future[bytes]) -> None:
     try:
-        call.end(ForwardAnswer(*decode_frame(expert_pb2.ForwardResult, answer.result())))
+        header, payload = decode_frame(expert_pb2.ForwardResult, answer.result())
+        call.end(ForwardAnswer(header, Memory.of(payload)))
     except MobulaError as error:
         call.end(error)

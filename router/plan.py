@@ -18,11 +18,20 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from protos.memory import Matrix, as_tensor
 from router.expert_map import Int64Array
 
 NO_EXPERT = -1  # in topk_ids: an assignment that is left out; a row may have none at all, its sum is then 0
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
+
+
+class MessageAddresses(NamedTuple):
+    """Where a message's arrays lie: asking numpy for it is slow where the caches are cold."""
+
+    row_ids: int
+    assignments: int
+    partial_sums: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +42,21 @@ class ShardMessage:
     assignments: [4, num_assignments] int32, contiguous, as the payload has them: weights (the bits of fp32), indices
         into `row_ids`, expert ids, indices into the answer; in ascending order of (unit, row, expert).
     partial_sums: [num_partial_sums] int64, where the answer's rows belong in the layer's partial sums.
+    All contiguous. known_addresses: of the three, where who planned knows them.
     """
 
     ep_rank: int
     row_ids: Int64Array
     assignments: Int32Array
     partial_sums: Int64Array
+    known_addresses: MessageAddresses | None = None
+
+    @property
+    def addresses(self) -> MessageAddresses:
+        """Of the arrays."""
+        return self.known_addresses or MessageAddresses(
+            self.row_ids.ctypes.data, self.assignments.ctypes.data, self.partial_sums.ctypes.data
+        )
 
     @property
     def num_rows(self) -> int:
@@ -60,12 +78,19 @@ class DispatchPlan:
     partial_rows: [num_partial_sums] int64, the row of each partial sum; they are in ascending order of (unit, row).
     messages: in ascending order of ep_rank; shards that get nothing have none.
     num_tokens_by_ranks: [n] is how many of the tokens visit exactly n shards.
+    known_address: of partial_rows, where who planned knows it.
     """
 
     num_tokens: int
     partial_rows: Int64Array
     messages: tuple[ShardMessage, ...]
     num_tokens_by_ranks: list[int]
+    known_address: int | None = None
+
+    @property
+    def address(self) -> int:
+        """Of partial_rows."""
+        return self.known_address or int(self.partial_rows.ctypes.data)
 
     @property
     def num_partial_sums(self) -> int:
@@ -76,7 +101,13 @@ class PartialSums(NamedTuple):
     """A shard's answer: partial_sums as in ShardMessage; values: [num_partial_sums, hidden_size] fp32 or bf16."""
 
     partial_sums: Int64Array
-    values: Tensor
+    values: Matrix
+    known_address: int | None = None  # of partial_sums
+
+    @property
+    def address(self) -> int:
+        """Of partial_sums."""
+        return self.known_address or int(self.partial_sums.ctypes.data)
 
 
 class _Assignments(NamedTuple):
@@ -183,7 +214,7 @@ def sum_partials(plan: DispatchPlan, answers: Sequence[PartialSums], hidden_size
     """
     sums = np.zeros((plan.num_partial_sums + 1, hidden_size), dtype=np.float32)  # zeros in the last row
     for answer in answers:
-        sums[answer.partial_sums] = answer.values.float().numpy()
+        sums[answer.partial_sums] = as_tensor(answer.values).float().numpy()
     total = np.zeros((plan.num_tokens, hidden_size), dtype=np.float32)
     for kth in _partial_sum_of_row(plan):
         total += sums.take(kth, axis=0)

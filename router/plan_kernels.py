@@ -4,8 +4,9 @@ The same messages and the same bits, see tests/router/test_plan.py.
 """
 
 import ctypes
+import struct
 from collections.abc import Sequence
-from ctypes import c_int32, c_void_p
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,49 +15,25 @@ from torch import Tensor
 from router import plan
 from router.compiled import native
 from router.expert_map import Int64Array
-from router.plan import DispatchPlan, PartialSums, ShardMessage
+from router.plan import DispatchPlan, MessageAddresses, PartialSums, ShardMessage
 from router.shard_queues import ExpectedQueues
 
-
-class _PlanCall(ctypes.Structure):
-    _fields_ = (
-        ("topk_ids", c_void_p),
-        ("topk_weights", c_void_p),
-        ("expert_to_unit", c_void_p),
-        ("unit_to_ep_ranks", c_void_p),  # this and the next three: struct Replicas
-        ("waits", c_void_p),
-        ("seconds_per_assignment", c_void_p),
-        ("max_replicas", c_int32),
-        ("padding", c_int32),
-        ("wire", c_void_p),
-        ("row_ids", c_void_p),
-        ("partial_sums", c_void_p),
-        ("partial_rows", c_void_p),
-        ("message_sizes", c_void_p),
-        ("tokens_by_ranks", c_void_p),
-        ("num_tokens", c_int32),
-        ("top_k", c_int32),
-        ("num_experts", c_int32),
-        ("num_units", c_int32),
-        ("ep_size", c_int32),
-        ("num_partial_sums", c_int32),
-        ("max_ranks", c_int32),
-    )
+_PLAN_CALL = struct.Struct("6Pi4x7P5i")  # struct PlanCall in native/plan.cpp, as the next three
+_SUM_CALL = struct.Struct("2P5i")
+_SUM_ANSWER = struct.Struct("2Pq")
+_PAYLOAD_CALL = struct.Struct("4P3q")
 
 
-class _SumCall(ctypes.Structure):
-    _fields_ = (
-        ("answers", c_void_p),
-        ("partial_sums", c_void_p),
-        ("answer_sizes", c_void_p),
-        ("partial_rows", c_void_p),
-        ("out", c_void_p),
-        ("num_answers", c_int32),
-        ("num_partial_sums", c_int32),
-        ("num_tokens", c_int32),
-        ("hidden_size", c_int32),
-        ("is_bfloat16", c_int32),
-    )
+class UnitAddresses(NamedTuple):
+    """Where the arrays of a layer's units lie, which plan_layer takes."""
+
+    expert_to_unit: int
+    unit_to_ep_ranks: int
+
+    @classmethod
+    def of(cls, expert_to_unit: Int64Array, unit_to_ep_ranks: Int64Array) -> "UnitAddresses":
+        """Of contiguous arrays."""
+        return cls(expert_to_unit.ctypes.data, unit_to_ep_ranks.ctypes.data)
 
 
 def plan_layer(
@@ -66,86 +43,146 @@ def plan_layer(
     unit_to_ep_ranks: Int64Array,
     ep_size: int,
     queues: ExpectedQueues | None = None,
+    addresses: UnitAddresses | None = None,
 ) -> DispatchPlan:
     """See plan.plan_layer; tensors contiguous. Raises ValueError for an expert, unit or shard that does not exist.
 
     unit_to_ep_ranks: [num_units, max_replicas] int64, the shards that may be asked for each unit; -1 for none. Of
     several each row asks where it visits fewest shards, and then where the queue is expected to be shortest.
-    queues: needed only where there are several.
+    queues: needed only where there are several. addresses: of the two arrays, where they are known.
     """
     library = native()
     if library is None:
         assert unit_to_ep_ranks.shape[1] == 1, "choose_replicas chooses where the library is not built"
         return plan.plan_layer(topk_ids, topk_weights, expert_to_unit, unit_to_ep_ranks[:, 0])
-    max_replicas = unit_to_ep_ranks.shape[1]
+    num_units, max_replicas = unit_to_ep_ranks.shape
     assert queues is not None or max_replicas == 1
     assert topk_ids.dtype is torch.int64
     assert topk_weights.dtype is torch.float32
     assert topk_weights.shape == topk_ids.shape
     assert topk_ids.is_contiguous()
     assert topk_weights.is_contiguous()
-    unit_to_ep_ranks = np.ascontiguousarray(unit_to_ep_ranks)
+    if addresses is None:
+        unit_to_ep_ranks = np.ascontiguousarray(unit_to_ep_ranks)
+        addresses = UnitAddresses.of(expert_to_unit, unit_to_ep_ranks)
     num_tokens, top_k = topk_ids.shape
-    most = num_tokens * top_k  # rows, partial sums
-    wire = np.empty(4 * most, dtype=np.int32)
-    numbers = np.zeros(3 * most + 4 * ep_size + 1, dtype=np.int64)
-    row_ids, partial_sums, partial_rows = numbers[:most], numbers[most : 2 * most], numbers[2 * most : 3 * most]
-    sizes, tokens_by_ranks = numbers[3 * most : 3 * most + 3 * ep_size], numbers[3 * most + 3 * ep_size :]
-    start = numbers.ctypes.data
-    call = _PlanCall(
+    arrays = _PlanArrays(num_tokens * top_k, ep_size)
+    call = _PLAN_CALL.pack(
         topk_ids.data_ptr(),
         topk_weights.data_ptr(),
-        expert_to_unit.ctypes.data,
-        unit_to_ep_ranks.ctypes.data,
-        None if queues is None else queues.waits_s.ctypes.data,
-        None if queues is None else queues.seconds_per_assignment.ctypes.data,
+        *addresses,
+        0 if queues is None else queues.waits_s.ctypes.data,
+        0 if queues is None else queues.seconds_per_assignment.ctypes.data,
         max_replicas,
-        0,
-        wire.ctypes.data,
-        start,
-        start + 8 * most,
-        start + 16 * most,
-        start + 24 * most,
-        start + 24 * (most + ep_size),
+        *arrays.addresses(),
         num_tokens,
         top_k,
         len(expert_to_unit),
-        len(unit_to_ep_ranks),
+        num_units,
         ep_size,
     )
-    if not library.mobula_plan(ctypes.addressof(call)):
+    if not library.mobula_plan(call):
         raise ValueError(
             f"experts {topk_ids.min()} to {topk_ids.max()} were chosen of {len(expert_to_unit)}, on shards "
             f"{unit_to_ep_ranks.min()} to {unit_to_ep_ranks.max()} of {ep_size}: one does not exist"
         )
-    return DispatchPlan(
-        num_tokens=num_tokens,
-        partial_rows=partial_rows[: call.num_partial_sums],
-        messages=_messages(wire, row_ids, partial_sums, sizes.tolist()),
-        num_tokens_by_ranks=tokens_by_ranks[: call.max_ranks + 1].tolist(),
-    )
+    return arrays.plan(num_tokens)
 
 
-def _messages(
-    wire: plan.Int32Array, row_ids: Int64Array, partial_sums: Int64Array, sizes: list[int]
-) -> tuple[ShardMessage, ...]:
-    """sizes: of each shard's message, three numbers each: assignments, rows, partial sums."""
-    messages = []
-    assignment = row = partial_sum = 0
-    for ep_rank in range(len(sizes) // 3):
-        num_assignments, num_rows, num_partial_sums = sizes[3 * ep_rank : 3 * ep_rank + 3]
-        if num_assignments == 0:
-            continue
-        messages.append(
-            ShardMessage(
-                ep_rank=ep_rank,
-                row_ids=row_ids[row : row + num_rows],
-                assignments=wire[4 * assignment : 4 * (assignment + num_assignments)].reshape(4, num_assignments),
-                partial_sums=partial_sums[partial_sum : partial_sum + num_partial_sums],
-            )
+class _PlanArrays:
+    """What a plan is written to, in one piece of memory; no more of it than a plan can need.
+
+    numbers: of each shard's message its assignments, rows and partial sums; how many tokens visit n shards, for n from
+    0 on; the number of partial sums, and the most shards that a token visits.
+    """
+
+    def __init__(self, most: int, ep_size: int) -> None:
+        """most: assignments, and so rows and partial sums."""
+        self._ep_size = ep_size
+        self._num_numbers = 4 * ep_size + 3
+        self._row_ids = 8 * self._num_numbers  # where each array begins
+        self._partial_sums = self._row_ids + 8 * most
+        self._partial_rows = self._partial_sums + 8 * most
+        self._wire = self._partial_rows + 8 * most
+        self._memory = bytearray(self._wire + 16 * most)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+    def addresses(self) -> tuple[int, ...]:
+        """As struct PlanCall has them."""
+        start, tokens_by_ranks = self._address, 24 * self._ep_size
+        return (
+            start + self._wire,
+            start + self._row_ids,
+            start + self._partial_sums,
+            start + self._partial_rows,
+            start,
+            start + tokens_by_ranks,
+            start + tokens_by_ranks + 8 * (self._ep_size + 1),
         )
-        assignment, row, partial_sum = assignment + num_assignments, row + num_rows, partial_sum + num_partial_sums
-    return tuple(messages)
+
+    def plan(self, num_tokens: int) -> DispatchPlan:
+        """What was written."""
+        numbers = self._int64(0, self._num_numbers).tolist()
+        *_, num_partial_sums, max_ranks = numbers
+        tokens_by_ranks = 3 * self._ep_size
+        return DispatchPlan(
+            num_tokens=num_tokens,
+            partial_rows=self._int64(self._partial_rows, num_partial_sums),
+            messages=self._messages(numbers),
+            num_tokens_by_ranks=numbers[tokens_by_ranks : tokens_by_ranks + max_ranks + 1],
+            known_address=self._address + self._partial_rows,
+        )
+
+    def _messages(self, sizes: list[int]) -> tuple[ShardMessage, ...]:
+        messages = []
+        wire, row_ids, partial_sums = self._wire, self._row_ids, self._partial_sums
+        for ep_rank in range(self._ep_size):
+            num_assignments, num_rows, num_partial_sums = sizes[3 * ep_rank : 3 * ep_rank + 3]
+            if num_assignments == 0:
+                continue
+            assignments = np.frombuffer(self._memory, dtype=np.int32, count=4 * num_assignments, offset=wire)
+            start = self._address
+            messages.append(
+                ShardMessage(
+                    ep_rank=ep_rank,
+                    row_ids=self._int64(row_ids, num_rows),
+                    assignments=assignments.reshape(4, num_assignments),
+                    partial_sums=self._int64(partial_sums, num_partial_sums),
+                    known_addresses=MessageAddresses(start + row_ids, start + wire, start + partial_sums),
+                )
+            )
+            wire, row_ids = wire + 16 * num_assignments, row_ids + 8 * num_rows
+            partial_sums += 8 * num_partial_sums
+        return tuple(messages)
+
+    def _int64(self, offset: int, count: int) -> Int64Array:
+        return np.frombuffer(self._memory, dtype=np.int64, count=count, offset=offset)
+
+
+def write_payload(hidden_states: Tensor, message: ShardMessage, address: int) -> bool:
+    """Puts a message's rows of `hidden_states` and its assignments to `address`; False where the library is not built.
+
+    hidden_states: [num_tokens, hidden_size], contiguous.
+    """
+    library = native()
+    if library is None:
+        return False
+    row_ids, assignments, _ = message.addresses
+    row_bytes = hidden_states.shape[1] * hidden_states.itemsize
+    num_rows, num_assignments = message.num_rows, message.num_assignments
+    is_every_row = num_rows == len(hidden_states)  # ascending and distinct, so in place already
+    library.mobula_write_payload(
+        _PAYLOAD_CALL.pack(
+            hidden_states.data_ptr(),
+            0 if is_every_row else row_ids,
+            assignments,
+            address,
+            num_rows,
+            row_bytes,
+            16 * num_assignments,
+        )
+    )
+    return True
 
 
 def sum_partials(dispatch_plan: DispatchPlan, answers: Sequence[PartialSums], hidden_size: int) -> Tensor:
@@ -156,20 +193,15 @@ def sum_partials(dispatch_plan: DispatchPlan, answers: Sequence[PartialSums], hi
     out = torch.empty(dispatch_plan.num_tokens, hidden_size)
     if not answers:
         return out.zero_()
-    dtype = answers[0].values.dtype
+    dtype, packed = answers[0].values.dtype, []
     for answer in answers:
-        assert answer.values.dtype is dtype
-        assert answer.values.is_contiguous()
-        assert answer.values.shape == (len(answer.partial_sums), hidden_size)
-    pointers = c_void_p * len(answers)
-    values = pointers(*(answer.values.data_ptr() for answer in answers))
-    places = pointers(*(answer.partial_sums.ctypes.data for answer in answers))
-    sizes = (ctypes.c_int64 * len(answers))(*(len(answer.partial_sums) for answer in answers))
-    call = _SumCall(
-        ctypes.addressof(values),
-        ctypes.addressof(places),
-        ctypes.addressof(sizes),
-        dispatch_plan.partial_rows.ctypes.data,
+        values, num_values = answer.values, len(answer.partial_sums)
+        assert values.dtype is dtype
+        assert values.is_contiguous()
+        assert values.shape == (num_values, hidden_size)
+        packed.append(_SUM_ANSWER.pack(values.data_ptr(), answer.address, num_values))
+    call = _SUM_CALL.pack(
+        dispatch_plan.address,
         out.data_ptr(),
         len(answers),
         dispatch_plan.num_partial_sums,
@@ -177,6 +209,7 @@ def sum_partials(dispatch_plan: DispatchPlan, answers: Sequence[PartialSums], hi
         hidden_size,
         dtype is torch.bfloat16,
     )
-    if not library.mobula_sum_partials(ctypes.addressof(call)):
-        raise ValueError(f"{sum(sizes)} partial sums were answered, the plan has {dispatch_plan.num_partial_sums}")
+    if not library.mobula_sum_partials(call, b"".join(packed)):
+        num_answered = sum(len(answer.partial_sums) for answer in answers)
+        raise ValueError(f"{num_answered} partial sums were answered, the plan has {dispatch_plan.num_partial_sums}")
     return out

@@ -17,12 +17,12 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from protos import expert_pb2, ring
 from protos.credentials import PLAINTEXT, Credentials
 from protos.errors import ShardUnavailable
+from protos.memory import Memory
 from protos.poller import Poller
 from protos.ring import ALIGNMENT, MAX_DOORBELL_BYTES, Region, RingRefused, pack_forward
 from router.arena import Arena
@@ -123,8 +123,7 @@ class Ring:
     ) -> None:
         self._address = address
         self._sock = sock
-        self._memory = memory
-        self._bytes = np.frombuffer(memory, dtype=np.uint8)
+        self._memory = Memory.of(memory)
         self._poller = poller
         self._max_outstanding = max_outstanding
         self._arena = Arena(len(memory))
@@ -146,7 +145,7 @@ class Ring:
         offset = self._arena.allocate(answer_start + call.answer_bytes)
         if offset is None:
             return False
-        call.write_payload(self._bytes, offset)
+        call.write_payload(self._memory.part(offset, payload_bytes))
         answer = Region(offset + answer_start, call.answer_bytes)
         try:
             self._sock.send(pack_forward(call.header, Region(offset, payload_bytes), answer))
@@ -194,7 +193,7 @@ class Ring:
             return
         call, offset, answer_offset = pending
         num_bytes = 0 if header.HasField("error") else call.answer_bytes
-        payload = self._memory[answer_offset : answer_offset + num_bytes]
+        payload = self._memory.part(answer_offset, num_bytes)
         call.tell(ForwardAnswer(header, payload, release=lambda: self._arena.free(offset)))
 
     def _lose(self, failure: str) -> None:
@@ -205,6 +204,6 @@ class Ring:
         self._poller.unregister(self._sock.fileno())
         self._sock.close()
         pending, self._pending = self._pending, {}
-        self._bytes, self._memory = np.empty(0, dtype=np.uint8), memoryview(b"")  # gives the memory back
+        self._memory = Memory.of(b"")  # gives it back
         for call, _, _ in pending.values():
             call.end(ShardUnavailable(f"no ring to shard {self._address}: {failure}"))

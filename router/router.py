@@ -105,9 +105,9 @@ class Router:
         """
         layer = LayerInput(
             layer_id=layer_id,
-            hidden_states=hidden_states.detach().cpu().contiguous(),
-            topk_weights=topk_weights.detach().float().cpu().contiguous(),
-            topk_ids=topk_ids.cpu().contiguous(),
+            hidden_states=_on_cpu(hidden_states),
+            topk_weights=_on_cpu(topk_weights),
+            topk_ids=_on_cpu(topk_ids),
         )
         handle = DispatchHandle(layer, self._context, hidden_states.device, self._step_limit)
         try:
@@ -205,3 +205,10 @@ class Router:
         if self._is_closed:
             raise Unavailable("the router is closed: the worker is shutting down")
         return self._routing
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """Contiguous there; the same where it is so already."""
+    if tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad:
+        return tensor
+    return tensor.detach().cpu().contiguous()

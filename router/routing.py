@@ -4,12 +4,14 @@ Any choice gives the same bits (see plan.py), so this may follow load, connectio
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from router.compiled import native
 from router.expert_map import ExpertMap, Int64Array
+from router.plan_kernels import UnitAddresses
 from router.replicas import choose_replicas, others_only, usable_replicas
 from router.shard_health import ShardHealth
 from router.shard_queues import ExpectedQueues, ShardQueues
@@ -21,11 +23,16 @@ from router.unit_trust import UnitTrust
 class Routing:
     """A placement and the ways to its shards, replaced as a whole.
 
-    transports: by ep_rank; None while the shard is known to be down.
+    transports: by ep_rank; None while the shard is known to be down. addresses: of each layer's units.
     """
 
     expert_map: ExpertMap
     transports: tuple[ShardTransport | None, ...]
+    addresses: tuple[UnitAddresses, ...] = field(init=False)  # this process's, so no part of the map
+
+    def __post_init__(self) -> None:
+        arrays = zip(self.expert_map.expert_to_unit, self.expert_map.unit_to_ep_ranks, strict=True)
+        object.__setattr__(self, "addresses", tuple(UnitAddresses.of(*of_layer) for of_layer in arrays))
 
     def down(self) -> list[int]:
         """The shards that hold anything and cannot be reached now."""
@@ -35,6 +42,14 @@ class Routing:
             for ep_rank in self.expert_map.ep_ranks
             if (transport := transports[ep_rank]) is None or not transport.is_connected
         ]
+
+
+class PlanChoice(NamedTuple):
+    """What plan_layer takes besides the rows."""
+
+    unit_to_ep_ranks: Int64Array  # [num_units, max_replicas]
+    queues: ExpectedQueues | None
+    addresses: UnitAddresses | None
 
 
 class Candidates:
@@ -53,20 +68,21 @@ class Candidates:
         self._trust = trust
         self._late_after_s = late_after_s
 
-    def to_plan(self, routing: Routing, row: int) -> tuple[Int64Array, ExpectedQueues | None]:
+    def to_plan(self, routing: Routing, row: int) -> PlanChoice:
         """The replicas that a plan may choose from, and by which expectation; one of each unit where it cannot choose.
 
         Shards that are down or not trusted are there for units that nobody else has.
         """
-        unit_to_ep_ranks = routing.expert_map.unit_to_ep_ranks[row]
         if routing.expert_map.max_replicas == 1:
-            return unit_to_ep_ranks, None
+            return PlanChoice(routing.expert_map.unit_to_ep_ranks[row], None, routing.addresses[row])
         usable = self._usable(routing, row)
         if native() is None:
-            return choose_replicas(usable, next(self._turns))[:, None], None
+            return PlanChoice(choose_replicas(usable, next(self._turns))[:, None], None, None)
         queues = self._queues.expected(routing.expert_map.ep_size)
         delays = self._health.delays(routing.expert_map.ep_size, self._late_after_s)
-        return usable, queues if delays is None else queues._replace(waits_s=queues.waits_s + delays)
+        if delays is not None:
+            queues = queues._replace(waits_s=queues.waits_s + delays)
+        return PlanChoice(usable, queues, None)
 
     def to_retry(self, routing: Routing, row: int, failed: Collection[int]) -> Int64Array:
         """A shard for each unit, where another than those that failed has it: [num_units]."""

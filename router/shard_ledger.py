@@ -46,7 +46,7 @@ class ShardLedger:
         message, timing = attempt.message, _timing(attempt, answer, self._clock())
         ep_rank, num_assignments = message.ep_rank, message.num_assignments
         seconds = timing.answered_s - timing.sent_s
-        num_bytes = answer.header.ByteSize() + answer.payload.nbytes
+        num_bytes = answer.header.ByteSize() + answer.payload.num_bytes
         self._metrics.count_received(ep_rank, num_bytes, attempt.call.carrier)
         self._metrics.count_times(ep_rank, seconds, timing.queue_s, timing.compute_s)
         self.queues.answered(ep_rank, num_assignments, timing.queue_s, timing.compute_s)

@@ -13,10 +13,12 @@ from experts.shard import ExpertShard
 from protos import expert_pb2
 from protos.errors import MobulaError
 from protos.loop_thread import LoopThread
+from protos.memory import Memory
 from protos.poller import Poller
-from router.completions import Bytes, Completions, ForwardAnswer, ForwardCall
+from router.completions import Completions, ForwardAnswer, ForwardCall
 from router.expert_map import ExpertMap
 from router.grpc_transport import GrpcTransport
+from router.plan import ShardMessage
 from router.ring_transport import RingTransport
 from router.router import Router
 from router.router_config import RouterConfig
@@ -107,7 +109,7 @@ class Forwards:
         self._completions = Completions(poller)
         self.calls: list[ForwardCall] = []
 
-    def send(self, header: expert_pb2.ForwardHeader, rows: Bytes | None = None, answer_bytes: int = 0) -> Future:
+    def send(self, header: expert_pb2.ForwardHeader, rows: torch.Tensor | None = None, answer_bytes: int = 0) -> Future:
         """The future is told when `wait` is called, with an answer whose payload is a copy."""
         future: Future[ForwardAnswer] = Future()
 
@@ -115,15 +117,20 @@ class Forwards:
             if isinstance(outcome, MobulaError):
                 future.set_exception(outcome)
             else:
-                future.set_result(ForwardAnswer(outcome.header, memoryview(bytes(outcome.payload))))
+                future.set_result(ForwardAnswer(outcome.header, Memory.of(bytes(outcome.payload.view))))
                 outcome.release()
 
+        hidden_states = torch.zeros(0, 4) if rows is None else rows
         call = ForwardCall(
             sequence_number=header.sequence_number,
             header=header.SerializeToString(),
-            hidden_states=np.zeros((0, 4), dtype=np.uint8) if rows is None else rows,
-            row_ids=None,
-            assignments=np.zeros((4, header.num_assignments), dtype=np.int32),
+            hidden_states=hidden_states,
+            message=ShardMessage(
+                ep_rank=0,
+                row_ids=np.arange(len(hidden_states)),
+                assignments=np.zeros((4, header.num_assignments), dtype=np.int32),
+                partial_sums=np.arange(header.num_partial_sums),
+            ),
             answer_bytes=answer_bytes,
             completions=self._completions,
             tell=tell,

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int kAbi = 4;  // compiled.py: ABI
+constexpr int kAbi = 5;  // compiled.py: ABI
 
 struct PlanCall {
   const int64_t* topk_ids;        // [num_tokens, top_k]; -1: left out
@@ -22,8 +22,19 @@ struct PlanCall {
   int64_t* partial_rows;          // [num_tokens * top_k]
   int64_t* message_sizes;         // [ep_size, 3]: assignments, rows, partial sums
   int64_t* tokens_by_ranks;       // [ep_size + 1], zeros
+  int64_t* counts;                // [2]: partial sums; the most shards that a row visits, -1 without rows
   int32_t num_tokens, top_k, num_experts, num_units, ep_size;
-  int32_t num_partial_sums, max_ranks;  // written; max_ranks: the most shards that a row visits, -1 without rows
+
+  int64_t& num_partial_sums() const { return counts[0]; }
+  int64_t& max_ranks() const { return counts[1]; }
+};
+
+struct PayloadCall {
+  const char* hidden_states;   // [num_tokens, row_bytes]
+  const int64_t* row_ids;      // [num_rows], which of them; null: the first
+  const char* assignments;     // [assignment_bytes]
+  char* to;                    // the rows, then the assignments
+  int64_t num_rows, row_bytes, assignment_bytes;
 };
 
 struct ChoiceCall {
@@ -33,12 +44,15 @@ struct ChoiceCall {
   int32_t num_rows, top_k;
 };
 
+struct SumAnswer {
+  const void* values;           // [num_values, hidden_size], at any address
+  const int64_t* partial_sums;  // [num_values]: which partial sum each row is
+  int64_t num_values;
+};
+
 struct SumCall {
-  const void* const* answers;           // [num_answers]: rows of hidden_size numbers, at any address
-  const int64_t* const* partial_sums;   // [num_answers]: which partial sum each row is
-  const int64_t* answer_sizes;          // [num_answers]
-  const int64_t* partial_rows;          // [num_partial_sums]
-  float* out;                           // [num_tokens, hidden_size]
+  const int64_t* partial_rows;  // [num_partial_sums]
+  float* out;                   // [num_tokens, hidden_size]
   int32_t num_answers, num_partial_sums, num_tokens, hidden_size, is_bfloat16;
 };
 
@@ -125,7 +139,7 @@ bool sort_assignments(const PlanCall& call, Scratch& s) {
 }
 
 // Numbers the (unit, row) pairs and counts what each message has. `partial_sum` is the unit before, the number after.
-void number_partial_sums(PlanCall& call, Scratch& s) {
+void number_partial_sums(const PlanCall& call, Scratch& s) {
   int32_t count = 0, unit_before = -1, row_before = -1;
   s.local_rows.assign(static_cast<size_t>(call.ep_size) * call.num_tokens, -1);
   std::memset(call.message_sizes, 0, sizeof(int64_t) * 3 * call.ep_size);
@@ -146,11 +160,11 @@ void number_partial_sums(PlanCall& call, Scratch& s) {
     }
     a.partial_sum = count - 1;
   }
-  call.num_partial_sums = count;
+  call.num_partial_sums() = count;
 }
 
 // Numbers each message's rows in ascending order, and counts the shards that each row visits.
-void number_rows(PlanCall& call, Scratch& s) {
+void number_rows(const PlanCall& call, Scratch& s) {
   s.num_ranks.assign(call.num_tokens, 0);
   int64_t* row_ids = call.row_ids;
   for (int rank = 0; rank < call.ep_size; ++rank) {
@@ -165,11 +179,12 @@ void number_rows(PlanCall& call, Scratch& s) {
     }
     row_ids += count;
   }
-  call.max_ranks = -1;
+  int64_t max_ranks = -1;
   for (int row = 0; row < call.num_tokens; ++row) {
     ++call.tokens_by_ranks[s.num_ranks[row]];
-    if (s.num_ranks[row] > call.max_ranks) call.max_ranks = s.num_ranks[row];
+    if (s.num_ranks[row] > max_ranks) max_ranks = s.num_ranks[row];
   }
+  call.max_ranks() = max_ranks;
 }
 
 void write_messages(const PlanCall& call, Scratch& s) {
@@ -224,13 +239,27 @@ void add_row(float* total, const void* numbers, int size, bool is_bfloat16) {
 EXPORT int mobula_plan_abi() { return kAbi; }
 
 // Plans a layer; 0 when an expert, unit or shard does not exist.
-EXPORT int mobula_plan(PlanCall* call) {
+EXPORT int mobula_plan(const PlanCall* call) {
   Scratch& s = scratch();
   if (!sort_assignments(*call, s)) return 0;
   number_partial_sums(*call, s);
   number_rows(*call, s);
   write_messages(*call, s);
   return 1;
+}
+
+// Writes a message's rows and its assignments, as a payload has them.
+EXPORT void mobula_write_payload(const PayloadCall* call) {
+  const size_t row_bytes = static_cast<size_t>(call->row_bytes);
+  char* to = call->to;
+  if (call->row_ids == nullptr) {
+    std::memcpy(to, call->hidden_states, row_bytes * call->num_rows);
+    to += row_bytes * call->num_rows;
+  } else {
+    for (int64_t i = 0; i < call->num_rows; ++i, to += row_bytes)
+      std::memcpy(to, call->hidden_states + row_bytes * call->row_ids[i], row_bytes);
+  }
+  std::memcpy(to, call->assignments, call->assignment_bytes);
 }
 
 // The shard that each row asks for each of its units, as mobula_plan chooses it.
@@ -248,14 +277,14 @@ EXPORT void mobula_choose_replicas(const ChoiceCall* call) {
 }
 
 // Adds each row's partial sums in ascending order, from +0.0; 0 when one is missing, or not of the plan.
-EXPORT int mobula_sum_partials(const SumCall* call) {
+EXPORT int mobula_sum_partials(const SumCall* call, const SumAnswer* answers) {
   const size_t row_bytes = static_cast<size_t>(call->hidden_size) * (call->is_bfloat16 ? 2 : 4);
   std::vector<const char*> where(call->num_partial_sums, nullptr);
   for (int answer = 0; answer < call->num_answers; ++answer)
-    for (int64_t i = 0; i < call->answer_sizes[answer]; ++i) {
-      const int64_t p = call->partial_sums[answer][i];
+    for (int64_t i = 0; i < answers[answer].num_values; ++i) {
+      const int64_t p = answers[answer].partial_sums[i];
       if (p < 0 || p >= call->num_partial_sums) return 0;
-      where[p] = static_cast<const char*>(call->answers[answer]) + i * row_bytes;
+      where[p] = static_cast<const char*>(answers[answer].values) + i * row_bytes;
     }
   std::vector<int32_t> starts(call->num_tokens + 1, 0), of_rows(call->num_partial_sums);
   for (int p = 0; p < call->num_partial_sums; ++p) {

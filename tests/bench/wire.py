@@ -160,7 +160,7 @@ def frame_call(transport: ShardTransport, poller: Poller, num_rows: int) -> Call
     topk_ids = torch.tensor([[0, 1]] * num_rows)
     plan = plan_layer(topk_ids, torch.full((num_rows, 2), 0.5), np.arange(16) // 2, np.zeros(8, dtype=np.int64))
     message = plan.messages[0]
-    hidden_states = torch.ones(num_rows, HIDDEN_SIZE, dtype=torch.bfloat16).view(torch.uint8).numpy()
+    hidden_states = torch.ones(num_rows, HIDDEN_SIZE, dtype=torch.bfloat16)
     completions = Completions(poller)
     outcomes: list[Any] = []
     numbers = iter(range(1, 2**31))
@@ -174,8 +174,8 @@ def frame_call(transport: ShardTransport, poller: Poller, num_rows: int) -> Call
         )  # fmt: skip
         transport.forward(
             ForwardCall(
-                sequence_number=number, header=header.SerializeToString(), hidden_states=hidden_states, row_ids=None,
-                assignments=message.assignments, answer_bytes=num_rows * HIDDEN_SIZE * 2,
+                sequence_number=number, header=header.SerializeToString(), hidden_states=hidden_states,
+                message=message, answer_bytes=num_rows * HIDDEN_SIZE * 2,
                 completions=completions, tell=outcomes.append,
             )
         )  # fmt: skip
