@@ -1,6 +1,7 @@
 """Which form of MLA each row of a step takes, decided once a step for all layers. Computes nothing but indices."""
 
 import ctypes
+import struct
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from attention.attention_metadata import AttentionMetadata
 from attention.mla_form import MlaForm
 
+_STEP = struct.Struct("6P4i")  # struct MlaStep in experts/kernels/native/kernels.h
 QUERIES_PER_PIECE = 64  # rows of one sequence in one absorbed call of torch; bounds the scores in memory
 
 
@@ -70,11 +72,13 @@ class KernelRows:
     """The same for kernels, which take absorbed rows one by one, of whatever sequence.
 
     sequences, context_lens: [num_tokens] int32, of absorbed rows: their sequence, and the tokens that each sees.
+    step: struct MlaStep, which names this memory and the plan's.
     """
 
     spans: ctypes.Array[KernelSpan]
     sequences: Tensor
     context_lens: Tensor
+    step: bytes
 
 
 @dataclass(frozen=True)
@@ -136,10 +140,27 @@ class AttentionPlan:
         spans += [
             KernelSpan(span.start_row, span.num_rows, 0, span.seq_index, span.num_context_tokens) for span in self.naive
         ]
+        rows = torch.tensor([sequences, context_lens], dtype=torch.int32)
+        spans_array = (KernelSpan * len(spans))(*spans)
         return KernelRows(
-            spans=(KernelSpan * len(spans))(*spans),
-            sequences=torch.tensor(sequences, dtype=torch.int32),
-            context_lens=torch.tensor(context_lens, dtype=torch.int32),
+            spans=spans_array, sequences=rows[0], context_lens=rows[1], step=self._kernel_step(spans_array, rows)
+        )
+
+    def _kernel_step(self, spans: ctypes.Array[KernelSpan], rows: Tensor) -> bytes:
+        metadata, output_rows = self.metadata, self.output_rows
+        assert metadata.block_tables.dtype is torch.int32
+        assert metadata.block_tables.stride(1) == metadata.slot_mapping.stride(0) == 1
+        return _STEP.pack(
+            metadata.slot_mapping.data_ptr(),
+            metadata.block_tables.data_ptr(),
+            rows.data_ptr(),
+            rows.data_ptr() + 4 * metadata.num_tokens,
+            ctypes.addressof(spans),
+            0 if output_rows is None else output_rows.data_ptr(),
+            metadata.num_tokens,
+            metadata.num_tokens if output_rows is None else len(output_rows),
+            len(spans),
+            metadata.block_tables.stride(0),
         )
 
     @cached_property

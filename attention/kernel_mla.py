@@ -10,6 +10,7 @@ ids or how a prompt is cut.
 """
 
 import ctypes
+import struct
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -71,8 +72,11 @@ class KernelMlaWeights:
         )
 
 
-class _LayerCall(ctypes.Structure):
-    """struct MlaLayerCall."""
+_ROWS = struct.Struct("5P")  # struct MlaRows in native/kernels.h
+
+
+class _Layer(ctypes.Structure):
+    """struct MlaLayer in native/kernels.h."""
 
     _fields_ = (
         ("attention_norm", c_void_p),
@@ -99,21 +103,6 @@ class _LayerCall(ctypes.Structure):
         ("norm_eps", c_float),
         ("latent_norm_eps", c_float),
         ("scale", c_float),
-        ("hidden_states", c_void_p),
-        ("out", c_void_p),
-        ("normed", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("slot_mapping", c_void_p),
-        ("block_tables", c_void_p),
-        ("sequences", c_void_p),
-        ("context_lens", c_void_p),
-        ("spans", c_void_p),
-        ("output_rows", c_void_p),
-        ("num_rows", c_int32),
-        ("num_output_rows", c_int32),
-        ("num_spans", c_int32),
-        ("max_num_blocks", c_int32),
     )
 
 
@@ -136,7 +125,7 @@ class KernelMla:
         every_norm = (norms.attention, norms.mlp, weights.kv_norm, weights.query_norm)
         assert {norm.dtype for norm in every_norm if norm is not None} == {self._dtype}
         assert cache.is_contiguous()
-        self._call = _LayerCall(
+        self._layer = _Layer(
             attention_norm=norms.attention.data_ptr(),
             down=weights.down.address,
             query_norm=None if weights.query_norm is None else weights.query_norm.data_ptr(),
@@ -162,32 +151,22 @@ class KernelMla:
             latent_norm_eps=config.latent_norm_eps,
             scale=softmax_scale,
         )
-        self._address = ctypes.addressof(self._call)
+        self._address = ctypes.addressof(self._layer)
         self._function = require().mobula_mla_layer
 
     def forward(self, hidden_states: Tensor, rotation: Rotation, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """See attention.decoder.AttentionBlock."""
-        metadata, rows, call = plan.metadata, plan.kernel_rows, self._call
         assert hidden_states.dtype == self._dtype
         assert hidden_states.is_contiguous()
-        assert metadata.block_tables.dtype == torch.int32
-        assert metadata.block_tables.stride(1) == metadata.slot_mapping.stride(0) == 1
-        num_output_rows = len(hidden_states) if plan.output_rows is None else len(plan.output_rows)
-        out, normed = (hidden_states.new_empty(num_output_rows, hidden_states.shape[1]) for _ in range(2))
-        call.hidden_states = hidden_states.data_ptr()
-        call.out = out.data_ptr()
-        call.normed = normed.data_ptr()
-        call.cos = rotation.cos.data_ptr()
-        call.sin = rotation.sin.data_ptr()
-        call.slot_mapping = metadata.slot_mapping.data_ptr()
-        call.block_tables = metadata.block_tables.data_ptr()
-        call.sequences = rows.sequences.data_ptr()
-        call.context_lens = rows.context_lens.data_ptr()
-        call.spans = ctypes.addressof(rows.spans)
-        call.output_rows = None if plan.output_rows is None else plan.output_rows.data_ptr()
-        call.num_rows = len(hidden_states)
-        call.num_output_rows = num_output_rows
-        call.num_spans = len(rows.spans)
-        call.max_num_blocks = metadata.block_tables.stride(0)
-        self._function(self._address)
+        num_rows, hidden_size = hidden_states.shape
+        shape = (num_rows if plan.output_rows is None else len(plan.output_rows), hidden_size)
+        out, normed = torch.empty(shape, dtype=self._dtype), torch.empty(shape, dtype=self._dtype)
+        rows = _ROWS.pack(
+            rotation.cos.data_ptr(),
+            rotation.sin.data_ptr(),
+            hidden_states.data_ptr(),
+            out.data_ptr(),
+            normed.data_ptr(),
+        )
+        self._function(self._address, plan.kernel_rows.step, rows)
         return out, normed

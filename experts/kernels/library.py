@@ -32,7 +32,6 @@ _CALLS = (
     "heads",
     "rms_norm",
     "select_experts",
-    "mla_layer",
     "mla_prepare",
     "mla_decode",
     "mla_prefill",
@@ -109,6 +108,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function.restype = None
     library.mobula_experts.argtypes = [c_char_p, c_char_p]
     library.mobula_experts.restype = None
+    library.mobula_mla_layer.argtypes = [c_void_p, c_char_p, c_char_p]
+    library.mobula_mla_layer.restype = None
     library.mobula_accepts_assignments.argtypes = [c_char_p, c_char_p]
     library.mobula_probe_read.argtypes = [c_void_p, c_size_t]
     library.mobula_probe_read.restype = c_double

@@ -175,9 +175,9 @@ void mobula_mla_prefill(const MlaPrefillCall* call) {
   choice.table->mla_prefill(call);
 }
 
-void mobula_mla_layer(const MlaLayerCall* call) {
+void mobula_mla_layer(const MlaLayer* layer, const MlaStep* step, const MlaRows* rows) {
   std::lock_guard<std::mutex> lock(calls);
-  mla_layer(*choice.table, *call);
+  mla_layer(*choice.table, MlaLayerCall{*layer, *step, *rows});
 }
 
 // Bytes a second that the pool's threads read from `data`, which should be larger than every cache.

@@ -135,7 +135,7 @@ struct MlaSpan {
 };
 
 // One decoder layer from hidden states to what its MLP is given: norm, attention, residual, norm.
-struct MlaLayerCall {
+struct MlaLayer {
   const void* attention_norm;  // [hidden_size]; this and the other norms in `format`
   const Matrix* down;          // queries (or their low rank), then from `latents_start` on the latents
   const void* query_norm;      // [query_up->num_inputs]; null, as query_up, where queries are projected in one step
@@ -151,12 +151,10 @@ struct MlaLayerCall {
   int32_t latents_start, num_heads, kv_lora_rank, rope_dim, qk_nope_dim, v_head_dim, block_size;
   int32_t format, cache_format;  // of activations, of the cache
   float norm_eps, latent_norm_eps, scale;
-  // The step, all contiguous.
-  const void* hidden_states;  // [num_rows, hidden_size]
-  void* out;                  // [num_output_rows, hidden_size], with what attention adds
-  void* normed;               // [num_output_rows, hidden_size], for the MLP
-  const float* cos;           // [num_rows, rope_dim / 2]
-  const float* sin;
+};
+
+// What the layers of a step have in common; all contiguous.
+struct MlaStep {
   const int64_t* slot_mapping;   // [num_rows]
   const int32_t* block_tables;   // [num_sequences, max_num_blocks]
   const int32_t* sequences;      // [num_rows], of absorbed rows; into block_tables
@@ -165,6 +163,16 @@ struct MlaLayerCall {
   const int64_t* output_rows;    // [num_output_rows], those that are wanted, ascending; not read where all are
   int32_t num_rows, num_output_rows, num_spans, max_num_blocks;
 };
+
+struct MlaRows {
+  const float* cos;  // [num_rows, rope_dim / 2]
+  const float* sin;
+  const void* hidden_states;  // [num_rows, hidden_size]
+  void* out;                  // [num_output_rows, hidden_size], with what attention adds
+  void* normed;               // [num_output_rows, hidden_size], for the MLP
+};
+
+struct MlaLayerCall : MlaLayer, MlaStep, MlaRows {};
 
 // What an instruction set implements.
 struct KernelTable {
