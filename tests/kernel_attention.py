@@ -126,7 +126,7 @@ def mla_prepare(
         query.shape[0], query.shape[1], rank, rope_dim, query.shape[2] - rope_dim, format_of(query.dtype),
         format_of(cache.dtype), eps,
     )  # fmt: skip
-    require().mobula_mla_prepare(ctypes.addressof(call))
+    require().mobula_mla_prepare(bytes(call))
 
 
 def mla_decode(
@@ -165,7 +165,7 @@ def mla_decode(
         num_rows, num_heads, kv_lora_rank, latent_dim - kv_lora_rank, cache.shape[1], block_tables.stride(0),
         format_of(query.dtype), format_of(cache.dtype), scale,
     )  # fmt: skip
-    require().mobula_mla_decode(ctypes.addressof(call))
+    require().mobula_mla_decode(bytes(call))
     return out
 
 
@@ -212,7 +212,7 @@ def mla_prefill(
         num_rows, num_heads, seq_len, rank, qk_head_dim - qk_nope_dim, qk_nope_dim, v_head_dim, cache.shape[1],
         format_of(query.dtype), format_of(cache.dtype), scale,
     )  # fmt: skip
-    require().mobula_mla_prefill(ctypes.addressof(call))
+    require().mobula_mla_prefill(bytes(call))
     return out
 
 

@@ -1,7 +1,6 @@
 """The choice of experts from router logits by a kernel. What it computes is explained in router/gate.py."""
 
-import ctypes
-from ctypes import c_float, c_int32, c_void_p
+import struct
 
 import torch
 from torch import Tensor
@@ -9,24 +8,7 @@ from torch import Tensor
 from experts.kernels.library import require
 
 MAX_EXPERTS = 4096  # of a layer; the kernel keeps a row's scores on its stack
-
-
-class _GateCall(ctypes.Structure):
-    _fields_ = (
-        ("logits", c_void_p),
-        ("bias", c_void_p),
-        ("weights", c_void_p),
-        ("ids", c_void_p),
-        ("num_rows", c_int32),
-        ("num_experts", c_int32),
-        ("top_k", c_int32),
-        ("num_groups", c_int32),
-        ("top_groups", c_int32),
-        ("is_sigmoid", c_int32),
-        ("ranks_groups_by_two", c_int32),
-        ("is_normalised", c_int32),
-        ("scaling_factor", c_float),
-    )
+_GATE_CALL = struct.Struct("4P8if")  # struct GateCall in native/kernels.h
 
 
 def kernel_select_experts(
@@ -51,9 +33,9 @@ def kernel_select_experts(
     assert num_experts <= MAX_EXPERTS
     weights = torch.empty(num_tokens, top_k)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    call = _GateCall(
+    call = _GATE_CALL.pack(
         logits.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         weights.data_ptr(),
         ids.data_ptr(),
         num_tokens,
@@ -66,5 +48,5 @@ def kernel_select_experts(
         is_normalised,
         scaling_factor,
     )
-    require().mobula_select_experts(ctypes.addressof(call))
+    require().mobula_select_experts(call)
     return weights, ids

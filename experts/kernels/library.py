@@ -27,7 +27,7 @@ class Format(IntEnum):
     COMPACT = 4  # bfloat16 in 12 bits, without loss: native/compact.h
 
 
-_CALLS = (
+_CALLS = (  # each takes its struct as bytes: packing them is faster than a ctypes.Structure
     "linear",
     "heads",
     "rms_norm",
@@ -104,7 +104,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.mobula_num_threads.restype = c_int
     for name in _CALLS:
         function = getattr(library, f"mobula_{name}")
-        function.argtypes = [c_void_p]
+        function.argtypes = [c_char_p]
         function.restype = None
     library.mobula_experts.argtypes = [c_char_p, c_char_p]
     library.mobula_experts.restype = None

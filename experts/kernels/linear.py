@@ -1,7 +1,7 @@
 """Products of rows with a packed matrix, and RMS norm. A row's result depends on that row alone, to the bit."""
 
 import ctypes
-from ctypes import c_float, c_int32, c_int64, c_void_p
+import struct
 
 import torch
 from torch import Tensor
@@ -9,49 +9,9 @@ from torch import Tensor
 from experts.kernels.library import Format, format_of, require
 from experts.kernels.packed_matrix import PackedMatrix
 
-
-class _LinearCall(ctypes.Structure):
-    _fields_ = (
-        ("matrix", c_void_p),
-        ("x", c_void_p),
-        ("out", c_void_p),
-        ("residual", c_void_p),
-        ("x_stride", c_int64),
-        ("out_stride", c_int64),
-        ("num_rows", c_int32),
-        ("x_format", c_int32),
-        ("out_format", c_int32),
-    )
-
-
-class _HeadsCall(ctypes.Structure):
-    _fields_ = (
-        ("matrices", c_void_p),
-        ("x", c_void_p),
-        ("out", c_void_p),
-        ("x_stride", c_int64),
-        ("x_head_stride", c_int64),
-        ("out_stride", c_int64),
-        ("out_head_stride", c_int64),
-        ("num_heads", c_int32),
-        ("num_rows", c_int32),
-        ("x_format", c_int32),
-        ("out_format", c_int32),
-    )
-
-
-class _NormCall(ctypes.Structure):
-    _fields_ = (
-        ("x", c_void_p),
-        ("weight", c_void_p),
-        ("out", c_void_p),
-        ("x_stride", c_int64),
-        ("out_stride", c_int64),
-        ("num_rows", c_int32),
-        ("num_columns", c_int32),
-        ("format", c_int32),
-        ("eps", c_float),
-    )
+_LINEAR_CALL = struct.Struct("4P2q3i")  # structs of native/kernels.h
+_HEADS_CALL = struct.Struct("3P4q4i")
+_NORM_CALL = struct.Struct("3P2q3if")
 
 
 class KernelLinear:
@@ -86,18 +46,18 @@ class KernelLinear:
             assert residual.shape == out.shape
             assert residual.dtype == out.dtype
             assert residual.is_contiguous()
-        call = _LinearCall(
+        call = _LINEAR_CALL.pack(
             self._matrix_address,
             x.data_ptr(),
             out.data_ptr(),
-            None if residual is None else residual.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
             x.stride(0),
             out.shape[1],
             num_rows,
             format_of(x.dtype),
             format_of(out.dtype),
         )
-        self._function(ctypes.addressof(call))
+        self._function(call)
         return out
 
 
@@ -133,7 +93,7 @@ class KernelHeads:
         assert x.shape[1:] == (len(self.weights), first.num_inputs)
         assert out.shape == (x.shape[0], len(self.weights), first.num_outputs)
         assert x.stride(2) == out.stride(2) == 1
-        call = _HeadsCall(
+        call = _HEADS_CALL.pack(
             self._address,
             x.data_ptr(),
             out.data_ptr(),
@@ -146,7 +106,7 @@ class KernelHeads:
             format_of(x.dtype),
             format_of(out.dtype),
         )
-        self._function(ctypes.addressof(call))
+        self._function(call)
         return out
 
 
@@ -158,8 +118,8 @@ def kernel_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     assert weight.shape == x.shape[1:]
     out = torch.empty(x.shape, dtype=x.dtype)
     number_format = format_of(x.dtype)
-    call = _NormCall(
+    call = _NORM_CALL.pack(
         x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), *x.shape, number_format, eps
     )  # fmt: skip
-    require().mobula_rms_norm(ctypes.addressof(call))
+    require().mobula_rms_norm(call)
     return out
