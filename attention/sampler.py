@@ -5,6 +5,7 @@ output position p it depends on (seed, p) alone, and each row's result on that r
 of the batch, and the process that samples do not change a token. Ties go to the lower token id.
 """
 
+import math
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass
 
@@ -40,21 +41,35 @@ def sample(logits: Tensor, rows: Collection[SampleRow]) -> list[SampledToken]:
 
     logits: [num_rows, vocab_size] fp32, not modified.
     """
-    # NaN anywhere, +inf anywhere and -inf everywhere all show in the maximum.
-    is_finite: list[bool] = logits.amax(dim=-1).isfinite().tolist()
-    token_ids = logits.argmax(dim=-1)  # [num_rows]; the lower id of a tie
+    token_ids, maxima = _best(logits)
+    is_finite = [math.isfinite(maximum) for maximum in maxima]
     is_random = [is_ok and not row.sampling_params.is_greedy for row, is_ok in zip(rows, is_finite, strict=True)]
     random_rows = [i for i in range(len(rows)) if is_random[i]]
     if random_rows:
-        token_ids[random_rows] = _sample_random(logits[random_rows], [rows[i] for i in random_rows])
+        drawn = _sample_random(logits[random_rows], [rows[i] for i in random_rows])
+        for i, token_id in zip(random_rows, drawn.tolist(), strict=True):
+            token_ids[i] = token_id
     return [
         SampledToken(
             token_id=token_id,
             logprobs=_logprobs(logits[i], token_id, row.sampling_params.logprobs) if is_finite[i] else None,
             is_finite=is_finite[i],
         )
-        for i, (row, token_id) in enumerate(zip(rows, token_ids.tolist(), strict=True))
+        for i, (row, token_id) in enumerate(zip(rows, token_ids, strict=True))
     ]
+
+
+def _best(logits: Tensor) -> tuple[list[int], list[float]]:
+    """The largest logit of each row: its token, the lower id of a tie, and what it is.
+
+    NaN anywhere, +inf anywhere and -inf everywhere all show in it.
+    """
+    if logits.is_cpu:  # numpy finds it ten times as fast as torch
+        numbers = logits.numpy()
+        ids = numbers.argmax(axis=-1)
+        return ids.tolist(), numbers[range(len(ids)), ids].tolist()
+    best = logits.max(dim=-1)
+    return best.indices.tolist(), best.values.tolist()
 
 
 def uniform(seed: int, output_position: int) -> float:
