@@ -114,10 +114,17 @@ class Decoder:
         return self._num_dropped
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, metadata: AttentionMetadata, output_rows: list[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        metadata: AttentionMetadata,
+        output_rows: list[int] | None = None,
+        on_begun: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """Hidden states after the final norm: [len(output_rows), hidden_size].
 
-        token_ids: [num_tokens] int64. output_rows: those wanted of the step's rows, ascending; unset: all.
+        token_ids: [num_tokens] int64. output_rows: those wanted of the step's rows, ascending; unset: all. on_begun:
+        called as the layers begin.
         """
         count = self._micro_batch_count.choose(metadata.num_tokens, metadata.num_seqs)
         started_s = self._micro_batch_count.now_s()
@@ -125,6 +132,7 @@ class Decoder:
         micro_batches = [
             self._micro_batch(token_ids[rows], part, within(rows, last_rows)) for rows, part in metadata.split(count)
         ]
+        on_begun()
         try:
             for layer_id in range(self.config.num_hidden_layers):
                 for micro_batch in micro_batches:

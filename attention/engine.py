@@ -6,8 +6,10 @@ The life of a request here:
 3. `Scheduler.schedule` chooses how many tokens of which sequences the step computes, and allocates their blocks.
 4. `ModelRunner.run` computes them, and samples a token for each sequence whose last known token was reached.
 5. The sequence takes the token, makes text of it and looks for its end; an ended one gives its blocks back at once.
-6. `on_output` (on the engine thread, must not block) tells the listener. The last output of every sequence is final:
-   a finish reason or an error. A failed step ends exactly the sequences of its batch with that error.
+6. `on_output` (on the engine thread, must not block) tells the listener as the next step's layers begin, or at once
+   when there is no next step: who is woken by it runs beside the kernels, not in the engine's way. The last output of
+   every sequence is final: a finish reason or an error. A failed step ends exactly the sequences of its batch with that
+   error.
 7. Without work the thread checks the block accounting and sleeps on the inbox.
 """
 
@@ -59,8 +61,8 @@ class EngineStats:
 class BatchRunner(Protocol):
     """Computes one step; attention.model_runner.ModelRunner is one."""
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken | None]:
-        """One entry a sequence, None for those that need no sample yet."""
+    def run(self, batch: ScheduledBatch, on_begun: Callable[[], None]) -> list[SampledToken | None]:
+        """One entry a sequence, None for those that need no sample yet. on_begun: called as the layers begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self._requests: dict[Sequence, _Request] = {}
+        self._untold: list[tuple[Sequence, OnOutput, SequenceOutput]] = []
         self._stop_deadline_s: float | None = None
         self._next_deadline_s = math.inf  # of any request
         self._stats = EngineStats(num_blocks=num_blocks, num_free_blocks=num_blocks)
@@ -179,7 +182,9 @@ class Engine:
             self._fail(list(self._requests), _stopped())
         self._end_overdue()
         batch = self._scheduler.schedule()
-        if batch is not None:
+        if batch is None:
+            self._tell_all()
+        else:
             self._start_timelines(batch)
             self._compute(batch)
             self._metrics.iteration_tokens.observe(batch.num_tokens)
@@ -255,7 +260,7 @@ class Engine:
             )
         )
         try:
-            tokens = self._runner.run(batch)
+            tokens = self._runner.run(batch, self._tell_all)
         except errors.MobulaError as error:
             logger.warning("a step of %d tokens failed: %s: %s", batch.num_tokens, type(error).__name__, error)
             self._fail(sequences, error)
@@ -313,13 +318,18 @@ class Engine:
         self._tell(sequence, request.on_output, output)
 
     def _tell(self, sequence: Sequence, on_output: OnOutput, output: SequenceOutput) -> None:
-        try:
-            on_output(output)
-        except Exception:
-            logger.exception(
-                "request %s: its listener failed, it is aborted", sequence.request_id, extra=_log_fields(sequence)
-            )
-            self.abort(sequence)
+        self._untold.append((sequence, on_output, output))
+
+    def _tell_all(self) -> None:
+        untold, self._untold = self._untold, []
+        for sequence, on_output, output in untold:
+            try:
+                on_output(output)
+            except Exception:
+                logger.exception(
+                    "request %s: its listener failed, it is aborted", sequence.request_id, extra=_log_fields(sequence)
+                )
+                self.abort(sequence)
 
     def _forget_waiting(self) -> None:
         with self._lock:
@@ -347,6 +357,7 @@ class Engine:
         requests, self._requests = self._requests, {}
         for sequence, request in requests.items():
             self._tell(sequence, request.on_output, SequenceOutput(error=_stopped()))
+        self._tell_all()
         for sequence, request in requests.items():
             self._scheduler.remove(sequence)
             if not request.timeline.has_started:

@@ -3,6 +3,7 @@
 Knows nothing of requests, blocks' ownership or threads. The engine thread calls it.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,10 +18,16 @@ from attention.scheduler import ScheduledBatch, ScheduledSequence
 class Decoder(Protocol):
     """The part of attention.decoder.Decoder that is needed here; tests have one whose answers are known."""
 
-    def forward(self, token_ids: Tensor, metadata: AttentionMetadata, output_rows: list[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        metadata: AttentionMetadata,
+        output_rows: list[int] | None = None,
+        on_begun: Callable[[], None] = ...,
+    ) -> Tensor:
         """Writes the latent cache. token_ids: [num_tokens] int64; output_rows: those wanted, ascending; unset: all.
 
-        Returns [len(output_rows), hidden_size].
+        on_begun: called as the layers begin. Returns [len(output_rows), hidden_size].
         """
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -41,15 +48,16 @@ class ModelRunner:
         self._device = torch.device(device)
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> list[SampledToken | None]:
+    def run(self, batch: ScheduledBatch, on_begun: Callable[[], None] = lambda: None) -> list[SampledToken | None]:
         """One entry a sequence of the batch, None for those whose last known token was not reached.
 
+        on_begun: called as the layers begin: from then on almost all time is the kernels', which hold no lock.
         Raises whatever the decoder raises; then nothing of the step counts.
         """
         metadata = attention_metadata(batch, self._block_size, self._device)
         indices = [i for i, scheduled in enumerate(batch.sequences) if scheduled.needs_sample]
         last_rows = [metadata.query_start_loc[i + 1] - 1 for i in indices]
-        hidden_states = self._decoder.forward(_token_ids(batch).to(self._device), metadata, last_rows)
+        hidden_states = self._decoder.forward(_token_ids(batch).to(self._device), metadata, last_rows, on_begun)
         if self._decoder.num_dropped is not None:
             _charge(batch, self._decoder.num_dropped, metadata.query_start_loc)
         sampled: list[SampledToken | None] = [None] * len(batch.sequences)

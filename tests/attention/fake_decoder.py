@@ -28,7 +28,8 @@ class CountingDecoder:
         self.vocab_size = vocab_size
         self.before_forward: Callable[[torch.Tensor], None] = lambda token_ids: None
 
-    def forward(self, token_ids, metadata, output_rows=None):
+    def forward(self, token_ids, metadata, output_rows=None, on_begun=lambda: None):
+        on_begun()
         self.before_forward(token_ids)
         return token_ids.unsqueeze(-1) if output_rows is None else token_ids.unsqueeze(-1)[output_rows]
 
@@ -44,7 +45,8 @@ class SummingDecoder(CountingDecoder):
         self.block_size = block_size
         self.cache = torch.full((num_blocks * block_size,), 10**6)
 
-    def forward(self, token_ids, metadata, output_rows=None):
+    def forward(self, token_ids, metadata, output_rows=None, on_begun=lambda: None):
+        on_begun()
         self.before_forward(token_ids)
         self.cache[metadata.slot_mapping] = token_ids
         sums = []
@@ -118,9 +120,9 @@ class Recorder:
         self.runner = runner
         self.batches: list[ScheduledBatch] = []
 
-    def run(self, batch):
+    def run(self, batch, on_begun):
         self.batches.append(batch)
-        return self.runner.run(batch)
+        return self.runner.run(batch, on_begun)
 
 
 def make_engine(decoder=None, *, num_blocks=64, registry=None, clock=None, limit_step=None, **config):

@@ -48,6 +48,29 @@ def test_tokens_come_one_a_step_and_the_last_says_why():
     assert_all_blocks_are_free(engine)
 
 
+def test_listeners_are_told_as_the_next_steps_layers_begin_or_when_there_is_no_next_step():
+    told_before_layers: list[int] = []
+    decoder = CountingDecoder()
+    engine = make_engine(decoder)
+    _, listener = submit(engine, [7], max_tokens=2)
+    decoder.before_forward = lambda token_ids: told_before_layers.append(len(listener.outputs))
+    engine.step()
+    assert listener.outputs == []
+    engine.step()
+    assert (told_before_layers, listener.is_done) == ([0, 1], False)
+    assert not engine.step()
+    assert listener.is_done
+
+
+def test_what_is_not_told_yet_is_told_when_the_engine_stops():
+    engine = make_engine()
+    _, listener = submit(engine, [7], max_tokens=9)
+    engine.step()
+    engine.stop()
+    assert listener.token_ids == [8]
+    assert isinstance(listener.error, errors.WorkerStopping)
+
+
 def test_step_without_work_does_nothing():
     assert not make_engine().step()
 
@@ -172,6 +195,7 @@ def test_failed_step_ends_exactly_its_batch_with_its_error():
     decoder.before_forward = fail
     engine.step()
     decoder.before_forward = lambda token_ids: None
+    engine.step()
     assert (first.error, second.outputs) == (failure, [])
     run_to_end(engine)
     assert second.token_ids == [51, 52, 53, 54]
@@ -183,7 +207,7 @@ def test_unexpected_exception_is_logged_under_the_id_that_the_client_sees(caplog
     engine = make_engine(decoder)
     _, listener = submit(engine, [1])
     decoder.before_forward = lambda token_ids: 1 // 0
-    engine.step()
+    run_to_end(engine)
     assert isinstance(listener.error, errors.InternalError)
     error_id = str(listener.error).split("find ")[1].split(" ")[0]
     assert error_id in caplog.text

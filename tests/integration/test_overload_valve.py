@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,9 +64,9 @@ class RecountingRunner:
         self._num_layers = len(decoder.config.moe_layer_ids)
         self.num_dropped: dict[str, int] = {}
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken | None]:
+    def run(self, batch: ScheduledBatch, on_begun: Callable[[], None]) -> list[SampledToken | None]:
         self._valve.calls = []
-        sampled = self._runner.run(batch)
+        sampled = self._runner.run(batch, on_begun)
         for rows, (ids, logits) in zip(self._rows_of_calls(batch), self._valve.calls, strict=True):
             kept = naive_kept(self._policy, self._gate, ids, logits, FACTOR, MINIMUM)
             for i, owner in enumerate(rows):
