@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from experts.grouped_ffn import ForwardInput
 from experts.weight_store import LayerWeights
@@ -25,8 +26,7 @@ _UNGUARDED = nullcontext()
 MAX_POLLS = 16  # before a computation: what came meanwhile may be merged, or takes a forward back
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardOutput:
+class ForwardOutput(NamedTuple):
     """One forward's share of a computation.
 
     partial_sums: [num_partial_sums, hidden_size]. compute_ns: of the whole computation.

@@ -10,6 +10,7 @@ other rows.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +39,7 @@ class ExpertWeights:
         return self.w13.nbytes + self.w2.nbytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardInput:
+class ForwardInput(NamedTuple):
     """What one forward, or several merged ones, ask of a layer. A = number of assignments.
 
     hidden_states: [num_rows, hidden_size] in the weights' dtype.

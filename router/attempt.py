@@ -27,8 +27,7 @@ from router.transport import ShardTransport
 MAX_TIMEOUT_MS = 2**32 - 1  # the field's
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerInput:
+class LayerInput(NamedTuple):
     """What a layer's routed experts are given, on the CPU; see Router.dispatch."""
 
     layer_id: int

@@ -11,7 +11,6 @@ to the bit for every placement.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -34,8 +33,7 @@ class MessageAddresses(NamedTuple):
     partial_sums: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardMessage:
+class ShardMessage(NamedTuple):
     """What one shard is sent.
 
     row_ids: [num_rows] int64, rows of the layer's hidden states, ascending, each once.
@@ -71,8 +69,7 @@ class ShardMessage:
         return len(self.partial_sums)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchPlan:
+class DispatchPlan(NamedTuple):
     """One layer's messages and what combine needs.
 
     partial_rows: [num_partial_sums] int64, the row of each partial sum; they are in ascending order of (unit, row).
