@@ -159,6 +159,7 @@ class KernelMla:
         assert hidden_states.dtype == self._dtype
         assert hidden_states.is_contiguous()
         num_rows, hidden_size = hidden_states.shape
+        assert num_rows == plan.metadata.num_tokens
         shape = (num_rows if plan.output_rows is None else len(plan.output_rows), hidden_size)
         out, normed = torch.empty(shape, dtype=self._dtype), torch.empty(shape, dtype=self._dtype)
         rows = _ROWS.pack(
