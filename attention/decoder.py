@@ -186,9 +186,10 @@ class Decoder:
         if self._valve is not None:
             rows.count_dropped((topk_ids == NO_EXPERT).sum(dim=-1))
         rows.routed = self._dispatcher.dispatch(layer_id, normed, topk_weights, topk_ids)
-        rows.hidden_states = hidden_states.float()
-        if mlp.shared_experts is not None:
-            rows.hidden_states = mlp.shared_experts(normed, torch.float32).add_(rows.hidden_states)
+        if mlp.shared_experts is None:
+            rows.hidden_states = hidden_states.float()
+        else:
+            rows.hidden_states = mlp.shared_experts(normed, torch.float32, residual=hidden_states)
 
     def _combined(self, rows: MicroBatch) -> Tensor:
         """The hidden states with what the routed experts add: summed in fp32, cast once."""

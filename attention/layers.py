@@ -48,8 +48,8 @@ class Mlp(Protocol):
     def nbytes(self) -> int:
         """Of the weights."""
 
-    def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """x: [num_tokens, hidden_size]; returns the same shape."""
+    def __call__(self, x: Tensor, out_dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+        """x: [num_tokens, hidden_size]; returns the same shape. residual: like x; added in fp32, before rounding."""
         ...
 
 
@@ -155,9 +155,10 @@ class TorchMlp:
     def nbytes(self) -> int:
         return self.w13.nbytes + self.w2.nbytes
 
-    def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def __call__(self, x: Tensor, out_dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
         gate, up = F.linear(x, self.w13).chunk(2, dim=-1)  # [num_tokens, intermediate_size] each
-        return F.linear(F.silu(gate) * up, self.w2).to(out_dtype)
+        product = F.linear(F.silu(gate) * up, self.w2)
+        return product.to(out_dtype) if residual is None else (product.float() + residual.float()).to(out_dtype)
 
 
 class KernelMlp:
@@ -171,8 +172,8 @@ class KernelMlp:
     def nbytes(self) -> int:
         return self._weights.nbytes
 
-    def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        return self._experts.forward_dense(x.contiguous(), out_dtype)
+    def __call__(self, x: Tensor, out_dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+        return self._experts.forward_dense(x.contiguous(), out_dtype, residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -17,7 +17,7 @@ class _CExpert(ctypes.Structure):
     _fields_ = (("w13", CMatrix), ("w2", CMatrix))
 
 
-_EXPERTS_CALL = struct.Struct("4P8i")  # struct ExpertsCall in native/kernels.h
+_EXPERTS_CALL = struct.Struct("5P8i")  # struct ExpertsCall in native/kernels.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,13 +54,22 @@ class ExpertSet:
         self._compute(hidden_states, assignments, len(assignments) // 16, out)
         return out
 
-    def forward_dense(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """Every row through expert 0 with weight 1: a dense MLP. x: [num_rows, hidden_size]; returns the same shape."""
+    def forward_dense(self, x: Tensor, out_dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+        """Every row through expert 0 with weight 1: a dense MLP. x: [num_rows, hidden_size]; returns the same shape.
+
+        residual: like x; added in fp32 before rounding.
+        """
         out = torch.empty(x.shape, dtype=out_dtype)
-        self._compute(x, None, len(x), out)
+        if residual is not None:
+            assert residual.shape == x.shape
+            assert residual.dtype is x.dtype
+            assert residual.is_contiguous()
+        self._compute(x, None, len(x), out, 0 if residual is None else residual.data_ptr())
         return out
 
-    def _compute(self, x: Matrix, assignments: bytes | None, num_assignments: int, out: Matrix) -> None:
+    def _compute(
+        self, x: Matrix, assignments: bytes | None, num_assignments: int, out: Matrix, residual: int = 0
+    ) -> None:
         (num_rows, hidden_size), (num_partial_sums, out_size) = x.shape, out.shape
         assert hidden_size == out_size == self._hidden_size
         assert x.is_contiguous()
@@ -69,6 +78,7 @@ class ExpertSet:
             self._address,
             x.data_ptr(),
             0,
+            residual,
             out.data_ptr(),
             len(self._table),
             num_rows,

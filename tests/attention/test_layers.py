@@ -79,7 +79,9 @@ def test_a_mlp_is_read_by_its_published_names(use_kernels: bool) -> None:
     mlp = target(tensors, torch.float32, use_kernels=use_kernels).mlp("m")
     x = torch.randn(3, 4)
     gate, up, down = tensors.values()
-    torch.testing.assert_close(mlp(x, torch.float32), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+    expected = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    torch.testing.assert_close(mlp(x, torch.float32), expected)
+    torch.testing.assert_close(mlp(x, torch.float32, residual=x), expected + x)
 
 
 @pytest.mark.parametrize("use_kernels", [False, True])

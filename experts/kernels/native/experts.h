@@ -115,6 +115,11 @@ void down_task(void* context, int task, int) {
       }
     });
   }
+  if (work.is_last_group && call.residual)
+    for (int i = 0; i < call.num_partial_sums; i++) {
+      const size_t at = (size_t)i * hidden_size + first_column;
+      add_row(work.sums + at, call.residual, call.x_format, at, columns);
+    }
   if (work.is_last_group && call.out_format == kBfloat16)
     for (int i = 0; i < call.num_partial_sums; i++) {
       const size_t at = (size_t)i * hidden_size + first_column;

@@ -62,6 +62,7 @@ struct ExpertsCall {
   const Expert* experts;       // by logical expert id
   const void* x;               // [num_rows, hidden_size]
   const int32_t* assignments;  // [4, num_assignments]; null: row i goes to expert 0 with weight 1, into sum i
+  const void* residual;        // like the sums, in x_format; added to them before rounding; may be null
   void* out;                   // [num_partial_sums, hidden_size]
   int32_t num_experts, num_rows, num_assignments, num_partial_sums;
   int32_t hidden_size, intermediate_size;

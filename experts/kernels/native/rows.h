@@ -49,6 +49,17 @@ inline void convert_row(const void* from, int from_format, size_t from_at, void*
   if (i < n) store_tail(to, to_format, to_at + i, load_tail(from, from_format, from_at + i, n - i), n - i);
 }
 
+// sums [n] += numbers, from `at` on.
+inline void add_row(float* sums, const void* numbers, int format, size_t at, int n) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16)
+    Simd::store(sums + i, Simd::add(Simd::load(sums + i), load_as_floats(numbers, format, at + i)));
+  if (i < n) {
+    const Simd::Floats sum = Simd::add(load_tail(sums, kFloat32, i, n - i), load_tail(numbers, format, at + i, n - i));
+    store_tail(sums, kFloat32, i, sum, n - i);
+  }
+}
+
 // numbers [k], scales and sums [k / group_size]. A group's scale is its largest magnitude / 127.
 inline void quantize_row(const void* x, int format, size_t at, int k, int group_size, int8_t* numbers, float* scales,
                          int32_t* sums) {

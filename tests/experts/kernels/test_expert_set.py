@@ -131,6 +131,16 @@ def test_a_dense_mlp_is_one_expert_over_every_row() -> None:
     torch.testing.assert_close(experts.set.forward_dense(x, torch.float32).double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "hidden_size"), [("float32", 33), ("bfloat16", 40), ("int4", 160)])
+def test_a_residual_is_added_in_fp32_before_rounding(each_instruction_set: str, kind: str, hidden_size: int) -> None:
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    experts = Experts(kind, hidden_size=hidden_size)
+    x, residual = torch.randn(2, 7, hidden_size).to(dtype)
+    expected = experts.set.forward_dense(x, torch.float32) + residual.float()
+    assert torch.equal(experts.set.forward_dense(x, torch.float32, residual), expected)
+    assert torch.equal(experts.set.forward_dense(x, dtype, residual), expected.to(dtype))
+
+
 @needs_kernels
 @pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(40, 24), (33, 7), (2, 2)])
 def test_sizes_that_fill_no_panel(hidden_size: int, intermediate_size: int) -> None:
