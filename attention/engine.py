@@ -281,7 +281,7 @@ class Engine:
                     self._take(sequence, token, now_s)
 
     def _take(self, sequence: Sequence, token: SampledToken, now_s: float) -> None:
-        """Adds a sampled token to its sequence and tells the listener."""
+        """Adds a sampled token to its sequence; the listener is yet to be told."""
         if not token.is_finite:
             position = sequence.num_output_tokens
             error = NonFiniteLogits(
@@ -300,7 +300,7 @@ class Engine:
         timeline = self._requests[sequence].timeline
         timeline.token(now_s)
         if output.finish_reason is None:
-            self._tell(sequence, self._requests[sequence].on_output, output)
+            self._note(sequence, self._requests[sequence].on_output, output)
         else:
             timeline.finish(now_s, output.finish_reason)
             self._end(sequence, output)
@@ -310,14 +310,14 @@ class Engine:
             self._end(sequence, SequenceOutput(error=error))
 
     def _end(self, sequence: Sequence, output: SequenceOutput) -> None:
-        """Forgets a sequence, its blocks included, and gives its listener the final output."""
+        """Forgets a sequence, its blocks included; its listener is yet to be told of the final output."""
         request = self._requests.pop(sequence)
         self._scheduler.remove(sequence)
         if not request.timeline.has_started:
             self._forget_waiting()
-        self._tell(sequence, request.on_output, output)
+        self._note(sequence, request.on_output, output)
 
-    def _tell(self, sequence: Sequence, on_output: OnOutput, output: SequenceOutput) -> None:
+    def _note(self, sequence: Sequence, on_output: OnOutput, output: SequenceOutput) -> None:
         self._untold.append((sequence, on_output, output))
 
     def _tell_all(self) -> None:
@@ -356,7 +356,7 @@ class Engine:
         self._empty_inbox()
         requests, self._requests = self._requests, {}
         for sequence, request in requests.items():
-            self._tell(sequence, request.on_output, SequenceOutput(error=_stopped()))
+            self._note(sequence, request.on_output, SequenceOutput(error=_stopped()))
         self._tell_all()
         for sequence, request in requests.items():
             self._scheduler.remove(sequence)

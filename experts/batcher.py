@@ -22,7 +22,6 @@ from protos.poller import Poller
 
 logger = logging.getLogger(__name__)
 
-_UNGUARDED = nullcontext()
 MAX_POLLS = 16  # before a computation: what came meanwhile may be merged, or takes a forward back
 
 
@@ -65,9 +64,9 @@ class Batcher:
     """`submit` from any thread; `compute` runs in the batcher's own thread, "experts".
 
     A forward that is computed alone may be computed right into its `out`. count: told of a computation after it was
-    answered, for a worker waits for the answer; whoever reads the counts takes `counting` first, which is held from the
-    first answer until all is counted. when_idle: called in that thread when nothing waits, `idle_interval_s` after the
-    time before.
+    answered, for a worker waits for the answer. counting: held from the first answer until all is counted; who waits
+    for it finds the counts of what was answered, and must not keep it, for that would hold up answers. when_idle:
+    called in that thread when nothing waits, `idle_interval_s` after the time before.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Batcher:
         max_waiting: int,
         max_waiting_bytes: int,
         count: Count = lambda *_: None,
-        counting: AbstractContextManager[object] = _UNGUARDED,
+        counting: AbstractContextManager[object] | None = None,
         when_idle: Callable[[], None] = lambda: None,
         idle_interval_s: float | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
@@ -86,7 +85,7 @@ class Batcher:
         self._max_waiting = max_waiting
         self._max_waiting_bytes = max_waiting_bytes
         self._count = count
-        self._counting = counting
+        self._counting = nullcontext() if counting is None else counting
         self._when_idle = when_idle
         self._idle_interval_s = idle_interval_s
         self._idled_ns = 0

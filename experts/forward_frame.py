@@ -19,6 +19,7 @@ from protos.errors import InvalidRequest, MobulaError, StalePlacement, UnitQuara
 from protos.memory import Memory, RawMatrix, as_tensor
 
 MAX_UNIT_IDS = 64  # of an error; a forward that asks for more quarantined units learns of the others by asking again
+MAX_COUNT = 2**31 - 1  # of rows, and of assignments: indices are int32
 MAX_MESSAGE_CHARS = 800  # of an error; with four bytes a character it still fits a ring's doorbell
 
 
@@ -70,6 +71,8 @@ def read_forward(
             f"payload has {num_bytes} bytes, {num_rows} rows of {model.hidden_size} {dtype} and {num_assignments} "
             f"assignments have {num_bytes - excess}: {abs(excess)} bytes too {'many' if excess > 0 else 'few'}"
         )
+    if max(num_rows, num_assignments) > MAX_COUNT:
+        raise InvalidRequest(f"{num_rows} rows and {num_assignments} assignments, limit is {MAX_COUNT} of either")
     # Copied before they are checked: whoever sent them may be able to write to them still.
     forward = ForwardInput(
         hidden_states=RawMatrix(payload.part(0, rows_bytes), (num_rows, model.hidden_size), dtype),
@@ -157,7 +160,7 @@ def answer_header(sequence_number: int, outcome: ForwardOutput | MobulaError) ->
         return expert_pb2.ForwardResult(sequence_number=sequence_number, error=error)
     return expert_pb2.ForwardResult(
         sequence_number=sequence_number,
-        num_partial_sums=len(outcome.partial_sums),
+        num_partial_sums=outcome.partial_sums.shape[0],
         dtype=dtype_to_wire(outcome.partial_sums.dtype),
         timing=expert_pb2.ForwardTiming(queue_ns=outcome.queue_ns, compute_ns=outcome.compute_ns),
     )

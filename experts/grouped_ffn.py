@@ -78,7 +78,7 @@ class ForwardInput(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        return len(self.hidden_states)
+        return self.hidden_states.shape[0]
 
     @property
     def num_assignments(self) -> int:
@@ -105,7 +105,10 @@ def grouped_ffn(
             out = torch.empty(forward.num_partial_sums, hidden_states.shape[1], dtype=hidden_states.dtype)
         return experts.forward(forward.hidden_states, forward.assignment_bytes, out)
     sums = _torch_ffn(forward, experts)
-    return sums.to(forward.hidden_states.dtype) if out is None else as_tensor(out).copy_(sums)
+    if out is None:
+        return sums.to(forward.hidden_states.dtype)
+    as_tensor(out).copy_(sums)
+    return out
 
 
 @torch.inference_mode()

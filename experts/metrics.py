@@ -18,7 +18,7 @@ class ShardMetrics(Collector):
     """Counts for one shard; registers itself. Its compute thread adds, its control thread sets what it holds."""
 
     def __init__(self, registry: CollectorRegistry, ep_rank: int) -> None:
-        self.counting = threading.Lock()  # held while what was answered is not counted yet
+        self.counting = threading.Lock()  # see Batcher
         self._labels = {"ep_rank": str(ep_rank)}
         self.num_rows = 0
         self.num_assignments = 0
@@ -51,17 +51,18 @@ class ShardMetrics(Collector):
         )
         registry.register(self)
 
+    def wait_until_counted(self) -> None:
+        """All that was answered is counted when this returns."""
+        with self.counting:
+            pass
+
     def describe(self) -> Iterable[Metric]:
         """Nothing in advance, so that registering does not collect."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
         """The series of the counts."""
-        with self.counting:
-            metrics = list(self._metrics())
-        yield from metrics
-
-    def _metrics(self) -> Iterator[Metric]:
+        self.wait_until_counted()
         counters = (
             ("mobula_ep_rank_tokens", "Rows of hidden states received and computed.", self.num_rows),
             ("mobula_ep_rank_assignments", "(row, expert) pairs computed.", self.num_assignments),

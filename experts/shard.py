@@ -232,8 +232,8 @@ class ExpertShard:
 
     def load(self) -> LoadSnapshot:
         """Counted load since the shard started."""
-        with self._metrics.counting:
-            return self._load.snapshot()
+        self._metrics.wait_until_counted()
+        return self._load.snapshot()
 
     def _compute(self, batch: list[WaitingForward]) -> Matrix:
         merged = merge([waiting.forward for waiting in batch])

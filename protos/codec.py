@@ -6,7 +6,6 @@ segment in 65,536, and proxies compute it anew. Knows nothing of what the tensor
 """
 
 import struct
-import warnings
 import zlib
 from collections.abc import Sequence
 from typing import TypeVar
@@ -17,9 +16,6 @@ from torch import Tensor
 
 from protos import tensor_pb2
 from protos.errors import CorruptFrame, InvalidRequest
-
-# Views of received bytes are read-only by contract (read_matrix); torch has no such tensors and warns of it.
-warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
 
 _HEADER_TAG = 0x0A  # field 1, length-delimited
 _PAYLOAD_TAG = 0x12  # field 2, length-delimited
@@ -99,19 +95,6 @@ def _check(header: bytes, payload: memoryview) -> None:
             f"a frame of {len(header) + len(payload)} bytes was damaged on its way: its checksum is {found:#010x}, it "
             f"was sent with {expected:#010x}"
         )
-
-
-def read_matrix(payload: memoryview, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """All of a payload as a [num_rows, num_columns] view, read-only where the payload is.
-
-    Raises InvalidRequest for another size.
-    """
-    num_bytes = num_rows * num_columns * dtype.itemsize
-    if payload.nbytes != num_bytes:
-        raise InvalidRequest(f"{num_rows} rows of {num_columns} {dtype} have {num_bytes} bytes, got {payload.nbytes}")
-    if not num_bytes:
-        return torch.empty(num_rows, num_columns, dtype=dtype)
-    return torch.frombuffer(payload, dtype=dtype).view(num_rows, num_columns)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

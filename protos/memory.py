@@ -4,11 +4,15 @@ Between two computations, which push all else out of the caches, making a tensor
 tenth of that. Knows nothing of what the numbers mean.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Memory of received bytes is read-only; torch has no such tensors and warns of it.
+warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
 
 
 class Memory(NamedTuple):
@@ -42,23 +46,19 @@ class Memory(NamedTuple):
         return Memory(self.buffer, self.buffer_address, self.offset + offset, num_bytes)
 
 
-class RawMatrix(NamedTuple):
+class RawMatrix:
     """Numbers in memory, contiguous."""
 
-    memory: Memory
-    shape: tuple[int, int]
-    dtype: torch.dtype
+    __slots__ = ("dtype", "memory", "shape")  # no named tuple, whose length would be taken for the number of rows
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        return self.memory.num_bytes
+    def __init__(self, memory: Memory, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self.memory = memory
+        self.shape = shape
+        self.dtype = dtype
 
     def data_ptr(self) -> int:
         """The address of the first number."""
-        return self.memory.buffer_address + self.memory.offset
+        return self.memory.address
 
     def is_contiguous(self) -> bool:
         """As of a tensor."""

@@ -88,9 +88,9 @@ class DispatchHandle:
         row = routing.expert_map.row(self._layer.layer_id)
         self._expert_to_unit = routing.expert_map.expert_to_unit[row]
         layer, ep_size = self._layer, routing.expert_map.ep_size
-        choice, queues, addresses = self._context.candidates.to_plan(routing, row)
+        unit_to_ep_ranks, queues, addresses = self._context.candidates.to_plan(routing, row)
         self._plan = plan_layer(
-            layer.topk_ids, layer.topk_weights, self._expert_to_unit, choice, ep_size, queues, addresses
+            layer.topk_ids, layer.topk_weights, self._expert_to_unit, unit_to_ep_ranks, ep_size, queues, addresses
         )
         self._sums = LayerSums(self._plan)
         for message in self._plan.messages:

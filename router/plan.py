@@ -40,7 +40,7 @@ class ShardMessage(NamedTuple):
     assignments: [4, num_assignments] int32, contiguous, as the payload has them: weights (the bits of fp32), indices
         into `row_ids`, expert ids, indices into the answer; in ascending order of (unit, row, expert).
     partial_sums: [num_partial_sums] int64, where the answer's rows belong in the layer's partial sums.
-    All contiguous. known_addresses: of the three, where who planned knows them.
+    All contiguous. known_addresses: of these three arrays, where who planned knows them.
     """
 
     ep_rank: int
@@ -75,7 +75,7 @@ class DispatchPlan(NamedTuple):
     partial_rows: [num_partial_sums] int64, the row of each partial sum; they are in ascending order of (unit, row).
     messages: in ascending order of ep_rank; shards that get nothing have none.
     num_tokens_by_ranks: [n] is how many of the tokens visit exactly n shards.
-    known_address: of partial_rows, where who planned knows it.
+    known_address: of this array of partial_rows, where who planned knows it.
     """
 
     num_tokens: int

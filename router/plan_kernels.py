@@ -1,4 +1,5 @@
-"""plan.py compiled, for a step makes dozens of plans of a few rows; without the library numpy plans and adds.
+"""plan.py and the writing of payloads compiled, for a step makes dozens of plans of a few rows; without the
+library numpy does it.
 
 The same messages and the same bits, see tests/router/test_plan.py.
 """
@@ -18,8 +19,8 @@ from router.expert_map import Int64Array
 from router.plan import DispatchPlan, MessageAddresses, PartialSums, ShardMessage
 from router.shard_queues import ExpectedQueues
 
-_PLAN_CALL = struct.Struct("6Pi4x7P5i")  # struct PlanCall in native/plan.cpp, as the next three
-_SUM_CALL = struct.Struct("2P5i")
+_PLAN_CALL = struct.Struct("6Pi0P7P5i0P")  # structs of native/plan.cpp; 0P: up to the next pointer's place
+_SUM_CALL = struct.Struct("2P5i0P")
 _SUM_ANSWER = struct.Struct("2Pq")
 _PAYLOAD_CALL = struct.Struct("4P3q")
 
@@ -33,6 +34,8 @@ class UnitAddresses(NamedTuple):
     @classmethod
     def of(cls, expert_to_unit: Int64Array, unit_to_ep_ranks: Int64Array) -> "UnitAddresses":
         """Of contiguous arrays."""
+        assert expert_to_unit.flags.c_contiguous
+        assert unit_to_ep_ranks.flags.c_contiguous
         return cls(expert_to_unit.ctypes.data, unit_to_ep_ranks.ctypes.data)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from experts.kernels.library import require
 
 MAX_EXPERTS = 4096  # of a layer; the kernel keeps a row's scores on its stack
-_GATE_CALL = struct.Struct("4P8if")  # struct GateCall in native/gate.cpp
+_GATE_CALL = struct.Struct("4P8if0P")  # struct GateCall in native/gate.cpp
 
 
 def kernel_select_experts(

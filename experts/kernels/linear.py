@@ -9,7 +9,7 @@ from torch import Tensor
 from experts.kernels.library import Format, format_of, require
 from experts.kernels.packed_matrix import PackedMatrix
 
-_LINEAR_CALL = struct.Struct("4P2q3i")  # structs of native/kernels.h
+_LINEAR_CALL = struct.Struct("4P2q3i0P")  # structs of native/kernels.h
 _HEADS_CALL = struct.Struct("3P4q4i")
 _NORM_CALL = struct.Struct("3P2q3if")
 

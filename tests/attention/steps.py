@@ -1,6 +1,7 @@
 """Runs a decoder step by step over sequences whose blocks lie anywhere in the cache."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,7 +65,13 @@ class StepRunner:
         taken, self._free = self._free[:num_blocks], self._free[num_blocks:]
         return Rows(token_ids, taken, len(token_ids) if num_prompt_tokens is None else num_prompt_tokens)
 
-    def step(self, rows: list[tuple[Rows, int]], *, output_rows: list[int] | None = None) -> Tensor:
+    def step(
+        self,
+        rows: list[tuple[Rows, int]],
+        *,
+        output_rows: list[int] | None = None,
+        on_begun: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """Runs the next tokens of each sequence, as many as said; their logits are kept with the sequence.
 
         output_rows: those of the step whose logits are returned, and then none are kept; unset: all.
@@ -88,7 +95,7 @@ class StepRunner:
             num_prompt_tokens=tuple(sequence.num_prompt_tokens for sequence, _ in rows),
             block_tables=torch.tensor(tables, dtype=torch.int32),
         )
-        logits = self.decoder.logits(self.decoder.forward(torch.tensor(token_ids), metadata, output_rows))
+        logits = self.decoder.logits(self.decoder.forward(torch.tensor(token_ids), metadata, output_rows, on_begun))
         if output_rows is None:
             for (sequence, _), start, end in zip(rows, loc[:-1], loc[1:], strict=True):
                 sequence.logits.append(logits[start:end])

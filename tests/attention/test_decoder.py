@@ -192,3 +192,15 @@ def test_plain_rotary_embedding_without_scaling(tmp_path: Path) -> None:
     runner.step([(sequence, 699)])
     runner.step([(sequence, 1)])
     assert relative_error(torch.cat(sequence.logits), Reference(folder).logits(sequence.token_ids)) < 1e-4
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_who_asked_is_told_once_that_the_layers_begin_before_any_expert_is_asked(
+    folder: Path, num_micro_batches: int
+) -> None:
+    runner = StepRunner(folder, num_micro_batches=num_micro_batches)
+    sequence = runner.sequence(random_token_ids(20, seed=1))
+    num_dispatched: list[int] = []
+    runner.step([(sequence, 20)], on_begun=lambda: num_dispatched.append(len(runner.experts.num_rows)))
+    assert num_dispatched == [0]
+    assert runner.experts.num_rows

@@ -52,6 +52,12 @@ def test_what_was_left_out_is_charged_to_the_sequence_of_its_row_and_adds_up():
     assert [sequence.num_dropped_assignments for sequence in sequences] == [10, 6, 0]
 
 
+def test_who_asked_is_told_that_the_layers_begin():
+    told: list[str] = []
+    ModelRunner(CountingDecoder(), block_size=4).run(BATCH, lambda: told.append("begun"))
+    assert told == ["begun"]
+
+
 def test_logits_are_not_computed_when_nothing_is_sampled():
     class NoLogits(CountingDecoder):
         def logits(self, hidden_states):

@@ -192,3 +192,44 @@ def test_partial_sums_are_written_where_the_forward_wants_them_alone_or_merged()
     assert batcher.compute_next() == 2
     assert [out.flatten().tolist() for out in outs] == [[10.0, 10.0], [20.0, 20.0], [30.0, 30.0]]
     assert all(future.result().partial_sums is out for future, out in zip(futures, outs, strict=True))
+
+
+def test_a_forward_is_answered_before_it_is_counted_and_nobody_sees_it_uncounted():
+    events: list[str] = []
+    counting, asked = threading.Lock(), threading.Event()
+
+    def read_counts() -> None:
+        asked.set()
+        with counting:
+            events.append(f"read after {events[-1]}")
+
+    def answered(_: Future) -> None:
+        reader.start()
+        assert asked.wait(30)
+        events.append("answered")
+
+    reader = threading.Thread(target=read_counts)
+    batcher = Batcher(
+        Recorder(),
+        max_waiting=10,
+        max_waiting_bytes=2**20,
+        count=lambda *_: events.append("counted"),
+        counting=counting,
+    )
+    submit(batcher, LAYERS[0], forward_of(1.0)).add_done_callback(answered)
+    batcher.compute_next()
+    reader.join(30)
+    assert events == ["answered", "counted", "read after counted"]
+
+
+def test_a_count_that_fails_holds_nobody_up():
+    def fail(*_) -> None:
+        raise ZeroDivisionError
+
+    counting = threading.Lock()
+    batcher = Batcher(Recorder(), max_waiting=10, max_waiting_bytes=2**20, count=fail, counting=counting)
+    future = submit(batcher, LAYERS[0], forward_of(1.0))
+    with pytest.raises(ZeroDivisionError):
+        batcher.compute_next()
+    assert future.result(0).partial_sums.item() == 10.0
+    assert not counting.locked()

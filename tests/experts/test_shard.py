@@ -113,6 +113,19 @@ def test_a_forward_that_asks_the_impossible_is_answered_with_a_named_error(shard
     assert shard.load().num_forwards == 0
 
 
+@pytest.mark.parametrize(("num_rows", "num_assignments"), [(2**31, 0), (2**32 - 1, 0), (0, 2**31)])
+def test_more_than_an_index_can_count_is_refused_although_the_memory_has_it(shard, num_rows, num_assignments):
+    header = expert_pb2.ForwardHeader(
+        sequence_number=1, layer_id=1, placement_version=3, num_rows=num_rows, num_assignments=num_assignments,
+        dtype=tensor_pb2.DTYPE_FLOAT32,
+    )  # fmt: skip
+    num_bytes = num_rows * MODEL.hidden_size * 4 + 16 * num_assignments
+    outcomes: list = []
+    shard.submit(header, Memory(memoryview(b""), 0, 0, num_bytes), outcomes.append)
+    assert isinstance(outcomes[0], InvalidRequest)
+    assert f"{num_rows} rows and {num_assignments} assignments, limit is 2147483647" in str(outcomes[0])
+
+
 def test_bytes_that_are_no_frame_are_the_callers_fault(shard):
     with pytest.raises(InvalidRequest, match="expected tag"):
         shard.forward(b"\x00nonsense")

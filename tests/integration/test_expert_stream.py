@@ -165,6 +165,7 @@ def test_forwards_of_two_workers_are_computed_as_one_and_answered_apart(grpc_hos
     shard.start()
     for router, handle, rows in zip(routers, handles, inputs, strict=True):
         assert torch.equal(router.combine(handle), reference_sums(rows, 1, expert_map.expert_to_unit[0], MODEL))
+    shard._metrics.wait_until_counted()
     assert shard._metrics.batched_calls.total == 2
     assert shard._metrics.num_forwards == 2
     shard.stop()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import expert_pb2, tensor_pb2
-from protos.codec import decode_frame, dtype_from_wire, dtype_to_wire, encode_frame, read_matrix
+from protos.codec import decode_frame, dtype_from_wire, dtype_to_wire, encode_frame
 from protos.errors import CorruptFrame, InvalidRequest
 from tests.payload_reader import PayloadReader
 
@@ -107,25 +107,6 @@ def test_bytes_after_the_payload_are_refused():
 def test_a_length_that_never_ends_is_refused():
     with pytest.raises(InvalidRequest, match="malformed length"):
         decode_frame(expert_pb2.ForwardHeader, b"\x0a" + b"\xff" * 20)
-
-
-@pytest.mark.parametrize("num_bytes", [0, 15, 17, 32])
-def test_a_payload_of_another_size_than_its_matrix_is_refused_with_both_sizes(num_bytes):
-    with pytest.raises(InvalidRequest, match=rf"2 rows of 4 torch.bfloat16 have 16 bytes, got {num_bytes}"):
-        read_matrix(memoryview(bytes(num_bytes)), 2, 4, torch.bfloat16)
-
-
-def test_a_matrix_is_a_view_of_its_payload_and_may_have_no_rows():
-    payload = memoryview(bytearray(16))
-    matrix = read_matrix(payload, 2, 2, torch.float32)
-    payload[:] = torch.tensor([1.0, 2.0, 3.0, 4.0]).numpy().tobytes()
-    assert matrix.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert read_matrix(memoryview(b""), 0, 2, torch.bfloat16).shape == (0, 2)
-
-
-def test_a_huge_shape_is_refused_before_anything_is_allocated():
-    with pytest.raises(InvalidRequest):
-        read_matrix(memoryview(b""), 2**32 - 1, 2**32 - 1, torch.float32)
 
 
 def test_dtypes_have_wire_names_and_unknown_ones_are_refused():

@@ -1,11 +1,18 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protos import expert_pb2
+from protos.codec import decode_frame
+from protos.memory import Memory
+from protos.poller import Poller
 from router import plan_kernels
 from router.compiled import native
+from router.completions import Completions, ForwardCall
 from router.plan import NO_EXPERT, DispatchPlan, PartialSums, plan_again, plan_layer, sum_partials
 from router.replicas import choose_replicas
 from tests.fake_experts import Rows, greedy_gate, grouped_gate, placed, random_placement, random_rows
@@ -188,3 +195,28 @@ def test_a_sum_without_one_of_its_parts_is_refused():
     plan = plan_of(Rows(torch.ones(1, 1), torch.ones(1, 2), torch.tensor([[0, 2]])), placed(grouped_gate(), 1))
     with pytest.raises(ValueError, match="1 partial sums were answered, the plan has 2"):
         plan_kernels.sum_partials(plan, [PartialSums(np.array([1]), torch.ones(1, 3))], 3)
+
+
+@pytest.mark.skipif(native() is None, reason="the router's library is not built")
+@given(num_tokens=st.integers(1, 9), ep_size=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=40)
+def test_a_payload_is_written_as_a_frame_has_it(num_tokens, ep_size, seed):
+    expert_map = random_placement(grouped_gate(), ep_size, seed)
+    rows = random_rows(grouped_gate(), num_tokens, hidden_size=6, seed=seed, dtype=torch.bfloat16)
+    plan = plan_kernels.plan_layer(
+        rows.topk_ids, rows.topk_weights, expert_map.expert_to_unit[0], expert_map.unit_to_ep_ranks[0, :, :1], ep_size
+    )
+    for message in plan.messages:
+        call = ForwardCall(
+            sequence_number=1, header=b"", hidden_states=rows.hidden_states, message=message, answer_bytes=0,
+            completions=Completions(Poller()), tell=lambda _: None,
+        )  # fmt: skip
+        memory = Memory.of(memoryview(bytearray(call.payload_bytes + 2))).part(1, call.payload_bytes)
+        call.write_payload(memory)
+        _, payload = decode_frame(expert_pb2.ForwardHeader, call.frame())
+        assert memory.view == payload
+        with mock.patch("router.plan_kernels.native", return_value=None):
+            memory.view[:] = bytes(memory.num_bytes)
+            call.write_payload(memory)
+        assert memory.view == payload
+        assert (memory.buffer[0], memory.buffer[-1]) == (0, 0)
