@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 PARTS = (
     "wire",
     "kernels",
+    "cold",
     "layers",
     "decode",
     "prefill",
