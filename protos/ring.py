@@ -51,10 +51,6 @@ class Region(NamedTuple):
     offset: int
     num_bytes: int
 
-    def of(self, memory: memoryview) -> memoryview:
-        """Its bytes."""
-        return memory[self.offset : self.offset + self.num_bytes]
-
 
 class Ticket(NamedTuple):
     """What lets a worker connect to a shard's ring."""

@@ -33,7 +33,7 @@ def rows(options: Options) -> Iterator[Row]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
-        for name, (ours, simple) in _operations().items():
+        for name, (ours, simple) in operations().items():
             options.show(name)
             options.check_time(5.0)
             yield from _rows_of(name, ours, simple, options)
@@ -64,10 +64,10 @@ def _microseconds(operation: Operation, prepare: Operation, num_calls: int) -> f
     return statistics.median(times)
 
 
-def _operations() -> dict[str, tuple[Operation, Operation | None]]:
-    """By name; the second is None where there is nothing simpler."""
-    memory = Memory.of(memoryview(bytearray(HIDDEN * 2)))
-    array = np.zeros(64)
+def operations() -> dict[str, tuple[Operation, Operation | None]]:
+    """By name; the second gives the same, and is None where there is nothing simpler."""
+    array = np.zeros(HIDDEN * 2, dtype=np.uint8)
+    memory = Memory.of(array.data)
     fields = (*range(1, 8), *range(8, 16))
     packed, of_bytes, of_address = struct.Struct("7P8i"), ctypes.CDLL(None).labs, ctypes.CDLL(None).labs
     of_bytes.argtypes, of_address.argtypes = [ctypes.c_char_p], [ctypes.c_void_p]
@@ -105,8 +105,8 @@ def _plans() -> tuple[Operation, Operation]:
     replicas = ep_ranks[:, None].copy()
     addresses = UnitAddresses.of(units, replicas)
     return (
-        lambda: plan_layer(ids, weights, units, replicas, 2, None, addresses),
-        lambda: plan.plan_layer(ids, weights, units, ep_ranks),
+        lambda: plan_layer(ids, weights, units, replicas, 2, None, addresses).num_tokens_by_ranks,
+        lambda: plan.plan_layer(ids, weights, units, ep_ranks).num_tokens_by_ranks,
     )
 
 
@@ -114,6 +114,6 @@ def _samplers() -> tuple[Operation, Operation]:
     logits = torch.randn(1, VOCABULARY)
     greedy = [SampleRow(sampling_params=SamplingParams(temperature=0.0, seed=1, max_tokens=1), output_position=0)]
     return (
-        lambda: sample(logits, greedy),
-        lambda: (logits.amax(dim=-1).isfinite().tolist(), logits.argmax(dim=-1).tolist()),
+        lambda: sample(logits, greedy)[0].token_id,
+        lambda: logits.argmax(dim=-1).tolist()[0] if logits.amax(dim=-1).isfinite().tolist()[0] else None,
     )

@@ -10,6 +10,7 @@ from experts.shard import ExpertShard
 from protos import expert_pb2, ring
 from protos.codec import decode_frame, join_frame
 from protos.errors import MobulaError
+from protos.memory import Memory
 from router.local_transport import LocalTransport
 from router.router_config import RouterConfig
 from tests.fake_experts import (
@@ -135,12 +136,12 @@ def _router() -> Iterator[Callable[[list[tuple[int, int]]], None]]:
 
 @contextmanager
 def _doorbell_reader() -> Iterator[Callable[[bytes], None]]:
-    memory = memoryview(bytearray(4096))
+    memory = Memory.of(bytes(4096))
 
     def take(case: bytes) -> None:
         with suppress(MobulaError):
-            _, payload, answer = ring.unpack_forward(case, len(memory))
-            assert len(payload.of(memory)) == payload.num_bytes
-            assert len(answer.of(memory)) == answer.num_bytes
+            _, payload, answer = ring.unpack_forward(case, memory.num_bytes)
+            for region in (payload, answer):
+                assert len(memory.part(*region).view) == region.num_bytes
 
     yield take
