@@ -44,6 +44,7 @@ from cluster.controller.rebalance import RebalanceCause, RebalancePlan
 from cluster.controller.replica_check import ReplicaCheck
 from cluster.controller.shard_usage import shards_by_load
 from cluster.controller.worker_membership import WorkerMembership
+from cluster.controller.worker_room import WorkerRoom
 from cluster.controller.worker_usage import workers_by_load
 from protos.errors import MobulaError, Unavailable
 from router.balance_terms import Traffic
@@ -83,9 +84,13 @@ class Controller:
         drain_timeout_s: float = 30.0,
         shard_scaling: ShardScalingConfig | None = None,
         worker_scaling: WorkerScalingConfig | None = None,
+        worker_room: WorkerRoom | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """create: starts the shard or worker of a rank, without waiting. drain_timeout_s: for a drained one to end."""
+        """create: starts the shard or worker of a rank, without waiting. drain_timeout_s: for a drained one to end.
+
+        worker_room: where all workers run on one machine.
+        """
         self._processes = processes
         self._expert_map = expert_map
         self._clock = clock
@@ -103,7 +108,8 @@ class Controller:
         )
         self._replica_check = ReplicaCheck(lambda: self._members(RoleName.SHARD), clock)
         self._departures = Departures(processes, drain_timeout_s, clock)
-        self._workers = WorkerMembership(processes, partial(create, RoleName.WORKER), self._departures, clock)
+        create_worker = partial(create, RoleName.WORKER)
+        self._workers = WorkerMembership(processes, create_worker, self._departures, clock, worker_room)
         self._shard_scaling = shards_by_load(self._balance.membership, shard_scaling or ShardScalingConfig(), clock)
         self._worker_scaling = workers_by_load(processes, self._workers, worker_scaling or WorkerScalingConfig(), clock)
         self._is_placed = False  # whether the placement that shards load is settled

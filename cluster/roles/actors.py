@@ -26,6 +26,7 @@ from cluster.controller.lease import Lease
 from cluster.controller.metrics import ControllerMetrics
 from cluster.controller.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
 from cluster.controller.rebalance import Float64Array
+from cluster.controller.worker_room import WorkerRoom
 from cluster.gateway.http_server import serve_http
 from cluster.logs import log_to_stderr
 from cluster.roles.role import node_address
@@ -83,14 +84,21 @@ class ControllerActor:
     """The controller. The other actors live without it: Ray starts it again when it dies, and it finds them by name."""
 
     def __init__(
-        self, owner: str, config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None
+        self,
+        owner: str,
+        config: MobulaConfig,
+        expert_map: ExpertMap,
+        request: PlacementRequest,
+        host: str | None,
+        worker_bytes: int | None,
     ) -> None:
-        """owner: who may stop the system."""
+        """owner: who may stop the system. The rest as in create_controller."""
         os.nice(NICENESS)
         self._config = config
         self._expert_map = expert_map
         self._request = request
         self._host = host
+        self._worker_room = None if worker_bytes is None else WorkerRoom(worker_bytes)
         self._controller: Controller | None = None
         self._admin: AdminServer | None = None
         log_to_stderr(config.logging, "controller", self._placement_version)
@@ -139,6 +147,7 @@ class ControllerActor:
             self._config.drain_timeout_s,
             self._config.expert_shards.autoscaling,
             self._config.attention_workers.autoscaling,
+            self._worker_room,
         )
         certificates = process_folder(self._config.tls, PeerRole.CONTROLLER)
         self._admin = AdminServer(self._controller, process_credentials(certificates))
@@ -196,11 +205,17 @@ class ControllerActor:
 
 
 def create_controller(
-    owner: str, config: MobulaConfig, expert_map: ExpertMap, request: PlacementRequest, host: str | None
+    owner: str,
+    config: MobulaConfig,
+    expert_map: ExpertMap,
+    request: PlacementRequest,
+    host: str | None,
+    worker_bytes: int | None,
 ) -> Any:
     """The controller actor, the one that is there already if one is.
 
-    request: what later placements keep to; host: where servers listen, None for each node's own address.
+    request: what later placements keep to; host: where servers listen, None for each node's own address. worker_bytes:
+    what a worker takes of the memory of this machine, where all of them run on it.
     """
     options = {
         "name": f"{NAME_PREFIX}controller",
@@ -212,7 +227,7 @@ def create_controller(
         "max_concurrency": ACTOR_THREADS,
         "label_selector": config.controller.labels or None,
     }
-    return ray.remote(ControllerActor).options(**options).remote(owner, config, expert_map, request, host)
+    return ray.remote(ControllerActor).options(**options).remote(owner, config, expert_map, request, host, worker_bytes)
 
 
 def end_everything(namespace: str) -> None:

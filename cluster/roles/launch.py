@@ -143,9 +143,11 @@ class Deployment:
             self._has_joined_ray = False
 
     def _create_controller(self) -> Any:
-        host = LOOPBACK if self._is_local else None
         plan = self.plan
-        return create_controller(self._owner, self.config, plan.expert_map, plan.placement_request, host)
+        host = LOOPBACK if self._is_local else None
+        takes_this_memory = self._is_local and self.config.attention_workers.device == "cpu"
+        worker_bytes = plan.worker_bytes if takes_this_memory else None
+        return create_controller(self._owner, self.config, plan.expert_map, plan.placement_request, host, worker_bytes)
 
     def _stop_system(self) -> bool:
         """In order, as far as that goes. False when the system is somebody else's."""

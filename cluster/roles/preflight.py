@@ -107,10 +107,15 @@ class ServingPlan:
         return self.num_workers + len(self.shard_weight_bytes) + 2
 
     @property
+    def worker_bytes(self) -> int:
+        """Of one worker with its libraries, on a machine whose memory it computes in."""
+        return self.worker_weight_bytes + self.cache_bytes + PROCESS_BYTES
+
+    @property
     def total_bytes(self) -> int:
         """Of all processes on one machine, each with its own libraries."""
-        workers = self.num_workers * (self.worker_weight_bytes + self.cache_bytes)
-        return workers + sum(self.shard_weight_bytes) + self.num_processes * PROCESS_BYTES
+        num_others = self.num_processes - self.num_workers
+        return self.num_workers * self.worker_bytes + sum(self.shard_weight_bytes) + num_others * PROCESS_BYTES
 
 
 def open_model(config: MobulaConfig) -> ServedModel:

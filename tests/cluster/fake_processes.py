@@ -12,6 +12,7 @@ from cluster.config import RebalancingConfig, ShardScalingConfig, WorkerScalingC
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
 from cluster.controller.process import ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
+from cluster.controller.worker_room import WorkerRoom
 from experts.load_snapshot import LoadSnapshot
 from tests.fake_experts import grouped_gate, placed
 
@@ -127,11 +128,14 @@ def system(
     scaling: ShardScalingConfig | None = None,
     num_replicas: int = 1,
     worker_scaling: WorkerScalingConfig | None = None,
+    worker_room: WorkerRoom | None = None,
 ) -> tuple[Controller, dict[str, FakeProcess]]:
     names = [(RoleName.SHARD, rank) for rank in range(num_shards)]
     names += [(RoleName.WORKER, rank) for rank in range(num_workers)] + [(RoleName.GATEWAY, 0)]
     fakes = {f"{role}-{rank}": FakeProcess(f"{role}-{rank}") for role, rank in names}
-    controller = controller_of(fakes, num_shards, clock, proposer, rebalancing, scaling, num_replicas, worker_scaling)
+    controller = controller_of(
+        fakes, num_shards, clock, proposer, rebalancing, scaling, num_replicas, worker_scaling, worker_room
+    )
     return controller, fakes
 
 
@@ -144,6 +148,7 @@ def controller_of(
     scaling: ShardScalingConfig | None = None,
     num_replicas: int = 1,
     worker_scaling: WorkerScalingConfig | None = None,
+    worker_room: WorkerRoom | None = None,
 ) -> Controller:
     """One that has just started, over processes that may have run before."""
 
@@ -164,6 +169,7 @@ def controller_of(
         create,
         shard_scaling=scaling,
         worker_scaling=worker_scaling,
+        worker_room=worker_room,
         clock=clock,
     )
 

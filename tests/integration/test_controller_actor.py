@@ -43,7 +43,7 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> FakeProcess:
 @pytest.fixture
 def actor(gateway: FakeProcess) -> Iterator[ControllerActor]:
     request = PlacementRequest(moe_layer_ids=MOE_LAYER_IDS, gate=grouped_gate(), ep_size=1, expert_bytes=1)
-    actor = ControllerActor(OWNER, CONFIG, placed(grouped_gate(), 1), request, HOST)
+    actor = ControllerActor(OWNER, CONFIG, placed(grouped_gate(), 1), request, HOST, None)
     yield actor
     actor.stop(OWNER, 0.0)
 
@@ -85,7 +85,7 @@ def test_a_controller_that_cannot_start_says_why_and_ends_so_that_ray_starts_it_
     monkeypatch.setattr(actors, "_end_process", has_ended.set)
     monkeypatch.setattr(actors, "FAILED_END_S", 0.05)
     request = PlacementRequest(moe_layer_ids=MOE_LAYER_IDS, gate=grouped_gate(), ep_size=1, expert_bytes=1)
-    actor = ControllerActor(OWNER, CONFIG, placed(grouped_gate(), 1), request, HOST)
+    actor = ControllerActor(OWNER, CONFIG, placed(grouped_gate(), 1), request, HOST, None)
     assert has_ended.wait(10.0)  # also if nobody waits for it
     with pytest.raises(ConnectionError, match="head does not answer"):
         actor.start(OWNER, CONFIG)

@@ -11,12 +11,14 @@ from cluster.config import WorkerScalingConfig
 from cluster.controller.controller import Controller
 from cluster.controller.process import ProcessState, RoleName
 from cluster.controller.worker_membership import JOIN_TIMEOUT_S
+from cluster.controller.worker_room import WorkerRoom
 from cluster.controller.worker_usage import WorkerWork
 from protos.errors import InvalidRequest, NotServing
 from tests.cluster.fake_processes import FakeProcess, answered, run, system
 
 CONFIG = WorkerScalingConfig(enabled=True, min_count=1, max_count=6, up_window_s=30.0, down_window_s=60.0)
 CAPACITY = 64  # sequences that a worker computes at once
+GIB = 2**30
 PLACES = CAPACITY + CAPACITY // 8  # that gateways give it
 
 
@@ -27,12 +29,14 @@ def names(controller: Controller) -> list[str]:
 class Loaded:
     """A controller with two workers, and requests: so many at once."""
 
-    def __init__(self, config: WorkerScalingConfig = CONFIG) -> None:
+    def __init__(self, config: WorkerScalingConfig = CONFIG, worker_room: WorkerRoom | None = None) -> None:
         self.now_s = 0.0
         self.counts = [2]  # after each change
         self.controller: Controller
         self.fakes: dict[str, FakeProcess]
-        self.controller, self.fakes = system(2, clock=lambda: self.now_s, worker_scaling=config)
+        self.controller, self.fakes = system(
+            2, clock=lambda: self.now_s, worker_scaling=config, worker_room=worker_room
+        )
         self.bear(lambda: 0.0, 10.0)
         assert self.controller.status().is_serving
 
@@ -167,6 +171,33 @@ def test_a_drained_worker_comes_back_under_its_number() -> None:
     assert names(controller) == ["worker-0", "worker-1"]
     assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {0, 1}
     assert answered(controller, lambda: controller.scale_workers(2)) == ((), ())
+
+
+def test_more_workers_than_the_machines_memory_takes_are_refused_with_the_number_that_it_takes() -> None:
+    free = 5 * GIB
+    controller, fakes = system(2, worker_room=WorkerRoom(2 * GIB, lambda: free))
+    run(controller, 4)
+    with pytest.raises(InvalidRequest, match=r"about 2\.0 GiB of memory, and 5\.0 GiB are free, 0 of 2 .* at most 4,"):
+        answered(controller, lambda: controller.scale_workers(5))
+    assert answered(controller, lambda: controller.scale_workers(3)).added == (2,)
+    fakes["worker-2"].state = ProcessState.LOADING  # it has not taken its memory yet
+    run(controller, 1)
+    with pytest.raises(InvalidRequest, match=r"1 of 3 workers still take theirs; ask for at most 4,"):
+        answered(controller, lambda: controller.scale_workers(5))
+    fakes["worker-2"].state = ProcessState.READY
+    free = 1 * GIB
+    run(controller, 4)
+    with pytest.raises(InvalidRequest, match="ask for at most 3,"):
+        answered(controller, lambda: controller.scale_workers(4))
+    assert answered(controller, lambda: controller.scale_workers(1)).drained == (1, 2)
+    assert answered(controller, lambda: controller.scale_workers(1)) == ((), ())
+
+
+def test_load_adds_no_worker_that_the_machines_memory_does_not_take() -> None:
+    system = Loaded(worker_room=WorkerRoom(2 * GIB, lambda: GIB))
+    system.bear(lambda: 4 * CAPACITY, 300.0)
+    assert names(system.controller) == ["worker-0", "worker-1"]
+    assert system.controller.status().is_serving
 
 
 def test_workers_leave_only_while_one_that_stays_is_ready() -> None:
