@@ -125,6 +125,8 @@ class Engine:
         self._lock = threading.Lock()  # guards the two below, which other threads read
         self._num_not_started = 0
         self._is_accepting = True
+        self._num_signs = 0
+        self._is_idle = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -134,6 +136,11 @@ class Engine:
     def is_alive(self) -> bool:
         """Whether the thread runs; once it has ended by itself, only a new process helps."""
         return self._thread.is_alive()
+
+    @property
+    def signs_of_life(self) -> int | None:
+        """A number that changes from step to step, and within one that waits; None while there is nothing to do."""
+        return None if self._is_idle else self._num_signs
 
     @property
     def stats(self) -> EngineStats:
@@ -177,6 +184,7 @@ class Engine:
 
     def step(self) -> bool:
         """Empties the inbox and computes one batch. False when there was nothing to compute. For the engine thread."""
+        self._num_signs, self._is_idle = self._num_signs + 1, False
         self._empty_inbox()
         if self._stop_deadline_s is not None and self._clock() >= self._stop_deadline_s:
             self._fail(list(self._requests), _stopped())
@@ -199,6 +207,7 @@ class Engine:
                 self._block_manager.check_integrity()
                 if self._stop_deadline_s is not None:
                     break
+                self._is_idle = True
                 self._handle(self._inbox.get())
         except Exception:
             logger.exception("the engine thread ends: its own accounting failed, the worker must be restarted")
@@ -254,7 +263,7 @@ class Engine:
         self._limit_step(
             StepLimit(
                 deadline_s=max(sequence.deadline_s for sequence in sequences),
-                is_wanted=lambda: not all(sequence.is_abandoned for sequence in sequences),
+                is_wanted=lambda: self._is_wanted(sequences),
                 allows_missing_experts=all(sequence.allows_missing_experts for sequence in sequences),
                 on_missing_experts=lambda: is_degraded.append(True),
             )
@@ -279,6 +288,11 @@ class Engine:
             for sequence, token in zip(sequences, tokens, strict=True):
                 if token is not None:
                     self._take(sequence, token, now_s)
+
+    def _is_wanted(self, sequences: list[Sequence]) -> bool:
+        """Asked again and again while a step waits."""
+        self._num_signs += 1
+        return not all(sequence.is_abandoned for sequence in sequences)
 
     def _take(self, sequence: Sequence, token: SampledToken, now_s: float) -> None:
         """Adds a sampled token to its sequence; the listener is yet to be told."""

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from attention.decoder import Decoder, DecoderWeights
 from attention.engine import Engine, EngineStats
+from attention.engine_watch import STALLED_S, EngineWatch
 from attention.latent_cache import LatentCache
 from attention.layer_sampler import LayerSampler
 from attention.metrics import EngineMetrics
@@ -59,6 +60,7 @@ class WorkerRole(Role):
         self._router: Router | None = None
         self._report: WorkerReport | None = None
         self._engine: Engine | None = None
+        self._watch: EngineWatch | None = None
         self._server: grpc.aio.Server | None = None
         self._health_servicer = health_aio.HealthServicer()
         self._sampler: tuple[ChoiceSampler, ModelShape] | None = None
@@ -128,6 +130,7 @@ class WorkerRole(Role):
         info = _model_info(self._config, model, max_model_len, num_blocks, tokenizer)
         report = WorkerReport(router, decoder_config.gate, info, self._credentials)
         engine.start()
+        self._watch = EngineWatch(engine)
         self._router, self._report, self._engine = router, report, engine
         port = self._loop.run(self._serve(InferenceServicer(engine, reader, report, metrics, self._tracing, layers)))
         self._serve_health(self._health_servicer)
@@ -150,10 +153,11 @@ class WorkerRole(Role):
         return self._router.oldest_placement_version
 
     def health(self) -> ProcessHealth:
-        """As every process; a worker whose engine thread has ended by itself ends too, and Ray starts it again."""
+        """As every process; a worker whose engine thread has ended by itself, or hangs, ends: Ray starts it again."""
         if self._engine and not self._engine.is_alive and not self._is_stopping:
-            logger.critical("the engine thread has ended; the process ends too")
-            os._exit(EXIT_ENGINE_DIED)
+            self._end("the engine thread has ended")
+        if self._watch and self._watch.is_stalled():
+            self._end(f"the engine thread has given no sign of life for {STALLED_S:.0f} s")
         router = self._router
         if router is None:
             return super().health()
@@ -166,6 +170,11 @@ class WorkerRole(Role):
                 *(Quarantine(*unit) for unit in router.quarantined_units()),
             ),
         )
+
+    def _end(self, why: str) -> None:
+        """Gateways go on with its requests on other workers."""
+        logger.critical("%s; the process ends", why)
+        os._exit(EXIT_ENGINE_DIED)
 
     def expert_map(self) -> ExpertMap:
         """The newest that was told."""
