@@ -93,12 +93,19 @@ class Batcher:
         self._waiting: list[WaitingForward] = []
         self._lock = threading.Lock()
         self._is_stopping = False
+        self._is_computing = False
+        self._num_rounds = 0
         self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
 
     @property
     def num_waiting(self) -> int:
         """Forwards in the queue."""
         return len(self._waiting)
+
+    @property
+    def signs_of_life(self) -> int | None:
+        """A number that changes while the thread works; None while there is nothing to do."""
+        return self._num_rounds if self._waiting or self._is_computing else None
 
     def start(self) -> None:
         """Starts the thread."""
@@ -138,6 +145,7 @@ class Batcher:
         if not batch:
             return 0
         weights = batch[0].weights
+        self._is_computing = True
         try:
             sums = self._compute(batch)
         except Exception as error:
@@ -146,6 +154,8 @@ class Batcher:
             for waiting in batch:
                 _tell(waiting, failure)
             return len(batch)
+        finally:
+            self._is_computing = False
         compute_ns = self._clock_ns() - started_ns
         with self._counting:
             self._answer(batch, sums, started_ns, compute_ns)
@@ -191,6 +201,7 @@ class Batcher:
 
     def _run(self) -> None:
         while self._waiting or not self._is_stopping:
+            self._num_rounds += 1
             try:
                 self.poller.poll(0.0 if self._waiting or self._is_stopping else self._idle_interval_s)
                 for _ in range(MAX_POLLS):

@@ -109,6 +109,11 @@ class ExpertShard:
         return self._batcher.num_waiting
 
     @property
+    def signs_of_life(self) -> int | None:
+        """Of the compute thread: a number that changes while it works; None while there is nothing to do."""
+        return self._batcher.signs_of_life
+
+    @property
     def placement_versions(self) -> tuple[int, ...]:
         """Served, ascending."""
         return self._store.versions

@@ -25,6 +25,7 @@ from cluster.config import ActorConfig, GatewayConfig, MobulaConfig
 from cluster.controller.process import ProcessHealth, ProcessState, new_generation
 from cluster.gateway.http_server import Secure, close_http, serve_http
 from cluster.roles.metrics import ProcessMetrics
+from cluster.roles.thread_watch import STALLED_S, ThreadWatch
 from cluster.security.http_tls import PROCESS_READERS, secured_connections
 from cluster.security.metrics import CertificateMetrics
 from cluster.security.process_tls import process_credentials, process_folder
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+EXIT_DIED = 70  # "internal software error" in sysexits.h
 CONTROL_TIMEOUT_S = 10.0  # for what the control thread asks of the event loop
 
 
@@ -62,6 +64,7 @@ class Role(ABC):
         self._must_leave = False  # once said, not taken back
         self._is_leaving = False  # the same
         self._node_started_s = _node_start_s()  # a leave file that is older is of a container before this one
+        self._watch: ThreadWatch | None = None  # of the thread that computes
         self._health_server: grpc.aio.Server | None = None
         self._http_server: WSGIServer | None = None
         self._ending = threading.Lock()  # taken once
@@ -77,7 +80,9 @@ class Role(ABC):
         return None
 
     def health(self) -> ProcessHealth:
-        """This process about itself."""
+        """This process about itself; one whose thread hangs ends, and Ray starts it again."""
+        if self._watch and self._watch.is_stalled():
+            self._end_process(f"the {self._watch.name} thread has given no sign of life for {STALLED_S:.0f} s")
         self._must_leave = self._must_leave or self._is_node_ending()
         health = replace(
             self._health,
@@ -89,6 +94,11 @@ class Role(ABC):
         if self._must_leave and health.state is ProcessState.NEW:
             return replace(health, detail=f"loads nothing: {self._config.leave_file} says that its node ends")
         return health
+
+    def _end_process(self, why: str) -> None:
+        """Others go on with what it had."""
+        logger.critical("%s; the process ends", why)
+        os._exit(EXIT_DIED)
 
     def leave(self) -> None:
         """It is drained, and ends when a controller says so: this one, or the next one, which sees it in `health`."""

@@ -11,6 +11,7 @@ from cluster.controller.shard_usage import ShardWork
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import open_model
 from cluster.roles.role import Role, failure_domain
+from cluster.roles.thread_watch import ThreadWatch
 from experts.load_snapshot import LoadSnapshot
 from experts.metrics import ShardMetrics
 from experts.peer_weights import PeerWeights
@@ -60,6 +61,7 @@ class ShardRole(Role):
         shard.activate(expert_map.placement_version, units)
         shard.start()
         self._shard = shard
+        self._watch = ThreadWatch("experts", shard)
         self._server = self._loop.run(ExpertServer.start(shard, self._host, shards.port, self._credentials))
         self._loop.run(self._server.set_serving(True))
         self._serve_health(self._server.health)

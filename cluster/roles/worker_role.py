@@ -1,7 +1,6 @@
 """An attention worker's process: engine, decoder, router and inference server, assembled."""
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,7 +12,6 @@ from grpc_reflection.v1alpha import reflection
 
 from attention.decoder import Decoder, DecoderWeights
 from attention.engine import Engine, EngineStats
-from attention.engine_watch import STALLED_S, EngineWatch
 from attention.latent_cache import LatentCache
 from attention.layer_sampler import LayerSampler
 from attention.metrics import EngineMetrics
@@ -29,6 +27,7 @@ from cluster.controller.worker_usage import WorkerWork
 from cluster.roles.compute_threads import compute_with, share_of_cores
 from cluster.roles.preflight import ServedModel, cache_config, open_model
 from cluster.roles.role import CONTROL_TIMEOUT_S, Role
+from cluster.roles.thread_watch import ThreadWatch
 from cluster.roles.vllm_names import VllmNames
 from cluster.version import VERSION
 from protos import generation_pb2, rpc
@@ -48,8 +47,6 @@ from router.trace.trace import ExpertIds, TraceHeader, id_dtype
 
 logger = logging.getLogger(__name__)
 
-EXIT_ENGINE_DIED = 70  # "internal software error" in sysexits.h
-
 
 class WorkerRole(Role):
     """An attention worker: engine, router and inference server."""
@@ -60,7 +57,6 @@ class WorkerRole(Role):
         self._router: Router | None = None
         self._report: WorkerReport | None = None
         self._engine: Engine | None = None
-        self._watch: EngineWatch | None = None
         self._server: grpc.aio.Server | None = None
         self._health_servicer = health_aio.HealthServicer()
         self._sampler: tuple[ChoiceSampler, ModelShape] | None = None
@@ -130,7 +126,7 @@ class WorkerRole(Role):
         info = _model_info(self._config, model, max_model_len, num_blocks, tokenizer)
         report = WorkerReport(router, decoder_config.gate, info, self._credentials)
         engine.start()
-        self._watch = EngineWatch(engine)
+        self._watch = ThreadWatch("engine", engine)
         self._router, self._report, self._engine = router, report, engine
         port = self._loop.run(self._serve(InferenceServicer(engine, reader, report, metrics, self._tracing, layers)))
         self._serve_health(self._health_servicer)
@@ -153,11 +149,9 @@ class WorkerRole(Role):
         return self._router.oldest_placement_version
 
     def health(self) -> ProcessHealth:
-        """As every process; a worker whose engine thread has ended by itself, or hangs, ends: Ray starts it again."""
+        """As every process; a worker whose engine thread has ended by itself ends too, and Ray starts it again."""
         if self._engine and not self._engine.is_alive and not self._is_stopping:
-            self._end("the engine thread has ended")
-        if self._watch and self._watch.is_stalled():
-            self._end(f"the engine thread has given no sign of life for {STALLED_S:.0f} s")
+            self._end_process("the engine thread has ended")
         router = self._router
         if router is None:
             return super().health()
@@ -170,11 +164,6 @@ class WorkerRole(Role):
                 *(Quarantine(*unit) for unit in router.quarantined_units()),
             ),
         )
-
-    def _end(self, why: str) -> None:
-        """Gateways go on with its requests on other workers."""
-        logger.critical("%s; the process ends", why)
-        os._exit(EXIT_ENGINE_DIED)
 
     def expert_map(self) -> ExpertMap:
         """The newest that was told."""

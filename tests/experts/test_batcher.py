@@ -233,3 +233,27 @@ def test_a_count_that_fails_holds_nobody_up():
         batcher.compute_next()
     assert future.result(0).partial_sums.item() == 10.0
     assert not counting.locked()
+
+
+def test_a_thread_that_computes_gives_no_sign_of_life_while_it_hangs_and_is_idle_when_nothing_waits():
+    entered, may_go = threading.Event(), threading.Event()
+
+    def hang(batch: list[WaitingForward]) -> torch.Tensor:
+        entered.set()
+        assert may_go.wait(30)
+        return batch[0].forward.hidden_states
+
+    batcher = Batcher(hang, max_waiting=4, max_waiting_bytes=2**20)
+    batcher.start()
+    assert batcher.signs_of_life is None
+    futures = [submit(batcher, LAYERS[0], forward_of(1.0))]
+    assert entered.wait(30)
+    before = batcher.signs_of_life
+    futures.append(submit(batcher, LAYERS[1], forward_of(2.0)))
+    assert batcher.signs_of_life == before is not None
+    may_go.set()
+    for future in futures:
+        future.result(30)
+    batcher.stop()
+    assert batcher.signs_of_life is None
+    assert batcher._num_rounds > before

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from attention.engine_watch import MAX_LOOK_S, STALLED_S, EngineWatch
 from cluster.config import parse_config
-from cluster.roles import worker_role
-from cluster.roles.worker_role import EXIT_ENGINE_DIED, WorkerRole
+from cluster.roles import role as role_module
+from cluster.roles.role import EXIT_DIED
+from cluster.roles.thread_watch import MAX_LOOK_S, STALLED_S, ThreadWatch
+from cluster.roles.worker_role import WorkerRole
 from tests.attention.fake_decoder import CountingDecoder, Listener, make_engine, make_sequence
 
 
@@ -20,7 +21,7 @@ def role(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerRole]:
     def end(code: int) -> None:
         raise Ended(code)
 
-    monkeypatch.setattr(worker_role.os, "_exit", end)
+    monkeypatch.setattr(role_module.os, "_exit", end)
     role = WorkerRole(parse_config({}), 0, "127.0.0.1")
     yield role
     role.stop(0.0)
@@ -37,7 +38,7 @@ def test_a_worker_whose_engine_hangs_in_a_kernel_ends_and_says_why(
 
     decoder.before_forward = hang
     role._engine = engine = make_engine(decoder)
-    role._watch = EngineWatch(engine, lambda: now_s)
+    role._watch = ThreadWatch("engine", engine, lambda: now_s)
     engine.start()
     role.health()
     engine.submit(make_sequence([1], name="request", max_tokens=1), Listener())
@@ -49,7 +50,7 @@ def test_a_worker_whose_engine_hangs_in_a_kernel_ends_and_says_why(
             now_s += MAX_LOOK_S
             role.health()
 
-    with caplog.at_level(logging.CRITICAL), pytest.raises(Ended, match=str(EXIT_ENGINE_DIED)):
+    with caplog.at_level(logging.CRITICAL), pytest.raises(Ended, match=str(EXIT_DIED)):
         be_watched()
     assert now_s >= STALLED_S
     assert "no sign of life for 300 s" in caplog.text
@@ -62,5 +63,5 @@ def test_a_worker_whose_engine_thread_has_ended_ends(role: WorkerRole) -> None:
     engine.start()
     role.health()
     engine.stop()
-    with pytest.raises(Ended, match=str(EXIT_ENGINE_DIED)):
+    with pytest.raises(Ended, match=str(EXIT_DIED)):
         role.health()
