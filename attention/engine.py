@@ -121,12 +121,12 @@ class Engine:
         self._stop_deadline_s: float | None = None
         self._next_deadline_s = math.inf  # of any request
         self._stats = EngineStats(num_blocks=num_blocks, num_free_blocks=num_blocks)
+        self._num_signs = 0
+        self._is_idle = True
         self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards the two below, which other threads read
         self._num_not_started = 0
         self._is_accepting = True
-        self._num_signs = 0
-        self._is_idle = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -139,7 +139,7 @@ class Engine:
 
     @property
     def signs_of_life(self) -> int | None:
-        """A number that changes from step to step, and within one that waits; None while there is nothing to do."""
+        """A number that changes with every layer, and while one is waited for; None while there is nothing to do."""
         return None if self._is_idle else self._num_signs
 
     @property
@@ -263,7 +263,8 @@ class Engine:
         self._limit_step(
             StepLimit(
                 deadline_s=max(sequence.deadline_s for sequence in sequences),
-                is_wanted=lambda: self._is_wanted(sequences),
+                is_wanted=lambda: not all(sequence.is_abandoned for sequence in sequences),
+                on_progress=self._note_progress,
                 allows_missing_experts=all(sequence.allows_missing_experts for sequence in sequences),
                 on_missing_experts=lambda: is_degraded.append(True),
             )
@@ -289,10 +290,8 @@ class Engine:
                 if token is not None:
                     self._take(sequence, token, now_s)
 
-    def _is_wanted(self, sequences: list[Sequence]) -> bool:
-        """Asked again and again while a step waits."""
+    def _note_progress(self) -> None:
         self._num_signs += 1
-        return not all(sequence.is_abandoned for sequence in sequences)
 
     def _take(self, sequence: Sequence, token: SampledToken, now_s: float) -> None:
         """Adds a sampled token to its sequence; the listener is yet to be told."""

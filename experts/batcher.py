@@ -93,7 +93,7 @@ class Batcher:
         self._waiting: list[WaitingForward] = []
         self._lock = threading.Lock()
         self._is_stopping = False
-        self._is_computing = False
+        self._is_idle = True
         self._num_rounds = 0
         self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
 
@@ -105,7 +105,7 @@ class Batcher:
     @property
     def signs_of_life(self) -> int | None:
         """A number that changes while the thread works; None while there is nothing to do."""
-        return self._num_rounds if self._waiting or self._is_computing else None
+        return None if self._is_idle else self._num_rounds
 
     def start(self) -> None:
         """Starts the thread."""
@@ -145,7 +145,6 @@ class Batcher:
         if not batch:
             return 0
         weights = batch[0].weights
-        self._is_computing = True
         try:
             sums = self._compute(batch)
         except Exception as error:
@@ -154,8 +153,6 @@ class Batcher:
             for waiting in batch:
                 _tell(waiting, failure)
             return len(batch)
-        finally:
-            self._is_computing = False
         compute_ns = self._clock_ns() - started_ns
         with self._counting:
             self._answer(batch, sums, started_ns, compute_ns)
@@ -201,9 +198,10 @@ class Batcher:
 
     def _run(self) -> None:
         while self._waiting or not self._is_stopping:
-            self._num_rounds += 1
+            self._is_idle = True
             try:
                 self.poller.poll(0.0 if self._waiting or self._is_stopping else self._idle_interval_s)
+                self._num_rounds, self._is_idle = self._num_rounds + 1, False
                 for _ in range(MAX_POLLS):
                     if not self.poller.poll(0.0):
                         break
@@ -211,6 +209,7 @@ class Batcher:
                 self._use_idle_time()
             except Exception:  # the thread's top: one forward's fault is not the others'
                 logger.exception("a forward failed in an unexpected way")
+        self._is_idle = True
         self.poller.end()
 
 

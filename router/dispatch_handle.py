@@ -120,6 +120,7 @@ class DispatchHandle:
 
     def _wait_while(self, is_incomplete: Callable[[], bool]) -> None:
         while is_incomplete():
+            self._limit.on_progress()
             self._resend_due()
             if not self._context.completions.wait(self._next_due_s()):
                 self._look_at_due()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from cluster.controller.departures import Departures
 from cluster.controller.membership import MemberChange, free_ranks
 from cluster.controller.process import ManagedProcess, ProcessState, RoleName
-from cluster.controller.worker_room import WorkerRoom
+from cluster.controller.worker_limit import WorkerLimit
 from protos.errors import InvalidRequest, MobulaError, NotServing
 
 logger = logging.getLogger(__name__)
@@ -29,17 +29,17 @@ class WorkerMembership:
         create: Callable[[int], ManagedProcess],
         departures: Departures,
         clock: Callable[[], float],
-        room: WorkerRoom | None = None,
+        limit: WorkerLimit | None = None,
     ) -> None:
         """create: starts the worker of a rank, without waiting; raises MobulaError when it cannot now.
 
-        room: where all workers run on one machine.
+        limit: where all workers run on one machine.
         """
         self._processes = processes
         self._create = create
         self._departures = departures
         self._clock = clock
-        self._room = room
+        self._limit = limit
 
     @property
     def workers(self) -> list[ManagedProcess]:
@@ -73,9 +73,8 @@ class WorkerMembership:
                 f"ask for at most {len(staying) + MAX_ADDED}, and again when they serve",
                 field="count",
             )
-        if self._room is not None:
-            num_starting = sum(not worker.is_connected for worker in staying)
-            self._room.check(count, len(staying), num_starting)
+        if num_added and self._limit is not None:
+            self._limit.check(count)
         added = free_ranks(self.workers, num_added)
         for rank in added:
             worker = self._create(rank)

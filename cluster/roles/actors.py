@@ -26,7 +26,7 @@ from cluster.controller.lease import Lease
 from cluster.controller.metrics import ControllerMetrics
 from cluster.controller.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
 from cluster.controller.rebalance import Float64Array
-from cluster.controller.worker_room import WorkerRoom
+from cluster.controller.worker_limit import WorkerLimit
 from cluster.gateway.http_server import serve_http
 from cluster.logs import log_to_stderr
 from cluster.roles.role import node_address
@@ -90,7 +90,7 @@ class ControllerActor:
         expert_map: ExpertMap,
         request: PlacementRequest,
         host: str | None,
-        worker_bytes: int | None,
+        worker_limit: WorkerLimit | None,
     ) -> None:
         """owner: who may stop the system. The rest as in create_controller."""
         os.nice(NICENESS)
@@ -98,7 +98,7 @@ class ControllerActor:
         self._expert_map = expert_map
         self._request = request
         self._host = host
-        self._worker_room = None if worker_bytes is None else WorkerRoom(worker_bytes)
+        self._worker_limit = worker_limit
         self._controller: Controller | None = None
         self._admin: AdminServer | None = None
         log_to_stderr(config.logging, "controller", self._placement_version)
@@ -147,7 +147,7 @@ class ControllerActor:
             self._config.drain_timeout_s,
             self._config.expert_shards.autoscaling,
             self._config.attention_workers.autoscaling,
-            self._worker_room,
+            self._worker_limit,
         )
         certificates = process_folder(self._config.tls, PeerRole.CONTROLLER)
         self._admin = AdminServer(self._controller, process_credentials(certificates))
@@ -210,12 +210,12 @@ def create_controller(
     expert_map: ExpertMap,
     request: PlacementRequest,
     host: str | None,
-    worker_bytes: int | None,
+    worker_limit: WorkerLimit | None,
 ) -> Any:
     """The controller actor, the one that is there already if one is.
 
-    request: what later placements keep to; host: where servers listen, None for each node's own address. worker_bytes:
-    what a worker takes of the memory of this machine, where all of them run on it.
+    request: what later placements keep to; host: where servers listen, None for each node's own address. worker_limit:
+    where all workers run on this machine.
     """
     options = {
         "name": f"{NAME_PREFIX}controller",
@@ -227,7 +227,7 @@ def create_controller(
         "max_concurrency": ACTOR_THREADS,
         "label_selector": config.controller.labels or None,
     }
-    return ray.remote(ControllerActor).options(**options).remote(owner, config, expert_map, request, host, worker_bytes)
+    return ray.remote(ControllerActor).options(**options).remote(owner, config, expert_map, request, host, worker_limit)
 
 
 def end_everything(namespace: str) -> None:

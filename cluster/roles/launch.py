@@ -21,7 +21,7 @@ from cluster.controller.controller import StartError
 from cluster.controller.process import ClusterStatus, ProcessHealth, RoleName
 from cluster.roles.actors import booked_cpus, create_controller, end_everything
 from cluster.roles.local_ray import end_local_ray, start_local_ray
-from cluster.roles.preflight import ServingPlan, check
+from cluster.roles.preflight import ServingPlan, check, worker_limit
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class Deployment:
         """
         self.config = config
         self.plan: ServingPlan = check(config)
+        self._worker_limit = worker_limit(config, self.plan)
         if config.ray.address is None:
             _check_port(config.gateway.host, config.gateway.port, "gateway.port")
             _check_port(config.gateway.host, config.gateway.metrics_port, "gateway.metrics_port")
@@ -143,11 +144,10 @@ class Deployment:
             self._has_joined_ray = False
 
     def _create_controller(self) -> Any:
-        plan = self.plan
-        host = LOOPBACK if self._is_local else None
-        takes_this_memory = self._is_local and self.config.attention_workers.device == "cpu"
-        worker_bytes = plan.worker_bytes if takes_this_memory else None
-        return create_controller(self._owner, self.config, plan.expert_map, plan.placement_request, host, worker_bytes)
+        host, plan = LOOPBACK if self._is_local else None, self.plan
+        return create_controller(
+            self._owner, self.config, plan.expert_map, plan.placement_request, host, self._worker_limit
+        )
 
     def _stop_system(self) -> bool:
         """In order, as far as that goes. False when the system is somebody else's."""

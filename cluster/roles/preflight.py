@@ -18,6 +18,7 @@ from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.model_config import DTYPES, ModelConfig
 from cluster.checkpoint.quantization import IntQuantization
 from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
+from cluster.controller.worker_limit import WorkerLimit
 from cluster.security.exposure import check_files
 from experts.kernels.library import native
 from experts.kernels.packed_matrix import GROUP_MULTIPLE, PANEL_OUTPUTS
@@ -199,9 +200,22 @@ def check(config: MobulaConfig) -> ServingPlan:
         max_model_len=max_model_len,
     )
     _check_frames(config, plan)
-    if config.ray.address is None and config.attention_workers.device == "cpu":
+    if _shares_one_memory(config):
         _check_memory(plan)
     return plan
+
+
+def worker_limit(config: MobulaConfig, plan: ServingPlan) -> WorkerLimit | None:
+    """What this machine's memory takes as it is now, before anything is started; None where others decide."""
+    if not _shares_one_memory(config):
+        return None
+    for_others = plan.total_bytes - plan.num_workers * plan.worker_bytes
+    max_count = (psutil.virtual_memory().available - for_others) // plan.worker_bytes
+    return WorkerLimit(max(max_count, plan.num_workers), plan.worker_bytes)
+
+
+def _shares_one_memory(config: MobulaConfig) -> bool:
+    return config.ray.address is None and config.attention_workers.device == "cpu"
 
 
 def _spared_cache_bytes(config: MobulaConfig, cache: LatentCacheConfig) -> int:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-STALLED_S = 300.0  # far above any step: a layer that waits for shards gives signs of life
+STALLED_S = 300.0  # far above any layer of a step, and any computation of a shard
 MAX_LOOK_S = 5.0  # that one look counts for
 
 
@@ -21,7 +21,7 @@ class Watched(Protocol):
 
 
 class ThreadWatch:
-    """One thread looks. name: of the thread that is looked at."""
+    """name: of the thread that is looked at. Looks may overlap: then a moment counts twice."""
 
     def __init__(self, name: str, watched: Watched, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = name

@@ -322,7 +322,7 @@ def test_an_engine_gives_signs_of_life_while_it_waits_and_none_while_it_hangs_or
     before = engine.signs_of_life
     assert before is not None
     assert engine.signs_of_life == before
-    assert limits[0].is_wanted()
+    limits[0].on_progress()
     assert engine.signs_of_life == before + 1
     may_go.set()
     while engine.signs_of_life is not None:

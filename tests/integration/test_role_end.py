@@ -17,6 +17,8 @@ def test_roles_that_have_stopped_leave_no_thread(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     with System(folder, num_workers=1, num_shards=2, dtype="float32" if native() is None else "bfloat16") as system:
         system.greedy([5, 90, 17], 4)
+        watched = [role._watch.name for role in (*system.shards, *system.workers) if role._watch is not None]
+        assert watched == ["experts", "experts", "engine"]
         assert {"loop", "engine", "experts", "http"} <= {thread.name for thread in set(threading.enumerate()) - before}
     give_up_s = time.monotonic() + GIVE_UP_S
     while left := [t.name for t in set(threading.enumerate()) - before if OF_GRPC not in t.name]:

@@ -10,8 +10,8 @@ import pytest
 from cluster.config import WorkerScalingConfig
 from cluster.controller.controller import Controller
 from cluster.controller.process import ProcessState, RoleName
+from cluster.controller.worker_limit import WorkerLimit
 from cluster.controller.worker_membership import JOIN_TIMEOUT_S
-from cluster.controller.worker_room import WorkerRoom
 from cluster.controller.worker_usage import WorkerWork
 from protos.errors import InvalidRequest, NotServing
 from tests.cluster.fake_processes import FakeProcess, answered, run, system
@@ -29,13 +29,13 @@ def names(controller: Controller) -> list[str]:
 class Loaded:
     """A controller with two workers, and requests: so many at once."""
 
-    def __init__(self, config: WorkerScalingConfig = CONFIG, worker_room: WorkerRoom | None = None) -> None:
+    def __init__(self, config: WorkerScalingConfig = CONFIG, worker_limit: WorkerLimit | None = None) -> None:
         self.now_s = 0.0
         self.counts = [2]  # after each change
         self.controller: Controller
         self.fakes: dict[str, FakeProcess]
         self.controller, self.fakes = system(
-            2, clock=lambda: self.now_s, worker_scaling=config, worker_room=worker_room
+            2, clock=lambda: self.now_s, worker_scaling=config, worker_limit=worker_limit
         )
         self.bear(lambda: 0.0, 10.0)
         assert self.controller.status().is_serving
@@ -174,30 +174,27 @@ def test_a_drained_worker_comes_back_under_its_number() -> None:
 
 
 def test_more_workers_than_the_machines_memory_takes_are_refused_with_the_number_that_it_takes() -> None:
-    free = 5 * GIB
-    controller, fakes = system(2, worker_room=WorkerRoom(2 * GIB, lambda: free))
+    controller, _ = system(2, worker_limit=WorkerLimit(3, 2 * GIB))
     run(controller, 4)
-    with pytest.raises(InvalidRequest, match=r"about 2\.0 GiB of memory, and 5\.0 GiB are free, 0 of 2 .* at most 4,"):
-        answered(controller, lambda: controller.scale_workers(5))
-    assert answered(controller, lambda: controller.scale_workers(3)).added == (2,)
-    fakes["worker-2"].state = ProcessState.LOADING  # it has not taken its memory yet
-    run(controller, 1)
-    with pytest.raises(InvalidRequest, match=r"1 of 3 workers still take theirs; ask for at most 4,"):
-        answered(controller, lambda: controller.scale_workers(5))
-    fakes["worker-2"].state = ProcessState.READY
-    free = 1 * GIB
-    run(controller, 4)
-    with pytest.raises(InvalidRequest, match="ask for at most 3,"):
+    with pytest.raises(InvalidRequest, match=r"count is 4: .* for 3 workers of about 2\.0 GiB .* ask for at most 3,"):
         answered(controller, lambda: controller.scale_workers(4))
+    assert answered(controller, lambda: controller.scale_workers(3)).added == (2,)
+    run(controller, 4)
     assert answered(controller, lambda: controller.scale_workers(1)).drained == (1, 2)
-    assert answered(controller, lambda: controller.scale_workers(1)) == ((), ())
 
 
-def test_load_adds_no_worker_that_the_machines_memory_does_not_take() -> None:
-    system = Loaded(worker_room=WorkerRoom(2 * GIB, lambda: GIB))
+def test_a_machine_that_takes_fewer_workers_than_there_are_lets_them_be() -> None:
+    controller, _ = system(2, worker_limit=WorkerLimit(1, GIB))
+    run(controller, 4)
+    assert answered(controller, lambda: controller.scale_workers(2)) == ((), ())
+
+
+def test_load_adds_as_many_workers_as_the_machines_memory_takes() -> None:
+    system = Loaded(worker_limit=WorkerLimit(3, 2 * GIB))
     system.bear(lambda: 4 * CAPACITY, 300.0)
-    assert names(system.controller) == ["worker-0", "worker-1"]
+    assert names(system.controller) == ["worker-0", "worker-1", "worker-2"]
     assert system.controller.status().is_serving
+    assert WorkerLimit(2, GIB).applied_to(CONFIG.model_copy(update={"min_count": 4})).min_count == 2
 
 
 def test_workers_leave_only_while_one_that_stays_is_ready() -> None:

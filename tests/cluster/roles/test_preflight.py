@@ -4,6 +4,7 @@ import json
 import re
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from cluster.checkpoint.json_fields import UnsupportedModel
 from cluster.commands.plan_view import plan_view
 from cluster.config import ConfigError, parse_config
 from cluster.roles import preflight
-from cluster.roles.preflight import check
+from cluster.roles.preflight import check, worker_limit
 from experts.kernels import packed_matrix
 from router.placement import PlacementError
 from tests.checkpoints import write_checkpoint
@@ -80,6 +81,21 @@ def test_a_machine_with_too_little_memory_is_told_what_needs_how_much(
         plan_of(folder)
     needed, *parts = [float(number) for number in re.findall(r"([\d.]+) GiB", str(refused.value).partition(";")[0])]
     assert sum(parts) == pytest.approx(needed, abs=0.2)  # each is rounded
+
+
+def test_one_machines_memory_limits_its_workers_and_a_clusters_or_a_gpus_does_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"model": str(folder), "attention_workers": {"count": 2}}
+    config = parse_config(settings)
+    plan = check(config)
+    memory = SimpleNamespace(available=plan.total_bytes + 3 * plan.worker_bytes - 1)
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: memory)
+    assert worker_limit(config, plan) == (4, plan.worker_bytes)
+    memory.available = 0  # taken by somebody since it was checked
+    assert worker_limit(config, plan) == (2, plan.worker_bytes)
+    assert worker_limit(parse_config(settings | {"ray": {"address": "auto"}}), plan) is None
+    assert worker_limit(parse_config(settings | {"attention_workers": {"device": "cuda"}}), plan) is None
 
 
 def test_a_cache_that_no_request_could_fill_is_not_taken_and_the_plan_says_so(folder: Path) -> None:
