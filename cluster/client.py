@@ -2,11 +2,14 @@
 well.
 """
 
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
+
+import grpc
 
 from cluster.client_access import ClientAccess
 from protos import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc, rpc
@@ -14,6 +17,9 @@ from protos import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grp
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 CALL_TIMEOUT_S = 10.0
 REBALANCE_TIMEOUT_S = 70.0  # more than gateway and controller give a plan, who say better what was late
+BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # of a connection that ends, of a server that stops
+RESUME_S = 60.0  # after its latest token, that the rest of a broken answer is asked for
+RESUME_PAUSE_S = 0.25  # between two times
 
 
 @dataclass(slots=True)
@@ -21,16 +27,35 @@ class Generation:
     """What one Generate call gave so far.
 
     Attributes:
+        token_ids: of the answer so far.
         first_token_s, total_s: seconds since the call was made.
+        num_breaks: how often the connection broke; another gateway went on each time.
     """
 
     prompt: str
     text: str = ""
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    num_breaks: int = 0
     first_token_s: float | None = None
     total_s: float = 0.0
     finish_reason: str = ""
     usage: generation_pb2.Usage = field(default_factory=generation_pb2.Usage)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def take(self, response: generation_pb2.GenerateResponse, now_s: float) -> None:
+        """Adds what a message brought. now_s: seconds since the call was made."""
+        self.total_s = now_s
+        if response.token_ids and self.first_token_s is None:
+            self.first_token_s = now_s
+        self.text += response.text
+        self.token_ids += response.token_ids
+        if response.HasField("finish_reason"):
+            name = generation_pb2.FinishReason.Name(response.finish_reason)
+            self.finish_reason = name.removeprefix("FINISH_REASON_").lower()
+            self.usage = response.usage
 
 
 class Connection:
@@ -39,6 +64,7 @@ class Connection:
     def __init__(self, address: str, access: ClientAccess | None = None) -> None:
         """access: None for what the environment says. Raises AccessError."""
         self.address = address
+        self._is_closed = False
         self._channel = (access or ClientAccess.from_environment()).channel(address, rpc.client_options())
 
     def __enter__(self) -> Self:
@@ -51,6 +77,7 @@ class Connection:
 
     def close(self) -> None:
         """Ends what is under way."""
+        self._is_closed = True
         self._channel.close()
 
 
@@ -64,24 +91,34 @@ class InferenceClient(Connection):
     def generate(
         self, prompt: str, params: generation_pb2.SamplingParams, *, is_chat: bool = False, timeout_s: float = 300.0
     ) -> Iterator[Generation]:
-        """The growing answer, once per message of the stream; the same object each time."""
+        """The growing answer, once per message of the stream; the same object each time.
+
+        Where the connection breaks after the first token the rest is asked for, of whichever gateway answers then, for
+        RESUME_S; the answer is what it would have been. Raises grpc.RpcError.
+        """
         request = generation_pb2.GenerateRequest(sampling_params=params)
+        if not params.HasField("seed"):  # without one the rest would be drawn otherwise
+            request.sampling_params.seed = secrets.randbits(63)
         if is_chat:
             request.chat.messages.add(role="user", content=prompt)
         else:
             request.text = prompt
         generation, start = Generation(prompt), time.monotonic()
-        for response in self._stub.Generate(request, timeout=timeout_s):
-            generation.total_s = time.monotonic() - start
-            if response.token_ids and generation.first_token_s is None:
-                generation.first_token_s = generation.total_s
-            generation.text += response.text
-            generation.num_tokens += len(response.token_ids)
-            if response.HasField("finish_reason"):
-                name = generation_pb2.FinishReason.Name(response.finish_reason)
-                generation.finish_reason = name.removeprefix("FINISH_REASON_").lower()
-                generation.usage = response.usage
-            yield generation
+        while True:
+            try:
+                for response in self._stub.Generate(request, timeout=timeout_s - (time.monotonic() - start)):
+                    generation.take(response, time.monotonic() - start)
+                    yield generation
+            except grpc.RpcError as error:
+                waited_s = time.monotonic() - start - generation.total_s
+                if self._is_closed or error.code() not in BROKEN or not generation.token_ids or waited_s >= RESUME_S:
+                    raise
+            else:
+                return
+            generation.num_breaks += len(generation.token_ids) > len(request.received_token_ids)  # else the same still
+            time.sleep(RESUME_PAUSE_S)
+            del request.received_token_ids[:]
+            request.received_token_ids.extend(generation.token_ids)
 
     def model_info(self) -> generation_pb2.GetModelInfoResponse:
         info: generation_pb2.GetModelInfoResponse = self._stub.GetModelInfo(

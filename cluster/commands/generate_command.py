@@ -154,6 +154,8 @@ def _print_summary(generation: Generation) -> None:
         f"{rate:.1f} tokens/s, first after {(generation.first_token_s or 0) * 1000:.0f} ms, "
         f"ended by {generation.finish_reason}[/dim]"
     )
+    if generation.num_breaks:
+        console.print(f"[dim]the connection broke {generation.num_breaks} x; the rest was asked for each time[/dim]")
     if generation.usage.num_dropped_assignments:
         console.print(
             f"[bold red]not quite the model's answer:[/bold red] the overload valve left out "

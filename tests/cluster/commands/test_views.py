@@ -80,7 +80,7 @@ def test_what_the_demo_shows_fits_a_narrow_terminal_whole(width: int, num_expert
     for shard in counted.shards:
         shard.num_forwards = shard.num_rows = 123_456_789
         shard.weight_bytes = 19 * 2**20
-    generation = Generation("x" * 100, num_tokens=96, first_token_s=1.234, total_s=2.0, finish_reason="length")
+    generation = Generation("x" * 100, token_ids=[0] * 96, first_token_s=1.234, total_s=2.0, finish_reason="length")
     views = (
         summary_view([generation], 2.0),
         experts_view(counted, pb.GetPlacementResponse(ep_size=2), width),
@@ -143,7 +143,7 @@ def test_processes_show_their_state_and_why_they_failed() -> None:
 
 
 def test_long_streams_show_their_end() -> None:
-    generation = Generation("p", text="\n".join(f"line {number}" for number in range(50)), num_tokens=50)
+    generation = Generation("p", text="\n".join(f"line {number}" for number in range(50)), token_ids=[0] * 50)
     text = text_of(streams_view([generation], 80))
     assert "line 49" in text
     assert "line 3 " not in text
