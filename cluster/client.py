@@ -29,7 +29,7 @@ class Generation:
     Attributes:
         token_ids: of the answer so far.
         first_token_s, total_s: seconds since the call was made.
-        num_breaks: how often the connection broke; another gateway went on each time.
+        num_breaks: how often the connection broke, and the rest was asked for.
     """
 
     prompt: str
