@@ -4,7 +4,7 @@ well.
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -20,6 +20,7 @@ REBALANCE_TIMEOUT_S = 70.0  # more than gateway and controller give a plan, who 
 BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # of a connection that ends, of a server that stops
 RESUME_S = 60.0  # after its latest token, that the rest of a broken answer is asked for
 RESUME_PAUSE_S = 0.25  # between two times
+RECONNECT_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
 
 
 @dataclass(slots=True)
@@ -65,7 +66,9 @@ class Connection:
         """access: None for what the environment says. Raises AccessError."""
         self.address = address
         self._is_closed = False
-        self._channel = (access or ClientAccess.from_environment()).channel(address, rpc.client_options())
+        self._channel = (access or ClientAccess.from_environment()).channel(
+            address, [*rpc.client_options(), *RECONNECT_OPTIONS]
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -89,12 +92,18 @@ class InferenceClient(Connection):
         self._stub = generation_pb2_grpc.InferenceStub(self._channel)
 
     def generate(
-        self, prompt: str, params: generation_pb2.SamplingParams, *, is_chat: bool = False, timeout_s: float = 300.0
+        self,
+        prompt: str,
+        params: generation_pb2.SamplingParams,
+        *,
+        is_chat: bool = False,
+        timeout_s: float = 300.0,
+        on_break: Callable[[], None] = lambda: None,
     ) -> Iterator[Generation]:
         """The growing answer, once per message of the stream; the same object each time.
 
         Where the connection breaks after the first token the rest is asked for, of whichever gateway answers then, for
-        RESUME_S; the answer is what it would have been. Raises grpc.RpcError.
+        RESUME_S; the answer is what it would have been. on_break: called then, before it is. Raises grpc.RpcError.
         """
         request = generation_pb2.GenerateRequest(sampling_params=params)
         if not params.HasField("seed"):  # without one the rest would be drawn otherwise
@@ -115,7 +124,9 @@ class InferenceClient(Connection):
                     raise
             else:
                 return
-            generation.num_breaks += len(generation.token_ids) > len(request.received_token_ids)  # else the same still
+            if len(generation.token_ids) > len(request.received_token_ids):  # else it is broken still
+                generation.num_breaks += 1
+                on_break()
             time.sleep(RESUME_PAUSE_S)
             del request.received_token_ids[:]
             request.received_token_ids.extend(generation.token_ids)

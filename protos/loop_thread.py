@@ -43,7 +43,7 @@ class LoopThread:
         with self._lock:
             if self._is_stopped:
                 coroutine.close()
-                raise LoopEnded(f"the event loop {self._thread.name} has ended")
+                raise LoopEnded(f"the event loop of thread {self._thread.name} has ended")
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
@@ -57,7 +57,7 @@ class LoopThread:
         except CancelledError:
             if not self._is_stopped:
                 raise
-            raise LoopEnded(f"the event loop {self._thread.name} has ended") from None
+            raise LoopEnded(f"the event loop of thread {self._thread.name} has ended") from None
 
     def stop(self) -> None:
         """Cancels what still runs, and ends the loop and its thread. Another call does nothing."""

@@ -10,7 +10,7 @@ import typer
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from cluster.client import DEFAULT_ADDRESS, Generation, InferenceClient
+from cluster.client import DEFAULT_ADDRESS, RESUME_S, Generation, InferenceClient
 from cluster.commands.arguments import MAX_UINT32, MAX_UINT64, Address, unicode_text, within
 from cluster.commands.reachability import host_and_port
 from cluster.commands.terminal import console, errors, fail_call
@@ -49,7 +49,9 @@ def generate(
     wait = max(0.0, wait - (time.monotonic() - start))
     try:
         with InferenceClient(address) as client:
-            answers = when_up(lambda: client.generate(prompt, params, is_chat=chat), wait, _say_waiting)
+            answers = when_up(
+                lambda: client.generate(prompt, params, is_chat=chat, on_break=_say_broken), wait, _say_waiting
+            )
             for generation in answers:
                 if not has_begun and not chat:
                     console.print(prompt, end="", style="bold cyan", markup=False, highlight=False, soft_wrap=True)
@@ -57,8 +59,9 @@ def generate(
                 console.print(generation.text[shown:], end="", markup=False, highlight=False, soft_wrap=True)
                 shown = len(generation.text)
     except grpc.RpcError as error:
-        if has_begun:
+        if generation:
             console.print()
+            _say_unfinished(generation)
         fail_call(error, address)
     console.print()
     if generation:
@@ -147,22 +150,34 @@ def _say_waiting(wait_s: float, why: str) -> None:
     errors.print(f"waiting up to {wait_s:.3g} s: {why}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
+def _say_broken() -> None:
+    errors.print(
+        f"\nthe connection broke: asking for the rest, for up to {RESUME_S:.0f} s", style="dim", highlight=False
+    )
+
+
+def _say_unfinished(generation: Generation) -> None:
+    errors.print(
+        f"the answer is not complete: it breaks off after {generation.num_tokens} tokens",
+        style="bold red",
+        highlight=False,
+    )
+
+
 def _print_summary(generation: Generation) -> None:
     rate = generation.num_tokens / generation.total_s
-    console.print(
+    errors.print(
         f"[dim]{generation.usage.num_prompt_tokens} prompt + {generation.num_tokens} new tokens, "
         f"{rate:.1f} tokens/s, first after {(generation.first_token_s or 0) * 1000:.0f} ms, "
         f"ended by {generation.finish_reason}[/dim]"
     )
-    if generation.num_breaks:
-        console.print(f"[dim]the connection broke {generation.num_breaks} x; the rest was asked for each time[/dim]")
     if generation.usage.num_dropped_assignments:
-        console.print(
+        errors.print(
             f"[bold red]not quite the model's answer:[/bold red] the overload valve left out "
             f"{generation.usage.num_dropped_assignments} expert computations"
         )
     if generation.usage.num_degraded_steps:
-        console.print(
+        errors.print(
             f"[bold red]not quite the model's answer:[/bold red] experts could not be reached in "
             f"{generation.usage.num_degraded_steps} steps"
         )

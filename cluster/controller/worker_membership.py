@@ -67,14 +67,14 @@ class WorkerMembership:
         if count < len(staying):
             return self._drain(staying[:count], staying[count:])
         num_added = count - len(staying)
+        if num_added and self._limit is not None:
+            self._limit.check(count)
         if num_added > MAX_ADDED:
             raise InvalidRequest(
                 f"count is {count}, {len(staying)} workers are there and at most {MAX_ADDED} are added at a time; "
                 f"ask for at most {len(staying) + MAX_ADDED}, and again when they serve",
                 field="count",
             )
-        if num_added and self._limit is not None:
-            self._limit.check(count)
         added = free_ranks(self.workers, num_added)
         for rank in added:
             worker = self._create(rank)

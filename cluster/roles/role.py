@@ -123,6 +123,9 @@ class Role(ABC):
                 self._ports().metrics_port, lambda port: serve_http(self._bind_host, port, app, tls)
             )
         except Exception as error:  # the top of the process's start: the controller shows it
+            if self._ending.locked():  # it was told to end meanwhile
+                logger.info("not loaded: the process ends")
+                return
             logger.exception("could not load")
             self._health = replace(self._health, state=ProcessState.FAILED, detail=f"{type(error).__name__}: {error}")
             return

@@ -107,6 +107,15 @@ def test_mobula_generate_shows_the_whole_answer_and_that_the_connection_broke() 
     gateway = BreakingGateway([2, 0, 0, 3])
     result = CliRunner().invoke(app, ["generate", "count", "--address", gateway.address])
     assert result.exit_code == 0, result.output
-    assert "0 1 2 3 4 5" in result.output
-    assert "the connection broke 2 x" in result.output
+    assert result.stdout == "count0 1 2 3 4 5 \n"
+    assert result.output.count("the connection broke: asking for the rest, for up to 60 s") == 2
+    gateway.close()
+
+
+def test_mobula_generate_says_that_an_answer_breaks_off() -> None:
+    gateway = BreakingGateway([2], grpc.StatusCode.INTERNAL)
+    result = CliRunner().invoke(app, ["generate", "count", "--address", gateway.address])
+    assert result.exit_code == 1
+    assert "the answer is not complete: it breaks off after 2 tokens" in result.output
+    assert "error: INTERNAL: the gateway ends" in result.output
     gateway.close()

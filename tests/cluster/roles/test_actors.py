@@ -16,7 +16,7 @@ from protos.loop_thread import LoopEnded
     ("said", "told"),
     [
         (ActorDiedError(), ProcessDied),
-        (RayTaskError("call", "", LoopEnded("the event loop loop has ended")), ProcessDied),  # it has stopped
+        (RayTaskError("call", "", LoopEnded("the event loop of thread loop has ended")), ProcessDied),  # it has stopped
         (RayTaskError("call", "", Unavailable("later")), Unavailable),
         (ValueError("of Ray's own"), ValueError),
     ],
