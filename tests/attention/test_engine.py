@@ -1,5 +1,4 @@
 import threading
-import time
 
 import pytest
 import torch
@@ -304,30 +303,6 @@ def test_thread_serves_and_stop_drains_what_was_submitted():
     assert_all_blocks_are_free(engine)
     with pytest.raises(errors.Unavailable):
         submit(engine, [1])
-
-
-def test_an_engine_gives_signs_of_life_while_it_waits_and_none_while_it_hangs_or_is_idle():
-    decoder, limits, entered, may_go = CountingDecoder(), [], threading.Event(), threading.Event()
-
-    def hang(token_ids):
-        entered.set()
-        assert may_go.wait(30)
-
-    decoder.before_forward = hang
-    engine = make_engine(decoder, limit_step=limits.append)
-    assert engine.signs_of_life is None
-    engine.start()
-    submit(engine, [1], max_tokens=1)
-    assert entered.wait(30)
-    before = engine.signs_of_life
-    assert before is not None
-    assert engine.signs_of_life == before
-    limits[0].on_progress()
-    assert engine.signs_of_life == before + 1
-    may_go.set()
-    while engine.signs_of_life is not None:
-        time.sleep(0.001)
-    engine.stop()
 
 
 def test_stop_without_drain_ends_every_request():
