@@ -69,11 +69,14 @@ class Balance:
         drain_timeout_s: float,
         publish: Callable[[ExpertMap], None],
         clock: Callable[[], float],
+        room_for_shards: Callable[[int], None] = lambda _: None,
     ) -> None:
         """processes: the controller's records. create_shard: starts the one of a rank. drain_timeout_s: for a shard
-        to end in order. publish: makes an expert map the one in use.
+        to end in order. publish: makes an expert map the one in use. room_for_shards: as in ShardMembership.
         """
-        self.membership = ShardMembership(processes, expert_map.ep_ranks, create_shard, self._check_members)
+        self.membership = ShardMembership(
+            processes, expert_map.ep_ranks, create_shard, self._check_members, room_for_shards
+        )
         self._expert_map = expert_map  # in use
         self._members: frozenset[int] = frozenset()  # that the rebalance under way is for
         self._proposer = proposer

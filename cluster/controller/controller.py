@@ -28,6 +28,7 @@ from cluster.controller.balance import Balance, Proposer
 from cluster.controller.departures import Departures
 from cluster.controller.inbox import Inbox
 from cluster.controller.membership import MemberChange
+from cluster.controller.memory_budget import MemoryBudget, MemoryRoom
 from cluster.controller.process import (
     DOWN,
     DRAINS,
@@ -43,7 +44,6 @@ from cluster.controller.process import (
 from cluster.controller.rebalance import RebalanceCause, RebalancePlan
 from cluster.controller.replica_check import ReplicaCheck
 from cluster.controller.shard_usage import shards_by_load
-from cluster.controller.worker_limit import WorkerLimit
 from cluster.controller.worker_membership import WorkerMembership
 from cluster.controller.worker_usage import workers_by_load
 from protos.errors import MobulaError, Unavailable
@@ -84,18 +84,19 @@ class Controller:
         drain_timeout_s: float = 30.0,
         shard_scaling: ShardScalingConfig | None = None,
         worker_scaling: WorkerScalingConfig | None = None,
-        worker_limit: WorkerLimit | None = None,
+        memory_budget: MemoryBudget | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """create: starts the shard or worker of a rank, without waiting. drain_timeout_s: for a drained one to end.
 
-        worker_limit: where all workers run on one machine.
+        memory_budget: where all processes run on one machine.
         """
         self._processes = processes
         self._expert_map = expert_map
         self._clock = clock
         self.admin_address = ""
         self.metrics_address = ""
+        room = MemoryRoom(memory_budget, processes)
         self._balance = Balance(
             processes=processes,
             create_shard=partial(create, RoleName.SHARD),
@@ -105,15 +106,19 @@ class Controller:
             drain_timeout_s=drain_timeout_s,
             publish=self._use,
             clock=clock,
+            room_for_shards=partial(room.check, RoleName.SHARD),
         )
         self._replica_check = ReplicaCheck(lambda: self._members(RoleName.SHARD), clock)
         self._departures = Departures(processes, drain_timeout_s, clock)
-        create_worker = partial(create, RoleName.WORKER)
-        self._workers = WorkerMembership(processes, create_worker, self._departures, clock, worker_limit)
-        worker_scaling = worker_scaling or WorkerScalingConfig()
-        worker_scaling = worker_limit.applied_to(worker_scaling) if worker_limit else worker_scaling
-        self._shard_scaling = shards_by_load(self._balance.membership, shard_scaling or ShardScalingConfig(), clock)
-        self._worker_scaling = workers_by_load(processes, self._workers, worker_scaling, clock)
+        self._workers = WorkerMembership(
+            processes, partial(create, RoleName.WORKER), self._departures, clock, partial(room.check, RoleName.WORKER)
+        )
+        self._shard_scaling = shards_by_load(
+            self._balance.membership, shard_scaling or ShardScalingConfig(), clock, room
+        )
+        self._worker_scaling = workers_by_load(
+            processes, self._workers, worker_scaling or WorkerScalingConfig(), clock, room
+        )
         self._is_placed = False  # whether the placement that shards load is settled
         self._inbox = Inbox()
         self._stopping = threading.Event()

@@ -43,16 +43,19 @@ class ShardMembership:
         placed_on: Collection[int],
         create: Callable[[int], ManagedProcess],
         check: Callable[[Collection[int]], None],
+        room: Callable[[int], None] = lambda _: None,
     ) -> None:
         """placed_on: the shards of the placement in use.
 
         create: starts the shard of a rank, without waiting; raises MobulaError when it cannot now.
-        check: raises MobulaError where no placement on those ranks satisfies the configuration.
+        check: raises MobulaError where no placement on those ranks satisfies the configuration. room: where so many
+            shards have none.
         """
         self._processes = processes
         self._placed_on = frozenset(placed_on)
         self._create = create
         self._check = check
+        self._room = room
 
     @property
     def shards(self) -> list[ManagedProcess]:
@@ -83,6 +86,7 @@ class ShardMembership:
         if not added:
             return MemberChange()
         self._check([*staying, *added])
+        self._room(count)
         for rank in added:
             self._processes.insert(self._place_of(rank), self._create(rank))
             logger.info("shard-%d is added", rank)

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from cluster.config import ScalingConfig
 from cluster.controller.autoscale import CountDecision
 from cluster.controller.membership import MemberChange
+from cluster.controller.memory_budget import MemoryRoom
 from cluster.controller.process import RoleName
 from protos.errors import MobulaError
 
@@ -47,6 +48,7 @@ class Scaling:
         meter: UsageMeter,
         scale: Callable[[int], MemberChange],
         clock: Callable[[], float],
+        room: MemoryRoom,
     ) -> None:
         """scale: from now on so many; raises MobulaError where that cannot be."""
         self._role = role
@@ -54,6 +56,7 @@ class Scaling:
         self._meter = meter
         self._change = scale
         self._clock = clock
+        self._room = room
         self._decision = CountDecision(config)
         self._looked_s = float("-inf")
 
@@ -74,6 +77,8 @@ class Scaling:
 
     def _scale(self, now_s: float, usage: Usage) -> None:
         wanted = self._decision.decide(now_s, usage.num_processes, list(usage.ratios.values()))
+        if wanted > usage.num_processes:
+            wanted = max(usage.num_processes, self._room.at_most(self._role, wanted))
         if wanted == usage.num_processes:
             return
         why = ", ".join(f"{name} is {ratio:.2f} of its target" for name, ratio in usage.ratios.items())

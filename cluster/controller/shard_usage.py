@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from cluster.config import ShardScalingConfig
 from cluster.controller.membership import ShardMembership
+from cluster.controller.memory_budget import MemoryRoom
 from cluster.controller.process import RoleName
 from cluster.controller.scaling import ANSWER_TIMEOUT_S, Scaling, Usage
 
@@ -59,9 +60,11 @@ class ShardUsage:
         return {name: answer.result() for name, answer in asked.items()}
 
 
-def shards_by_load(membership: ShardMembership, config: ShardScalingConfig, clock: Callable[[], float]) -> Scaling:
+def shards_by_load(
+    membership: ShardMembership, config: ShardScalingConfig, clock: Callable[[], float], room: MemoryRoom
+) -> Scaling:
     """The number of shards follows their load."""
-    return Scaling(RoleName.SHARD, config, ShardUsage(membership, config), membership.scale, clock)
+    return Scaling(RoleName.SHARD, config, ShardUsage(membership, config), membership.scale, clock, room)
 
 
 def _ratios(done: Sequence[ShardWork], seconds: float, config: ShardScalingConfig) -> dict[str, float]:

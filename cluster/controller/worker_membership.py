@@ -11,7 +11,6 @@ from collections.abc import Callable
 from cluster.controller.departures import Departures
 from cluster.controller.membership import MemberChange, free_ranks
 from cluster.controller.process import ManagedProcess, ProcessState, RoleName
-from cluster.controller.worker_limit import WorkerLimit
 from protos.errors import InvalidRequest, MobulaError, NotServing
 
 logger = logging.getLogger(__name__)
@@ -29,17 +28,17 @@ class WorkerMembership:
         create: Callable[[int], ManagedProcess],
         departures: Departures,
         clock: Callable[[], float],
-        limit: WorkerLimit | None = None,
+        room: Callable[[int], None] = lambda _: None,
     ) -> None:
         """create: starts the worker of a rank, without waiting; raises MobulaError when it cannot now.
 
-        limit: where all workers run on one machine.
+        room: raises MobulaError where so many workers have none.
         """
         self._processes = processes
         self._create = create
         self._departures = departures
         self._clock = clock
-        self._limit = limit
+        self._room = room
 
     @property
     def workers(self) -> list[ManagedProcess]:
@@ -67,8 +66,8 @@ class WorkerMembership:
         if count < len(staying):
             return self._drain(staying[:count], staying[count:])
         num_added = count - len(staying)
-        if num_added and self._limit is not None:
-            self._limit.check(count)
+        if num_added:
+            self._room(count)
         if num_added > MAX_ADDED:
             raise InvalidRequest(
                 f"count is {count}, {len(staying)} workers are there and at most {MAX_ADDED} are added at a time; "

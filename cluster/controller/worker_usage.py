@@ -7,6 +7,7 @@ from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 from cluster.config import WorkerScalingConfig
+from cluster.controller.memory_budget import MemoryRoom
 from cluster.controller.process import ManagedProcess, RoleName
 from cluster.controller.scaling import ANSWER_TIMEOUT_S, Scaling, Usage
 from cluster.controller.worker_membership import WorkerMembership
@@ -57,6 +58,7 @@ def workers_by_load(
     membership: WorkerMembership,
     config: WorkerScalingConfig,
     clock: Callable[[], float],
+    room: MemoryRoom,
 ) -> Scaling:
     """The number of workers follows their load."""
-    return Scaling(RoleName.WORKER, config, WorkerUsage(processes, config), membership.scale, clock)
+    return Scaling(RoleName.WORKER, config, WorkerUsage(processes, config), membership.scale, clock, room)

@@ -23,10 +23,10 @@ from cluster.controller.admin_server import AdminServer
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller, StartError
 from cluster.controller.lease import Lease
+from cluster.controller.memory_budget import MemoryBudget
 from cluster.controller.metrics import ControllerMetrics
 from cluster.controller.process import ClusterStatus, ManagedProcess, ProcessDied, RoleName
 from cluster.controller.rebalance import Float64Array
-from cluster.controller.worker_limit import WorkerLimit
 from cluster.gateway.http_server import serve_http
 from cluster.logs import log_to_stderr
 from cluster.roles.role import node_address
@@ -90,7 +90,7 @@ class ControllerActor:
         expert_map: ExpertMap,
         request: PlacementRequest,
         host: str | None,
-        worker_limit: WorkerLimit | None,
+        memory_budget: MemoryBudget | None,
     ) -> None:
         """owner: who may stop the system. The rest as in create_controller."""
         os.nice(NICENESS)
@@ -98,7 +98,7 @@ class ControllerActor:
         self._expert_map = expert_map
         self._request = request
         self._host = host
-        self._worker_limit = worker_limit
+        self._memory_budget = memory_budget
         self._controller: Controller | None = None
         self._admin: AdminServer | None = None
         log_to_stderr(config.logging, "controller", self._placement_version)
@@ -147,7 +147,7 @@ class ControllerActor:
             self._config.drain_timeout_s,
             self._config.expert_shards.autoscaling,
             self._config.attention_workers.autoscaling,
-            self._worker_limit,
+            self._memory_budget,
         )
         certificates = process_folder(self._config.tls, PeerRole.CONTROLLER)
         self._admin = AdminServer(self._controller, process_credentials(certificates))
@@ -210,12 +210,12 @@ def create_controller(
     expert_map: ExpertMap,
     request: PlacementRequest,
     host: str | None,
-    worker_limit: WorkerLimit | None,
+    memory_budget: MemoryBudget | None,
 ) -> Any:
     """The controller actor, the one that is there already if one is.
 
-    request: what later placements keep to; host: where servers listen, None for each node's own address. worker_limit:
-    where all workers run on this machine.
+    request: what later placements keep to; host: where servers listen, None for each node's own address. memory_budget:
+    where all processes run on this machine.
     """
     options = {
         "name": f"{NAME_PREFIX}controller",
@@ -227,7 +227,9 @@ def create_controller(
         "max_concurrency": ACTOR_THREADS,
         "label_selector": config.controller.labels or None,
     }
-    return ray.remote(ControllerActor).options(**options).remote(owner, config, expert_map, request, host, worker_limit)
+    return (
+        ray.remote(ControllerActor).options(**options).remote(owner, config, expert_map, request, host, memory_budget)
+    )
 
 
 def end_everything(namespace: str) -> None:

@@ -21,7 +21,7 @@ from cluster.controller.controller import StartError
 from cluster.controller.process import ClusterStatus, ProcessHealth, RoleName
 from cluster.roles.actors import booked_cpus, create_controller, end_everything
 from cluster.roles.local_ray import end_local_ray, start_local_ray
-from cluster.roles.preflight import ServingPlan, check, worker_limit
+from cluster.roles.preflight import ServingPlan, check, memory_budget
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Deployment:
         """
         self.config = config
         self.plan: ServingPlan = check(config)
-        self._worker_limit = worker_limit(config, self.plan)
+        self._memory_budget = memory_budget(config, self.plan)
         if config.ray.address is None:
             _check_port(config.gateway.host, config.gateway.port, "gateway.port")
             _check_port(config.gateway.host, config.gateway.metrics_port, "gateway.metrics_port")
@@ -146,7 +146,7 @@ class Deployment:
     def _create_controller(self) -> Any:
         host, plan = LOOPBACK if self._is_local else None, self.plan
         return create_controller(
-            self._owner, self.config, plan.expert_map, plan.placement_request, host, self._worker_limit
+            self._owner, self.config, plan.expert_map, plan.placement_request, host, self._memory_budget
         )
 
     def _stop_system(self) -> bool:

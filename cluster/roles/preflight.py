@@ -18,7 +18,7 @@ from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.model_config import DTYPES, ModelConfig
 from cluster.checkpoint.quantization import IntQuantization
 from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
-from cluster.controller.worker_limit import WorkerLimit
+from cluster.controller.memory_budget import MemoryBudget
 from cluster.security.exposure import check_files
 from experts.kernels.library import native
 from experts.kernels.packed_matrix import GROUP_MULTIPLE, PANEL_OUTPUTS
@@ -205,13 +205,14 @@ def check(config: MobulaConfig) -> ServingPlan:
     return plan
 
 
-def worker_limit(config: MobulaConfig, plan: ServingPlan) -> WorkerLimit | None:
+def memory_budget(config: MobulaConfig, plan: ServingPlan) -> MemoryBudget | None:
     """What this machine's memory takes as it is now, before anything is started; None where others decide."""
     if not _shares_one_memory(config):
         return None
-    for_others = plan.total_bytes - plan.num_workers * plan.worker_bytes
-    max_count = (psutil.virtual_memory().available - for_others) // plan.worker_bytes
-    return WorkerLimit(max(max_count, plan.num_workers), plan.worker_bytes)
+    num_shards = len(plan.shard_weight_bytes)
+    for_both = plan.num_workers * plan.worker_bytes + num_shards * PROCESS_BYTES
+    free = psutil.virtual_memory().available - (plan.total_bytes - for_both)  # the experts', controller's and gateway's
+    return MemoryBudget(max(free, for_both), plan.worker_bytes, PROCESS_BYTES)
 
 
 def _shares_one_memory(config: MobulaConfig) -> bool:

@@ -11,8 +11,8 @@ import numpy as np
 from cluster.config import RebalancingConfig, ShardScalingConfig, WorkerScalingConfig
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
+from cluster.controller.memory_budget import MemoryBudget
 from cluster.controller.process import ManagedProcess, ProcessDied, ProcessHealth, ProcessState, RoleName
-from cluster.controller.worker_limit import WorkerLimit
 from experts.load_snapshot import LoadSnapshot
 from tests.fake_experts import grouped_gate, placed
 
@@ -128,13 +128,13 @@ def system(
     scaling: ShardScalingConfig | None = None,
     num_replicas: int = 1,
     worker_scaling: WorkerScalingConfig | None = None,
-    worker_limit: WorkerLimit | None = None,
+    memory_budget: MemoryBudget | None = None,
 ) -> tuple[Controller, dict[str, FakeProcess]]:
     names = [(RoleName.SHARD, rank) for rank in range(num_shards)]
     names += [(RoleName.WORKER, rank) for rank in range(num_workers)] + [(RoleName.GATEWAY, 0)]
     fakes = {f"{role}-{rank}": FakeProcess(f"{role}-{rank}") for role, rank in names}
     controller = controller_of(
-        fakes, num_shards, clock, proposer, rebalancing, scaling, num_replicas, worker_scaling, worker_limit
+        fakes, num_shards, clock, proposer, rebalancing, scaling, num_replicas, worker_scaling, memory_budget
     )
     return controller, fakes
 
@@ -148,7 +148,7 @@ def controller_of(
     scaling: ShardScalingConfig | None = None,
     num_replicas: int = 1,
     worker_scaling: WorkerScalingConfig | None = None,
-    worker_limit: WorkerLimit | None = None,
+    memory_budget: MemoryBudget | None = None,
 ) -> Controller:
     """One that has just started, over processes that may have run before."""
 
@@ -169,7 +169,7 @@ def controller_of(
         create,
         shard_scaling=scaling,
         worker_scaling=worker_scaling,
-        worker_limit=worker_limit,
+        memory_budget=memory_budget,
         clock=clock,
     )
 

@@ -9,8 +9,8 @@ import pytest
 
 from cluster.config import WorkerScalingConfig
 from cluster.controller.controller import Controller
+from cluster.controller.memory_budget import MemoryBudget
 from cluster.controller.process import ProcessState, RoleName
-from cluster.controller.worker_limit import WorkerLimit
 from cluster.controller.worker_membership import JOIN_TIMEOUT_S
 from cluster.controller.worker_usage import WorkerWork
 from protos.errors import InvalidRequest, NotServing
@@ -29,13 +29,13 @@ def names(controller: Controller) -> list[str]:
 class Loaded:
     """A controller with two workers, and requests: so many at once."""
 
-    def __init__(self, config: WorkerScalingConfig = CONFIG, worker_limit: WorkerLimit | None = None) -> None:
+    def __init__(self, config: WorkerScalingConfig = CONFIG, memory_budget: MemoryBudget | None = None) -> None:
         self.now_s = 0.0
         self.counts = [2]  # after each change
         self.controller: Controller
         self.fakes: dict[str, FakeProcess]
         self.controller, self.fakes = system(
-            2, clock=lambda: self.now_s, worker_scaling=config, worker_limit=worker_limit
+            2, clock=lambda: self.now_s, worker_scaling=config, memory_budget=memory_budget
         )
         self.bear(lambda: 0.0, 10.0)
         assert self.controller.status().is_serving
@@ -173,29 +173,37 @@ def test_a_drained_worker_comes_back_under_its_number() -> None:
     assert answered(controller, lambda: controller.scale_workers(2)) == ((), ())
 
 
-def test_more_workers_than_the_machines_memory_takes_are_refused_with_the_number_that_it_takes() -> None:
-    controller, _ = system(2, worker_limit=WorkerLimit(3, 2 * GIB))
+def test_more_processes_than_the_machines_memory_takes_are_refused_with_the_number_that_it_takes() -> None:
+    budget = MemoryBudget(num_bytes=8 * GIB, worker_bytes=2 * GIB, shard_bytes=GIB)
+    controller, _ = system(2, memory_budget=budget)  # two shards, two workers
     run(controller, 4)
     for count in (4, 40):
-        with pytest.raises(InvalidRequest, match=rf"count is {count}: .* 3 workers of about 2\.0 GiB .* at most 3,"):
+        message = rf"count is {count}: .* for 3 workers of about 2\.0 GiB beside 2 shards; ask for at most 3,"
+        with pytest.raises(InvalidRequest, match=message):
             answered(controller, lambda count=count: controller.scale_workers(count))
+    with pytest.raises(InvalidRequest, match=r"count is 5: .* for 4 shards of about 1\.0 GiB beside 2 workers; ask"):
+        answered(controller, lambda: controller.scale_shards(5))
     assert answered(controller, lambda: controller.scale_workers(3)).added == (2,)
+    with pytest.raises(InvalidRequest, match=r"2 shards of about 1\.0 GiB beside 3 workers"):
+        answered(controller, lambda: controller.scale_shards(3))
     run(controller, 4)
     assert answered(controller, lambda: controller.scale_workers(1)).drained == (1, 2)
+    assert answered(controller, lambda: controller.scale_shards(4)).added == (2, 3)  # who leaves is not counted
 
 
-def test_a_machine_that_takes_fewer_workers_than_there_are_lets_them_be() -> None:
-    controller, _ = system(2, worker_limit=WorkerLimit(1, GIB))
+def test_a_machine_that_takes_fewer_processes_than_there_are_lets_them_be() -> None:
+    controller, _ = system(2, memory_budget=MemoryBudget(GIB, GIB, GIB))
     run(controller, 4)
     assert answered(controller, lambda: controller.scale_workers(2)) == ((), ())
+    assert answered(controller, lambda: controller.scale_shards(2)) == ((), ())
+    assert answered(controller, lambda: controller.scale_workers(1)).drained == (1,)
 
 
 def test_load_adds_as_many_workers_as_the_machines_memory_takes() -> None:
-    system = Loaded(worker_limit=WorkerLimit(3, 2 * GIB))
+    system = Loaded(memory_budget=MemoryBudget(8 * GIB, 2 * GIB, GIB))
     system.bear(lambda: 4 * CAPACITY, 300.0)
     assert names(system.controller) == ["worker-0", "worker-1", "worker-2"]
     assert system.controller.status().is_serving
-    assert WorkerLimit(2, GIB).applied_to(CONFIG.model_copy(update={"min_count": 4})).min_count == 2
 
 
 def test_workers_leave_only_while_one_that_stays_is_ready() -> None:

@@ -17,8 +17,9 @@ from cluster.checkpoint.checkpoint import Checkpoint, InvalidCheckpoint
 from cluster.checkpoint.json_fields import UnsupportedModel
 from cluster.commands.plan_view import plan_view
 from cluster.config import ConfigError, parse_config
+from cluster.controller.process import RoleName
 from cluster.roles import preflight
-from cluster.roles.preflight import check, worker_limit
+from cluster.roles.preflight import check, memory_budget
 from experts.kernels import packed_matrix
 from router.placement import PlacementError
 from tests.checkpoints import write_checkpoint
@@ -91,11 +92,16 @@ def test_one_machines_memory_limits_its_workers_and_a_clusters_or_a_gpus_does_no
     plan = check(config)
     memory = SimpleNamespace(available=plan.total_bytes + 3 * plan.worker_bytes - 1)
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: memory)
-    assert worker_limit(config, plan) == (4, plan.worker_bytes)
+    budget, num_shards = memory_budget(config, plan), len(plan.shard_weight_bytes)
+    assert budget is not None
+    assert budget.max_count(RoleName.WORKER, num_shards) == 4
     memory.available = 0  # taken by somebody since it was checked
-    assert worker_limit(config, plan) == (2, plan.worker_bytes)
-    assert worker_limit(parse_config(settings | {"ray": {"address": "auto"}}), plan) is None
-    assert worker_limit(parse_config(settings | {"attention_workers": {"device": "cuda"}}), plan) is None
+    budget = memory_budget(config, plan)
+    assert budget is not None
+    assert budget.max_count(RoleName.WORKER, num_shards) == 2
+    assert budget.max_count(RoleName.SHARD, 2) == num_shards
+    assert memory_budget(parse_config(settings | {"ray": {"address": "auto"}}), plan) is None
+    assert memory_budget(parse_config(settings | {"attention_workers": {"device": "cuda"}}), plan) is None
 
 
 def test_a_cache_that_no_request_could_fill_is_not_taken_and_the_plan_says_so(folder: Path) -> None:
