@@ -45,6 +45,7 @@ def actor(gateway: FakeProcess) -> Iterator[ControllerActor]:
     request = PlacementRequest(moe_layer_ids=MOE_LAYER_IDS, gate=grouped_gate(), ep_size=1, expert_bytes=1)
     actor = ControllerActor(OWNER, CONFIG, placed(grouped_gate(), 1), request, HOST, None)
     yield actor
+    actor._starting.result()  # one that is stopped while it starts would end this process a little later
     actor.stop(OWNER, 0.0)
 
 

@@ -161,9 +161,11 @@ def test_a_shard_that_cannot_read_its_units_ends_it() -> None:
 def test_a_shard_that_could_not_read_its_units_once_is_asked_for_the_same_ones_again() -> None:
     controller, fakes = serving()
     fakes["shard-1"].answers["stage"] = OSError("the disk was away")
+    # Once, however many rounds the controller goes until it answers.
+    fakes["shard-1"].on_call = lambda method: (
+        len(fakes["shard-1"].told("stage")) > 1 and fakes["shard-1"].answers.pop("stage", None)
+    )
     asked(controller)
-    run(controller, 1)
-    del fakes["shard-1"].answers["stage"]
     run(controller, 10)
     first, second = fakes["shard-1"].told("stage")
     assert first == second
