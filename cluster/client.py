@@ -30,13 +30,11 @@ class Generation:
     Attributes:
         token_ids: of the answer so far.
         first_token_s, total_s: seconds since the call was made.
-        num_breaks: how often the connection broke, and the rest was asked for.
     """
 
     prompt: str
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    num_breaks: int = 0
     first_token_s: float | None = None
     total_s: float = 0.0
     finish_reason: str = ""
@@ -125,7 +123,6 @@ class InferenceClient(Connection):
             else:
                 return
             if len(generation.token_ids) > len(request.received_token_ids):  # else it is broken still
-                generation.num_breaks += 1
                 on_break()
             time.sleep(RESUME_PAUSE_S)
             del request.received_token_ids[:]

@@ -69,7 +69,7 @@ class Balance:
         drain_timeout_s: float,
         publish: Callable[[ExpertMap], None],
         clock: Callable[[], float],
-        room_for_shards: Callable[[int], None] = lambda _: None,
+        room_for_shards: Callable[[int], None],
     ) -> None:
         """processes: the controller's records. create_shard: starts the one of a rank. drain_timeout_s: for a shard
         to end in order. publish: makes an expert map the one in use. room_for_shards: as in ShardMembership.

@@ -43,7 +43,7 @@ class ShardMembership:
         placed_on: Collection[int],
         create: Callable[[int], ManagedProcess],
         check: Callable[[Collection[int]], None],
-        room: Callable[[int], None] = lambda _: None,
+        room: Callable[[int], None],
     ) -> None:
         """placed_on: the shards of the placement in use.
 

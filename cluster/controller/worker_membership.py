@@ -28,7 +28,7 @@ class WorkerMembership:
         create: Callable[[int], ManagedProcess],
         departures: Departures,
         clock: Callable[[], float],
-        room: Callable[[int], None] = lambda _: None,
+        room: Callable[[int], None],
     ) -> None:
         """create: starts the worker of a rank, without waiting; raises MobulaError when it cannot now.
 

@@ -124,7 +124,7 @@ class Role(ABC):
             )
         except Exception as error:  # the top of the process's start: the controller shows it
             if self._ending.locked():  # it was told to end meanwhile
-                logger.info("not loaded: the process ends")
+                logger.info("not loaded, the process ends: %s: %s", type(error).__name__, error)
                 return
             logger.exception("could not load")
             self._health = replace(self._health, state=ProcessState.FAILED, detail=f"{type(error).__name__}: {error}")
