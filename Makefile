@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard experts/kernels/native/*.h experts/kernels/native/*.cpp router/native/*.h router/native/*.cpp)
 
-.PHONY: demo serve test test-bf16-kernels test-image test-crds test-pods lint check bench fuzz soak protos train clean
+.PHONY: demo serve test test-emulated-kernels test-image test-crds test-pods lint check bench fuzz soak protos train clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mobula demo
@@ -15,9 +15,10 @@ serve: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests $(ARGS)
 
-# The kernels for AVX512-BF16 on a processor without it: the two instructions are emulated, slowly, all else is theirs.
-test-bf16-kernels: $(VENV)/.installed-test
-	CFLAGS=-DMOBULA_EMULATE_BF16 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+# The kernels for AMX and AVX512-BF16 on a processor that has AVX512-VNNI at most: the instructions that it lacks are emulated,
+# slowly, to the bit; all else is theirs.
+test-emulated-kernels: $(VENV)/.installed-test
+	CFLAGS="-DMOBULA_EMULATE_BF16 -DMOBULA_EMULATE_AMX" $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	$(BIN)/python -m pytest tests/experts tests/attention $(ARGS); status=$$?; \
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e . && exit $$status
 

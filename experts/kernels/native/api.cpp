@@ -1,4 +1,12 @@
 // What Python calls: chooses the instruction set once, takes the lock, passes the call on.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,6 +26,23 @@ struct Choice {
   const KernelTable* table;
 };
 
+#if defined(__x86_64__)
+// Whether the processor has AMX and the system lets this process use its registers, which has to be asked for once.
+bool has_amx() {
+#ifdef MOBULA_EMULATE_AMX
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25, kBf16 = 1u << 22, kAll = kTile | kInt8 | kBf16;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kAll) != kAll) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 bool is_supported(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -27,9 +52,12 @@ bool is_supported(const char* name) {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
 #ifdef MOBULA_EMULATE_BF16
-  if (!strcmp(name, "avx512bf16")) return has_vnni;
+  const bool has_bf16 = has_vnni;
+#else
+  const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
 #endif
-  if (!strcmp(name, "avx512bf16")) return has_vnni && __builtin_cpu_supports("avx512bf16");
+  if (!strcmp(name, "amx")) return has_bf16 && has_amx();
+  if (!strcmp(name, "avx512bf16")) return has_bf16;
   if (!strcmp(name, "avx512vnni")) return has_vnni;
   if (!strcmp(name, "avx2")) return has_avx2;
 #endif
@@ -38,6 +66,7 @@ bool is_supported(const char* name) {
 
 const KernelTable* table_of(const char* name) {
 #if defined(__x86_64__)
+  if (!strcmp(name, "amx")) return amx_table();
   if (!strcmp(name, "avx512bf16")) return avx512bf16_table();
   if (!strcmp(name, "avx512vnni")) return avx512vnni_table();
   if (!strcmp(name, "avx2")) return avx2_table();
@@ -45,7 +74,7 @@ const KernelTable* table_of(const char* name) {
   return portable_table();
 }
 
-const char* const kNames[] = {"avx512bf16", "avx512vnni", "avx2", "portable"};
+const char* const kNames[] = {"amx", "avx512bf16", "avx512vnni", "avx2", "portable"};
 
 Choice best() {
   for (const char* name : kNames)

@@ -38,7 +38,8 @@ inline const Exception* exceptions_of(const Matrix& m, int panel) {
 
 // The steps of a panel that are kept as they were, in their order.
 struct Exceptions {
-  const Exception *at, *end;
+  const Exception *at = nullptr, *end = nullptr;
+  Exceptions() = default;
   Exceptions(const Matrix& m, int panel)
       : at(exceptions_of(m, panel)), end(at + m.dictionaries[panel].num_exceptions) {}
   int next(int none) const { return at < end ? at->step : none; }

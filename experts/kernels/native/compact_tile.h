@@ -96,20 +96,31 @@ inline void tile_compact(const Simd::Bf16Input* const* x, const Panels& p, Ahead
     for (int j = 0; j < V; j++) Simd::store(out + (m * V + j) * 16, sums[m][j]);
 }
 
+// Steps [first, last) of a panel as those of a plain one. `exceptions`: the panel's, those before `first` taken. `fetch` is
+// called with every line that is read.
+template <class Fetch>
+inline void expand_steps(const Matrix& matrix, int panel, int first, int last, Exceptions& exceptions, uint16_t* to,
+                         Fetch fetch) {
+  const uint8_t* at = (const uint8_t*)matrix.data + panel * panel_bytes(matrix) + (size_t)first * kStepBytes;
+  const typename Simd::Table table = Simd::load_table(matrix.dictionaries[panel].high_bytes);
+  for (int step = first; step < last; step++, at += kStepBytes) {
+    const typename Simd::Ints codes = Simd::load_bytes(at);
+    uint16_t* plain = to + (size_t)(step - first) * kStepNumbers;
+#pragma GCC unroll 3
+    for (int line = 0; line < kStepBytes; line += 64) fetch(at + line);
+    Simd::expand_to(table, Simd::low_nibbles(codes), at + 64, plain);
+    Simd::expand_to(table, Simd::high_nibbles(codes), at + 128, plain + 64);
+  }
+  while (exceptions.next(last) < last) {
+    const int step = exceptions.next(last);
+    memcpy(to + (size_t)(step - first) * kStepNumbers, exceptions.take(step), kStepNumbers * sizeof(uint16_t));
+  }
+}
+
 // A whole panel as a plain one.
 inline void expand_panel(const Matrix& matrix, int panel, uint16_t* to) {
-  const int num_steps = matrix.num_inputs / kStepInputs;
-  const uint8_t* at = (const uint8_t*)matrix.data + panel * panel_bytes(matrix);
-  const typename Simd::Table table = Simd::load_table(matrix.dictionaries[panel].high_bytes);
-  for (int step = 0; step < num_steps; step++, at += kStepBytes) {
-    const typename Simd::Ints codes = Simd::load_bytes(at);
-    Simd::expand_to(table, Simd::low_nibbles(codes), at + 64, to + (size_t)step * kStepNumbers);
-    Simd::expand_to(table, Simd::high_nibbles(codes), at + 128, to + (size_t)step * kStepNumbers + 64);
-  }
-  for (Exceptions exceptions = {matrix, panel}; exceptions.next(-1) >= 0;) {
-    const int step = exceptions.next(-1);
-    memcpy(to + (size_t)step * kStepNumbers, exceptions.take(step), kStepNumbers * sizeof(uint16_t));
-  }
+  Exceptions exceptions = {matrix, panel};
+  expand_steps(matrix, panel, 0, matrix.num_inputs / kStepInputs, exceptions, to, [](const void*) {});
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ constexpr size_t kGroupBytes = 2 << 20;  // of intermediate rows
 template <class T>
 struct ExpertsWork {
   const ExpertsCall* call;
-  const typename T::Row* x;       // [num_rows]
+  const typename T::Row* x;       // [assignments of the group], in their order
   const int32_t* order;           // [num_assignments], ascending by expert
   const int32_t* starts;          // [num_experts + 1], into `order`
   const int32_t* present;         // [num_present], experts with rows, ascending
@@ -47,6 +47,15 @@ Panels gate_up_panels(const ExpertsWork<T>& work, const Matrix& matrix, int plac
   return panels;
 }
 
+// Where numbers from `column` on of a tile's row m are kept: as the down product's tiles read them, if those are AMX's.
+template <class T>
+inline size_t hidden_place(const ExpertsWork<T>& work, int first_row, int m, int height, int column) {
+  const size_t tile = (size_t)first_row * work.hidden_stride;
+  if constexpr (T::kUsesAmx)
+    if (work.hidden_format == kBfloat16) return tile + amx_place(m, height, work.hidden_stride * 2, column * 2) / 2;
+  return tile + (size_t)m * work.hidden_stride + column;
+}
+
 template <class T>
 void gate_up_task(void* context, int task, int) {
   const ExpertsWork<T>& work = *(const ExpertsWork<T>*)context;
@@ -57,15 +66,11 @@ void gate_up_task(void* context, int task, int) {
   const Panels panels = gate_up_panels(work, matrix, place, panel);
   for_tiles<T>(num_rows, [&](int tile, int num_tiles, int first, int height) {
     alignas(64) float product[kMaxRows * 2 * kPanelColumns];
-    typename T::Row x[kMaxRows];
-    for (int m = 0; m < height; m++) {
-      const int assignment = work.order[start + first + m];
-      x[m] = work.x[work.call->row(assignment)];
-    }
-    multiply_tile<T>(x, tile, num_tiles, height, panels, 2, product);
+    const int first_row = start - work.group_start + first;
+    multiply_tile<T>(work.x + first_row, tile, num_tiles, height, panels, 2, product);
     for (int m = 0; m < height; m++) {
       const float* row = product + m * 2 * kPanelColumns;
-      const size_t at = (size_t)(start - work.group_start + first + m) * work.hidden_stride + panel * kPanelColumns;
+      const size_t at = hidden_place(work, first_row, m, height, panel * kPanelColumns);
       for (int i = 0; i < kPanelColumns; i += 16)
         store_as(work.hidden, work.hidden_format, at + i,
                  swiglu(Simd::load(row + i), Simd::load(row + kPanelColumns + i)));
@@ -142,6 +147,17 @@ inline int sort_by_expert(const ExpertsCall& call, int32_t* order, int32_t* star
   return num_present;
 }
 
+// Makes the rows of a group of experts ready for tiles. starts: of all experts, into all assignments.
+template <class T>
+inline void arrange_group(typename T::Row* rows, const int32_t* starts, const int32_t* present, int num_present, int k) {
+  if constexpr (T::kUsesAmx) {
+    int32_t* parts = (int32_t*)scratch(kPartsSlot, sizeof(int32_t) * (num_present + 1));
+    parts[0] = 0;
+    for (int i = 0; i < num_present; i++) parts[i + 1] = starts[present[i] + 1] - starts[present[0]];
+    arrange_parts<T>(rows, parts, num_present, k);
+  }
+}
+
 template <class T>
 void experts_as(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_t* present, int num_present) {
   const Matrix& w13 = call.experts[present[0]].w13;
@@ -152,8 +168,8 @@ void experts_as(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_
   work.order = order;
   work.starts = starts;
   work.present = present;
-  work.x = RowReader<T>::prepare(call.x, call.x_format, call.num_rows, call.hidden_size, w13.num_inputs, w13.group_size,
-                                 kRowsSlot, kPointersSlot);
+  const typename T::Row* rows = RowReader<T>::prepare(call.x, call.x_format, call.num_rows, call.hidden_size, w13.num_inputs,
+                                                      w13.group_size, kRowsSlot, kPointersSlot);
   work.inner_panels = num_panels(call.intermediate_size);
   work.hidden_stride = work.inner_panels * kPanelColumns;
   // What the down product reads: bf16 where its tiles take bf16, else float32; int8 and int4 quantise it by row.
@@ -172,13 +188,27 @@ void experts_as(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_
     work.last = last;
     work.is_first_group = first == 0;
     work.is_last_group = last == num_present;
-    work.hidden = scratch(kHiddenSlot, num_assignments * row_bytes);
+    typename T::Row* x = (typename T::Row*)scratch(kGroupSlot, sizeof(typename T::Row) * num_assignments);
+    for (int i = 0; i < num_assignments; i++) x[i] = rows[call.row(order[work.group_start + i])];
+    arrange_group<T>(x, starts, present + first, last - first, w13.num_inputs);
+    work.x = x;
+    work.hidden = scratch(kHiddenSlot, num_assignments * row_bytes + 1024);
     parallel_for((last - first) * work.inner_panels, gate_up_task<T>, &work);
     work.hidden_rows = RowReader<T>::prepare(work.hidden, work.hidden_format, num_assignments, work.hidden_stride,
                                              w2.num_inputs, w2.group_size, kHiddenRowsSlot, kHiddenPointersSlot);
+    if constexpr (kIsQuantized)
+      arrange_group<T>((typename T::Row*)work.hidden_rows, starts, present + first, last - first, w2.num_inputs);
     parallel_for((num_panels(call.hidden_size) + 1) / 2, down_task<T>, &work);
     first = last;
   }
+}
+
+template <int kFormat>
+void experts_with(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_t* present, int num_present) {
+  const Expert& expert = call.experts[present[0]];
+  with_tiles<kFormat>(expert.w13, expert.w2, call.num_assignments / num_present, [&](auto tiles) {
+    experts_as<decltype(tiles)>(call, order, starts, present, num_present);
+  });
 }
 
 void experts(const ExpertsCall* call) {
@@ -190,9 +220,9 @@ void experts(const ExpertsCall* call) {
   switch (call->experts[present[0]].w13.format) {
     case kFloat32: return experts_as<Tiles<kFloat32>>(*call, order, starts, present, num_present);
     case kBfloat16:
-    case kCompact: return experts_as<Tiles<kBfloat16>>(*call, order, starts, present, num_present);
-    case kInt8: return experts_as<Tiles<kInt8>>(*call, order, starts, present, num_present);
-    case kInt4: return experts_as<Tiles<kInt4>>(*call, order, starts, present, num_present);
+    case kCompact: return experts_with<kBfloat16>(*call, order, starts, present, num_present);
+    case kInt8: return experts_with<kInt8>(*call, order, starts, present, num_present);
+    case kInt4: return experts_with<kInt4>(*call, order, starts, present, num_present);
   }
 }
 
@@ -200,7 +230,7 @@ void experts(const ExpertsCall* call) {
 template <class T>
 int multiply_often(const Panels& panels, typename T::Row row, float* product) {
   constexpr int kRows = T::kRows.of_many();
-  typename T::Row x[kMaxRows];
+  typename T::Row x[kRows];
   for (auto& each : x) each = row;
   __asm__ volatile("" : : "r"(x) : "memory");  // else the compiler sees that all rows are one, and sums row by row
   for (int i = 0; i < 16; i++) multiply<T, kNothing>(x, kRows, panels, 2, product);
@@ -209,6 +239,10 @@ int multiply_often(const Panels& panels, typename T::Row row, float* product) {
 
 // Operations of one thread's largest tile over operands in its first-level cache.
 double peak(int format, long iterations) {
+#ifdef MOBULA_AMX
+  if (format == kBfloat16) return amx_peak<Bf16Dot>(16 * iterations, kTileBytes / 2);
+  if (format == kInt8 || format == kInt4) return amx_peak<BytesDot>(16 * iterations, kTileBytes);
+#endif
   alignas(64) static thread_local uint8_t operands[32768];
   alignas(64) float product[kMaxRows * 2 * kPanelColumns];
   static const float one_scale[2 * kPanelColumns] = {};

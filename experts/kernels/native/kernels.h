@@ -192,6 +192,7 @@ struct KernelTable {
 
 void mla_layer(const KernelTable& kernels, const MlaLayerCall& call);
 
+const KernelTable* amx_table();
 const KernelTable* avx512bf16_table();
 const KernelTable* avx512vnni_table();
 const KernelTable* avx2_table();

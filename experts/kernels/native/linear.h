@@ -61,13 +61,20 @@ void linear_as(const LinearCall& call) {
   const Matrix& matrix = *call.matrix;
   LinearWork<T> work = {&call, RowReader<T>::prepare(call.x, call.x_format, call.num_rows, call.x_stride,
                                                      matrix.num_inputs, matrix.group_size, kRowsSlot, kPointersSlot),
-                        2, 0, kRowsPerTask};
+                        2, 0, T::kUsesAmx ? kMaxRows : kRowsPerTask};
+  arrange_rows<T>((typename T::Row*)work.rows, call.num_rows, matrix.num_inputs);
   const int panels = num_panels(matrix.num_outputs);
   if (panels < 16 * num_threads()) work.panels_per_task = 1;  // better shared out
   work.num_panel_tasks = (panels + work.panels_per_task - 1) / work.panels_per_task;
-  if (call.num_rows <= 2 * kRowsPerTask || work.num_panel_tasks >= 32 * num_threads()) work.rows_per_task = call.num_rows;
+  if (!T::kUsesAmx && (call.num_rows <= 2 * kRowsPerTask || work.num_panel_tasks >= 32 * num_threads()))
+    work.rows_per_task = call.num_rows;
   const int row_tasks = (call.num_rows + work.rows_per_task - 1) / work.rows_per_task;
   parallel_for(work.num_panel_tasks * row_tasks, linear_task<T>, &work);
+}
+
+template <int kFormat>
+void linear_with(const LinearCall& call) {
+  with_tiles<kFormat>(*call.matrix, *call.matrix, call.num_rows, [&](auto tiles) { linear_as<decltype(tiles)>(call); });
 }
 
 void linear(const LinearCall* call) {
@@ -75,9 +82,9 @@ void linear(const LinearCall* call) {
   switch (call->matrix->format) {
     case kFloat32: return linear_as<Tiles<kFloat32>>(*call);
     case kBfloat16:
-    case kCompact: return linear_as<Tiles<kBfloat16>>(*call);
-    case kInt8: return linear_as<Tiles<kInt8>>(*call);
-    case kInt4: return linear_as<Tiles<kInt4>>(*call);
+    case kCompact: return linear_with<kBfloat16>(*call);
+    case kInt8: return linear_with<kInt8>(*call);
+    case kInt4: return linear_with<kInt4>(*call);
   }
 }
 
@@ -95,7 +102,7 @@ void heads_task(void* context, int task, int thread) {
   const int num_rows = first_row + work.rows_per_task < call.num_rows ? work.rows_per_task : call.num_rows - first_row;
   const Matrix& matrix = call.matrices[head];
   const int k = matrix.num_inputs, panels = num_panels(matrix.num_outputs);
-  Input* converted = (Input*)thread_scratch(thread, (size_t)num_rows * k * sizeof(Input));
+  Input* converted = (Input*)thread_scratch(thread, (size_t)(T::kUsesAmx ? 2 : 1) * num_rows * k * sizeof(Input) + 1024);
   const Input* rows[kRowsPerTask];
   for (int row = 0; row < num_rows; row++) {
     const size_t at = (size_t)(first_row + row) * call.x_stride + head * call.x_head_stride;
@@ -104,13 +111,20 @@ void heads_task(void* context, int task, int thread) {
     convert_row(call.x, call.x_format, at, converted, kInputFormat, (size_t)row * k, k);
     rows[row] = converted + (size_t)row * k;
   }
+  if constexpr (T::kUsesAmx)
+    for_tiles<T>(num_rows, [&](int, int, int first, int height) {
+      T::arrange_tile(rows + first, height, k, (uint8_t*)(converted + (size_t)(num_rows + first) * k));
+    });
   for (int panel = 0; panel < panels; panel += 2) {
     const int count = panels - panel < 2 ? 1 : 2, first_column = panel * kPanelColumns;
     const int width = count * kPanelColumns;
     const int columns = matrix.num_outputs - first_column < width ? matrix.num_outputs - first_column : width;
     for_tiles<T>(num_rows, [&](int, int, int first, int height) {
       alignas(64) float product[kMaxRows * 2 * kPanelColumns];
-      multiply<T, false>(rows + first, height, {&matrix, panel, panel + 1}, count, product);
+      if constexpr (T::kUsesAmx)
+        multiply_tile<T>(rows + first, 0, 1, height, {&matrix, panel, panel + 1}, count, product);
+      else
+        multiply<T, kNothing>(rows + first, height, {&matrix, panel, panel + 1}, count, product);
       store_product(product, width, height, call.out, call.out_format,
                     (size_t)(first_row + first) * call.out_stride + head * call.out_head_stride + first_column,
                     call.out_stride, columns, nullptr);
@@ -124,7 +138,9 @@ void heads(const HeadsCall* call) {
   constexpr int kBf16Input = sizeof(Simd::Bf16Input) == 2 ? kBfloat16 : kFloat32;
   const int tasks = call->num_heads * work.row_tasks;
   if (call->matrices->format == kBfloat16)
-    parallel_for(tasks, heads_task<Tiles<kBfloat16>, Simd::Bf16Input, kBf16Input>, &work);
+    with_tiles<kBfloat16>(*call->matrices, *call->matrices, call->num_rows, [&](auto tiles) {
+      parallel_for(tasks, heads_task<decltype(tiles), Simd::Bf16Input, kBf16Input>, &work);
+    });
   else
     parallel_for(tasks, heads_task<Tiles<kFloat32>, float, kFloat32>, &work);
 }

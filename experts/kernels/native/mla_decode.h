@@ -64,6 +64,12 @@ struct Span {
   int row, start, end;  // positions
 };
 
+// What a task computes, and where it leaves it; lanes of all groups of heads.
+struct SpanOfHeads : Span {
+  int first_group, last_group;
+  float *maximum, *denominator, *out;
+};
+
 struct DecodeWork {
   const MlaDecodeCall* call;
   const Span* spans;
@@ -90,7 +96,7 @@ void pack_queries_task(void* context, int task, int thread) {
   const int row = task / work.num_groups, group = task % work.num_groups;
   const int lanes = work.lanes, unit_format = U::kNumbers == 2 ? kBfloat16 : kFloat32;
   uint32_t* to = work.queries + (size_t)task * work.query_stride * lanes;
-  const bool is_direct = kIsWide && lanes == 16;
+  const bool is_direct = kIsWide && lanes == 16 && !U::kUsesAmx;
   uint32_t* buffer = is_direct ? to : (uint32_t*)thread_scratch(thread, (size_t)lanes * work.units * 4);
   const int stride = is_direct ? work.query_stride : work.units;
   for (int lane = 0; lane < lanes; lane++) {
@@ -142,18 +148,20 @@ inline void softmax_block(float* scores, uint32_t* weights, int n, float scale, 
   }
 }
 
+}  // namespace
+
+#ifdef MOBULA_AMX
+#include "amx_decode.h"
+#endif
+
+namespace {
+
 template <class U, int V>
-void span_task(void* context, int task, int thread) {
-  const DecodeWork& work = *(const DecodeWork*)context;
+void attend_span(const DecodeWork& work, const SpanOfHeads& span, int thread) {
   const MlaDecodeCall& call = *work.call;
   using Unit = typename U::Unit;
   constexpr int kLanes = 16 * V, kScoreRows = kIsWide ? 16 / V : 4, kOutRows = 4, kOutVectors = kIsWide ? 4 : 1;
-  const int chunks = (work.num_groups + work.groups_per_task - 1) / work.groups_per_task;
-  const int index = task / chunks, first_group = task % chunks * work.groups_per_task;
-  const int last_group = first_group + work.groups_per_task < work.num_groups ? first_group + work.groups_per_task : work.num_groups;
-  const Span span = work.spans[index];
   const LatentRows rows = latent_rows(call, span.row);
-  const int padded_heads = work.num_groups * kLanes;
 
   Stage<U> stage;
   stage.num_key_slabs = (work.units + kSlab - 1) / kSlab;
@@ -169,13 +177,6 @@ void span_task(void* context, int task, int thread) {
   const int room = 2 * U::kNumbers * stage.num_key_slabs;  // lines that one score_tile asks for
   const int row_lines = (int)((stage.latent_dim * element_bytes(stage.format) + 63) / 64);
 
-  float* maximum = work.stats + (size_t)index * 2 * padded_heads;
-  float* denominator = maximum + padded_heads;
-  float* out = work.parts + (size_t)index * padded_heads * work.width;
-  for (int lane = first_group * kLanes; lane < last_group * kLanes; lane++) {
-    maximum[lane] = -3.4e38f;
-    denominator[lane] = 0.0f;
-  }
   alignas(64) float scores[kBlockTokens * kLanes];
   alignas(64) uint32_t pairs[kBlockTokens / 2 * kLanes];
   alignas(64) float decay[kLanes];
@@ -186,11 +187,11 @@ void span_task(void* context, int task, int thread) {
     const int next_end = start + 2 * kBlockTokens < span.end ? start + 2 * kBlockTokens : span.end;
     const char* here = (const char*)stage.tokens[0];
     Fetcher fetcher = {&rows, start + kBlockTokens, next_end, U::kNumbers == 2, row_lines, {here, here}};
-    for (int group = first_group; group < last_group; group++) {
+    for (int group = span.first_group; group < span.last_group; group++) {
       const Unit* queries = (const Unit*)work.queries +
                             ((size_t)(span.row - work.first_row) * work.num_groups + group) * work.query_stride * kLanes;
       if constexpr (kDotsRows) {
-        if (group == first_group && !is_in_place)
+        if (group == span.first_group && !is_in_place)
           for (int slab = 0; slab < stage.num_key_slabs; slab++) stage.fill_keys(slab);
         for (int token = 0; token < n; token += 4) {
           const Unit* four[4];
@@ -205,7 +206,7 @@ void span_task(void* context, int task, int thread) {
         }
       } else {
         for (int slab = 0; slab < stage.num_key_slabs; slab++) {
-          if (group == first_group) stage.fill_keys(slab);
+          if (group == span.first_group) stage.fill_keys(slab);
           const int k = work.units - slab * kSlab < kSlab ? work.units - slab * kSlab : kSlab;
           const Unit* keys = stage.keys + (size_t)slab * kSlabUnits;
           for (int token = 0; token < n; token += kScoreRows)
@@ -214,22 +215,42 @@ void span_task(void* context, int task, int thread) {
                                                            fetcher.take(2 * k / kInputsPerFetch));
         }
       }
-      softmax_block<U, V>(scores, pairs, n, call.scale * kLog2E, maximum + group * kLanes, denominator + group * kLanes, decay);
+      softmax_block<U, V>(scores, pairs, n, call.scale * kLog2E, span.maximum + group * kLanes,
+                          span.denominator + group * kLanes, decay);
       const Unit* weights = U::kNumbers == 2 ? (const Unit*)pairs : (const Unit*)scores;
       const int k = (n + U::kNumbers - 1) / U::kNumbers;
       for (int slab = 0; slab < stage.num_value_slabs; slab++) {
-        if (U::kNumbers == 2 && group == first_group) stage.fill_values(slab);
+        if (U::kNumbers == 2 && group == span.first_group) stage.fill_values(slab);
         const Unit* values = stage.values + (size_t)slab * kValueSlab;
         const int columns = work.width - slab * kSlab < kSlab ? work.width - slab * kSlab : kSlab;
         for (int lane = 0; lane < kLanes; lane += kOutRows)
           for (int column = 0; column < columns; column += 16 * kOutVectors)
             accumulate<U, kOutRows, kOutVectors, 1, kLanes, kSlab>(
                 weights + lane, values + column, k,
-                out + (size_t)(group * kLanes + lane) * work.width + slab * kSlab + column, work.width, is_first,
+                span.out + (size_t)(group * kLanes + lane) * work.width + slab * kSlab + column, work.width, is_first,
                 decay + lane, fetcher.take(2 * k / kInputsPerFetch));
       }
     }
   }
+}
+
+template <class U, int V>
+void span_task(void* context, int task, int thread) {
+  const DecodeWork& work = *(const DecodeWork*)context;
+  const int lanes = work.num_groups * work.lanes, chunks = (work.num_groups + work.groups_per_task - 1) / work.groups_per_task;
+  const int index = task / chunks, first = task % chunks * work.groups_per_task;
+  float* stats = work.stats + (size_t)index * 2 * lanes;
+  SpanOfHeads span = {work.spans[index], first, first + work.groups_per_task, stats, stats + lanes,
+                      work.parts + (size_t)index * lanes * work.width};
+  if (span.last_group > work.num_groups) span.last_group = work.num_groups;
+  for (int lane = span.first_group * work.lanes; lane < span.last_group * work.lanes; lane++) {
+    span.maximum[lane] = -3.4e38f;
+    span.denominator[lane] = 0.0f;
+  }
+#ifdef MOBULA_AMX
+  if constexpr (U::kUsesAmx) return amx_span<U, V>(work, span, thread);
+#endif
+  attend_span<U, V>(work, span, thread);
 }
 
 // Spans of one row and 16 heads, in ascending order.
@@ -328,8 +349,13 @@ void decode_any(const MlaDecodeCall& call) {
   const bool is_wide = kIsWide && call.num_heads > 16;
   if constexpr (sizeof(typename S::Bf16Input) == 2)
     if (call.query_format == kBfloat16 && call.cache_format == kBfloat16 && call.kv_lora_rank % 2 == 0 &&
-        call.rope_dim % 2 == 0)
+        call.rope_dim % 2 == 0) {
+#ifdef MOBULA_AMX
+      if ((call.kv_lora_rank + call.rope_dim) % 32 == 0 && call.block_size % kTileRows == 0)
+        return is_wide ? decode_as<AmxUnits<S>, 2>(call) : decode_as<AmxUnits<S>, 1>(call);
+#endif
       return is_wide ? decode_as<PairUnits<S>, 2>(call) : decode_as<PairUnits<S>, 1>(call);
+    }
   return is_wide ? decode_as<FloatUnits, 2>(call) : decode_as<FloatUnits, 1>(call);
 }
 

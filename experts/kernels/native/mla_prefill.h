@@ -16,7 +16,9 @@
 namespace {
 
 constexpr int kPieceTokens = 1024;    // of context, expanded at once
-constexpr int kKeysPerTile = 128;     // between two steps of the online softmax
+constexpr int kKeysPerTile = Simd::kHasAmx ? 512 : 128;  // between two steps of the online softmax
+constexpr int kScoreStride = Simd::kHasAmx ? kKeysPerTile + 16 : kKeysPerTile;  // powers of two share sets of the cache
+constexpr int kRowsBeyond = Simd::kHasAmx ? 32 : 0;  // that a product may touch behind a block's last
 constexpr int kKeysPerGroup = kBlockColumns;
 constexpr int kExpandTokens = 512;    // a task
 constexpr int kRowsPerBlock = 96;     // queries that a tile of keys meets while it is in cache
@@ -95,7 +97,8 @@ inline void store_keys(const float* product, int num_tokens, int num_dims, uint3
   }
 }
 
-// Values of a group: product [tokens][64 dims] to rows of the tile. An odd last token has zeros beside it.
+// Values of a group: product [tokens][64 dims] to rows of the tile. An odd last token has zeros beside it, and behind the
+// last one follow zeros as far as AMX reads.
 template <class U>
 inline void store_values(const float* product, int num_tokens, uint32_t* values) {
   alignas(64) static const float zeros[16] = {};
@@ -107,6 +110,9 @@ inline void store_values(const float* product, int num_tokens, uint32_t* values)
       else
         Simd::store((float*)values + i, Simd::load(from));
     }
+  if constexpr (U::kUsesAmx)
+    for (int m = round_up(num_tokens, 2); m < round_up(num_tokens, 32); m += 2, values += kBlockColumns)
+      memset(values, 0, kBlockColumns * 4);
 }
 
 // 64 outputs of W_UK or W_UV of one head, for kExpandTokens tokens.
@@ -125,6 +131,7 @@ void expand_task(void* context, int task, int thread) {
   const int k = call.kv_lora_rank / U::kNumbers;
   const int rope_units = call.rope_dim / U::kNumbers, key_units = call.qk_nope_dim / U::kNumbers + rope_units;
   uint32_t* weights = (uint32_t*)thread_scratch(thread, (size_t)k * kBlockColumns * 4);
+  const ProductScope<U> scope;
   join_panels<U>(matrix, first_column / kPanelColumns, weights);
   uint32_t* keys = (uint32_t*)(work.keys + head * work.key_bytes);
   uint32_t* values = (uint32_t*)(work.values + head * work.value_bytes);
@@ -153,8 +160,8 @@ void expand_task(void* context, int task, int thread) {
 template <class U>
 struct BlockScratch {
   typename U::Unit* queries;  // [slabs][kRowsPerBlock][64 units]
-  float* scores;              // [kRowsPerBlock][kKeysPerTile]
-  typename U::Unit* weights;  // [kRowsPerBlock][keys as units]
+  float* scores;              // [kRowsPerBlock][kScoreStride]
+  typename U::Unit* weights;  // [kRowsPerBlock][kScoreStride as units]
   float* decay;               // [kRowsPerBlock], and room for a vector
 };
 
@@ -188,6 +195,39 @@ inline float weigh_row(const float* scores, int visible, float scale, float maxi
   return Simd::sum(sum);
 }
 
+// sums [rows][64] = decayed + weights * values, of rows [first_row, last_row). visible(row): keys that it sees.
+template <class U, int kWeightUnits, int kWeightStride, class Visible>
+inline void add_values(const typename U::Unit* values, int first_row, int last_row, Visible visible,
+                       const BlockScratch<U>& memory, float* sums, int width) {
+  const auto units = [&](int row) { return (visible(row) + U::kNumbers - 1) / U::kNumbers; };
+#ifdef MOBULA_AMX
+  if constexpr (U::kUsesAmx) {
+    for (int row = first_row; row < last_row; row += 2 * kTileRows) {
+      const int height = last_row - row < 2 * kTileRows ? last_row - row : 2 * kTileRows;
+      alignas(64) float product[2 * kTileRows * kBlockColumns];
+      amx_multiply_rows(height, memory.weights + (size_t)row * kWeightStride, kWeightStride, kSlab, values,
+                        round_up(units(row + height - 1), kStepUnits), product, kBlockColumns, true);
+      for (int m = 0; m < height; m++) {
+        const Simd::Floats decay = Simd::set1(memory.decay[row + m]);
+        float* to = sums + (size_t)(row + m) * width;
+        for (int i = 0; i < kBlockColumns; i += 16)
+          Simd::store(to + i, Simd::fma(Simd::load(to + i), decay, Simd::load(product + m * kBlockColumns + i)));
+      }
+    }
+    return;
+  }
+#endif
+  for (int first = 0; first < kWeightUnits; first += kSlab)
+    for (int row = first_row; row < last_row; row += kBlockRows) {
+      const int height = last_row - row < kBlockRows ? last_row - row : kBlockRows;
+      const int left = units(row + height - 1) - first;
+      if (left <= 0) continue;
+      multiply_rows<U, kWeightStride>(height, memory.weights + row * kWeightStride + first, values + first * kBlockColumns,
+                                      left < kSlab ? left : kSlab, sums + (size_t)row * width, width, false,
+                                      first == 0 ? memory.decay + row : nullptr);
+    }
+}
+
 // One tile of keys for rows [first_row, last_row) of a block, all of which see some of it.
 template <class U>
 inline void attend_tile(const PrefillWork& work, int head, int tile, int block_start, int first_row, int last_row,
@@ -206,24 +246,24 @@ inline void attend_tile(const PrefillWork& work, int head, int tile, int block_s
     const int first = tile_start + column - position > first_row ? tile_start + column - position : first_row;
     if (first >= last_row) break;
     multiply_slabs<U>(last_row - first, memory.queries + first * kSlab, (size_t)kRowsPerBlock * kSlab,
-                      keys + (size_t)column * key_units, key_units, memory.scores + first * kKeysPerTile + column,
-                      kKeysPerTile);
+                      keys + (size_t)column * key_units, key_units, memory.scores + first * kScoreStride + column,
+                      kScoreStride);
   }
 
   const size_t state = (size_t)head * call.num_rows + block_start;
   float *maximum = work.maximum + state, *denominator = work.denominator + state;
   for (int row = first_row; row < last_row; row++) {
-    const float largest = largest_score(memory.scores + row * kKeysPerTile, visible(row)) * scale;
+    const float largest = largest_score(memory.scores + row * kScoreStride, visible(row)) * scale;
     const float before = maximum[row];
     maximum[row] = largest > before ? largest : before;
     memory.decay[row] = before - maximum[row];
   }
   for (int row = first_row; row < last_row; row += 16)
     Simd::store(memory.decay + row, power_of_two(Simd::load(memory.decay + row)));
-  constexpr int kWeightUnits = kKeysPerTile / U::kNumbers;
+  constexpr int kWeightUnits = kKeysPerTile / U::kNumbers, kWeightStride = kScoreStride / U::kNumbers;
   for (int row = first_row; row < last_row; row++) {
-    const float sum = weigh_row<U>(memory.scores + row * kKeysPerTile, visible(row), scale, maximum[row],
-                                   memory.weights + row * kWeightUnits);
+    const float sum = weigh_row<U>(memory.scores + row * kScoreStride, visible(row), scale, maximum[row],
+                                   memory.weights + row * kWeightStride);
     denominator[row] = denominator[row] * memory.decay[row] + sum;
   }
 
@@ -231,17 +271,8 @@ inline void attend_tile(const PrefillWork& work, int head, int tile, int block_s
   float* sums = work.sums + state * width;
   const Unit* values = (const Unit*)(work.values + head * work.value_bytes) + (size_t)tile * kWeightUnits * width;
   for (int block = 0; block < work.value_blocks; block++)
-    for (int first = 0; first < kWeightUnits; first += kSlab) {
-      const Unit* w = values + ((size_t)block * kWeightUnits + first) * kBlockColumns;
-      for (int row = first_row; row < last_row; row += kBlockRows) {
-        const int height = last_row - row < kBlockRows ? last_row - row : kBlockRows;
-        const int left = (visible(row + height - 1) + U::kNumbers - 1) / U::kNumbers - first;
-        if (left <= 0) continue;
-        multiply_rows<U, kWeightUnits>(height, memory.weights + row * kWeightUnits + first, w, left < kSlab ? left : kSlab,
-                                       sums + (size_t)row * width + block * kBlockColumns, width, false,
-                                       first == 0 ? memory.decay + row : nullptr);
-      }
-    }
+    add_values<U, kWeightUnits, kWeightStride>(values + (size_t)block * kWeightUnits * kBlockColumns, first_row, last_row, visible,
+                                               memory, sums + block * kBlockColumns, width);
 }
 
 template <class U>
@@ -258,7 +289,9 @@ void attend_task(void* context, int task, int thread) {
   if (last_position < work.piece_start) return;
 
   const int head_dim = call.qk_nope_dim + call.rope_dim, slabs = (head_dim / U::kNumbers + kSlab - 1) / kSlab;
-  const size_t query_units = (size_t)slabs * kRowsPerBlock * kSlab, num_weights = (size_t)kRowsPerBlock * kKeysPerTile;
+  const size_t query_units = (size_t)slabs * kRowsPerBlock * kSlab;
+  const size_t num_weights = (size_t)(kRowsPerBlock + kRowsBeyond) * kScoreStride;
+  const ProductScope<U> scope;
   BlockScratch<U> memory;
   memory.queries = (Unit*)thread_scratch(thread, (query_units + 2 * num_weights + kRowsPerBlock + 16) * 4);
   memory.scores = (float*)(memory.queries + query_units);
@@ -348,8 +381,12 @@ template <class S>
 void prefill_any(const MlaPrefillCall& call) {
   if constexpr (sizeof(typename S::Bf16Input) == 2)
     if (call.query_format == kBfloat16 && call.cache_format == kBfloat16 && call.key_up->format == kBfloat16 &&
-        call.value_up->format == kBfloat16)
+        call.value_up->format == kBfloat16) {
+#ifdef MOBULA_AMX
+      if (call.kv_lora_rank % 32 == 0 && (call.qk_nope_dim + call.rope_dim) % 32 == 0) return prefill_as<AmxUnits<S>>(call);
+#endif
       return prefill_as<PairUnits<S>>(call);
+    }
   prefill_as<FloatUnits>(call);
 }
 

@@ -3,6 +3,9 @@
 #pragma once
 
 #include "mla_units.h"
+#ifdef MOBULA_AMX
+#include "amx_product.h"
+#endif
 
 namespace {
 
@@ -13,6 +16,19 @@ constexpr int kBlockRows = Simd::kFloatRows.of_many(), kBlockVectors = kIsWide ?
 constexpr int kBlockColumns = 64;
 
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// What a task that multiplies holds meanwhile.
+template <class U>
+struct ProductScope {
+  ProductScope() {}
+};
+#ifdef MOBULA_AMX
+template <class S>
+struct ProductScope<AmxUnits<S>> {
+  const Amx amx;
+  ProductScope() : amx(AmxShape(kTileRows, kTileRows)) {}
+};
+#endif
 
 // Where to prefetch from while a product is computed.
 struct Fetch {
@@ -99,6 +115,9 @@ inline void multiply_rows(int num_rows, const typename U::Unit* x, const typenam
 template <class U>
 inline void multiply_slabs(int num_rows, const typename U::Unit* x, size_t x_slab, const typename U::Unit* w, int k,
                            float* sums, size_t sums_stride) {
+#ifdef MOBULA_AMX
+  if constexpr (U::kUsesAmx) return amx_multiply_rows(num_rows, x, kSlab, x_slab, w, k, sums, sums_stride, true);
+#endif
   for (int first = 0; first < k; first += kSlab) {
     const int count = k - first < kSlab ? k - first : kSlab;
     for (int row = 0; row < num_rows; row += kBlockRows)

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kBlockTokens = 64;
+constexpr int kBlockTokens = Simd::kHasAmx ? 128 : 64;
 constexpr int kSlabUnits = kBlockTokens * kSlab;
 
 // A block of tokens, staged. keys: [slabs][token][64 units]; values: the same memory for floats, for pairs

@@ -20,6 +20,7 @@ struct LatentRows {
 };
 
 struct FloatUnits {
+  static constexpr bool kUsesAmx = false;
   using Unit = float;
   using Weights = Simd::Floats;
   using Input = Simd::Floats;
@@ -31,6 +32,7 @@ struct FloatUnits {
 
 template <class S>
 struct PairUnits {
+  static constexpr bool kUsesAmx = false;
   using Unit = uint32_t;
   using Weights = typename S::Bf16Weights;
   using Input = typename S::Bf16Pair;

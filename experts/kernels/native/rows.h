@@ -161,9 +161,15 @@ template <>
 struct RowReader<Tiles<kInt4>> : QuantizedRows {};
 
 // Calls `body(tile, num_tiles, first, count)` for tiles of nearly equal height that cover num_rows: one where one can be
-// high enough, else broad ones, which read the rows less often.
+// high enough, else broad ones, which read the rows less often. Those of AMX are all as high as they can be but the last.
 template <class T, class Body>
 inline void for_tiles(int num_rows, Body body) {
+  if constexpr (T::kUsesAmx) {
+    constexpr int kHeight = T::kRows.highest();
+    for (int first = 0; first < num_rows; first += kHeight)
+      body(first / kHeight, (num_rows + kHeight - 1) / kHeight, first, num_rows - first < kHeight ? num_rows - first : kHeight);
+    return;
+  }
   const int max_rows = num_rows <= T::kRows.highest() ? T::kRows.highest() : T::kRows.of_many();
   const int tiles = (num_rows + max_rows - 1) / max_rows;
   for (int i = 0, first = 0; i < tiles; i++) {
@@ -175,6 +181,36 @@ inline void for_tiles(int num_rows, Body body) {
 
 inline const void* panel_data(const Matrix& matrix, int panel) {
   return (const char*)matrix.data + panel * panel_bytes(matrix);
+}
+
+}  // namespace
+
+#ifdef MOBULA_AMX
+#include "amx_tile.h"
+#endif
+
+namespace {
+
+// Calls `body` with the tiles that multiply so many rows with matrices like these: an object without content, for its type.
+template <int kFormat, class Body>
+inline void with_tiles(const Matrix& first, const Matrix& second, int num_rows, Body body) {
+#ifdef MOBULA_AMX
+  using Amx = AmxTiles<kFormat>;
+  if (num_rows >= Amx::kFewestRows && Amx::takes(first) && Amx::takes(second)) return body(Amx());
+#endif
+  body(Tiles<kFormat>());
+}
+
+// Makes rows of k inputs ready for the tiles that for_tiles cuts each part of them into. starts: [num_parts + 1].
+template <class T>
+inline void arrange_parts(typename T::Row* rows, const int32_t* starts, int num_parts, int k) {
+  if constexpr (T::kUsesAmx) T::arrange(rows, starts, num_parts, k);
+}
+
+template <class T>
+inline void arrange_rows(typename T::Row* rows, int num_rows, int k) {
+  const int32_t starts[2] = {0, num_rows};
+  arrange_parts<T>(rows, starts, 1, k);
 }
 
 }  // namespace

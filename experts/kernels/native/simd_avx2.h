@@ -18,6 +18,7 @@ struct Simd {
     __m256i a, b;
   };
   static constexpr bool kHas32Registers = false;
+  static constexpr bool kHasAmx = false;
 
   static Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Floats set1(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }

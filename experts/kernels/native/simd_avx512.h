@@ -16,6 +16,11 @@ struct Simd {
   using Floats = __m512;
   using Ints = __m512i;
   static constexpr bool kHas32Registers = true;
+#ifdef MOBULA_AMX
+  static constexpr bool kHasAmx = true;
+#else
+  static constexpr bool kHasAmx = false;
+#endif
 
   static Floats zero() { return _mm512_setzero_ps(); }
   static Floats set1(float value) { return _mm512_set1_ps(value); }
@@ -185,6 +190,7 @@ struct Simd {
   static constexpr bool kSumsBytesIn16Bits = false;
   static constexpr TileRows kInt8Rows = {0, 12, 6}, kInt4Rows = kInt8Rows;
   static Ints load_bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+  static void store_bytes(uint8_t* to, Ints bytes) { _mm512_storeu_si512(to, bytes); }
   static Ints broadcast_bytes(const int8_t* from) {
     int32_t four;
     memcpy(&four, from, 4);

@@ -18,6 +18,7 @@ struct Simd {
     int32_t v[16];
   };
   static constexpr bool kHas32Registers = false;
+  static constexpr bool kHasAmx = false;
 
   template <class F>
   static Floats each(F f) {

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int kMaxRows = 12;  // of a tile, in any format
+constexpr int kMaxRows = Simd::kHasAmx ? 128 : 12;  // of a tile, in any format
 
 // Rows as int8 with one scale a group, as an int8 or int4 product reads them.
 struct QuantizedRow {
@@ -177,12 +177,16 @@ inline void tile_float(const float* const* x, const float* a, const float* b, in
 
 namespace {
 
-// One format's tile with its operands taken from a Matrix. X: how it reads a row.
+// One format's tile with its operands taken from a Matrix. Row: how it reads a row.
 template <int kFormat>
 struct Tiles;
 
+struct VectorTiles {
+  static constexpr bool kUsesAmx = false;  // else: AmxTiles
+};
+
 template <>
-struct Tiles<kBfloat16> {
+struct Tiles<kBfloat16> : VectorTiles {
   using Row = const Simd::Bf16Input*;
   static constexpr int kStep = 2;  // inputs
   static constexpr TileRows kRows = Simd::kBf16Rows;
@@ -198,7 +202,7 @@ struct Tiles<kBfloat16> {
 };
 
 template <>
-struct Tiles<kFloat32> {
+struct Tiles<kFloat32> : VectorTiles {
   using Row = const float*;
   static constexpr int kStep = 1;
   static constexpr TileRows kRows = Simd::kFloatRows;
@@ -212,7 +216,7 @@ struct Tiles<kFloat32> {
 };
 
 template <bool kIsInt4>
-struct ByteTiles {
+struct ByteTiles : VectorTiles {
   using Row = QuantizedRow;
   static constexpr int kStep = 4;
   static constexpr TileRows kRows = kIsInt4 ? Simd::kInt4Rows : Simd::kInt8Rows;
@@ -370,7 +374,9 @@ inline void multiply_by_panels(const typename T::Row* x, int tile, int num_tiles
 template <class T>
 inline void multiply_tile(const typename T::Row* x, int tile, int num_tiles, int num_rows, const Panels& p, int count,
                           float* out) {
-  if constexpr (T::kRows.half > 0) {
+  if constexpr (T::kUsesAmx) {
+    T::multiply(x, tile, num_tiles, num_rows, p, count, out);
+  } else if constexpr (T::kRows.half > 0) {
     if (num_tiles > 1 || num_rows > T::kRows.panel)
       multiply_by_halves<T>(x, tile, num_tiles, num_rows, p, count, out);
     else

@@ -6,7 +6,7 @@ import pytest
 
 from experts.kernels.library import instruction_set, native
 
-NAMES = ("avx512bf16", "avx512vnni", "avx2", "portable")
+NAMES = ("amx", "avx512bf16", "avx512vnni", "avx2", "portable")
 needs_kernels = pytest.mark.skipif(native() is None, reason="the CPU kernels are not built")
 
 

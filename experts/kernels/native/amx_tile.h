@@ -1,0 +1,375 @@
+// Products of rows with packed matrices by AMX: blocks of 16 rows times the halves of panels. Included by rows.h.
+//
+// Row-invariance: the processor sums 32 inputs of bfloat16, even and odd ones apart and in ascending order, before it adds
+// them to a sum, for each row alone; so every number of rows goes this way. Bytes are summed exactly, as without AMX.
+#pragma once
+
+#include "amx.h"
+#include "rows.h"
+
+namespace {
+
+constexpr int kStepPanelBytes = kTileRows * 2 * kTileBytes;  // what 64 bytes of a row meet of a panel
+constexpr int kBf16Slab = 64;  // inputs whose weights are decoded at a time
+constexpr int kSlabsKept = 2;  // where a panel is not kept as a whole
+
+// A tile's rows lie in blocks of up to 16, of which each has 64 bytes of every row, then the next 64, and so on.
+inline int amx_block_rows(int block, int height) {
+  const int left = height - block * kTileRows;
+  return left < kTileRows ? left : kTileRows;
+}
+
+// Where byte `at` of row m of a tile lies.
+inline size_t amx_place(int m, int height, size_t row_bytes, size_t at) {
+  const int block = m / kTileRows;
+  return block * kTileRows * row_bytes + at / kTileBytes * amx_block_rows(block, height) * kTileBytes +
+         m % kTileRows * kTileBytes + at % kTileBytes;
+}
+
+inline void amx_pack_tile(const void* const* rows, int height, size_t row_bytes, uint8_t* to) {
+  for (int m = 0; m < height; m++) {
+    const uint8_t* from = (const uint8_t*)rows[m];
+    uint8_t* row = to + amx_place(m, height, row_bytes, 0);
+    const size_t step = (size_t)amx_block_rows(m / kTileRows, height) * kTileBytes;
+    for (size_t at = 0; at < row_bytes; at += kTileBytes, row += step) memcpy(row, from + at, kTileBytes);
+  }
+}
+
+struct Bf16Dot {
+  template <int kSum, int kX, int kW>
+  static void add() {
+    Amx::dot_bf16<kSum, kX, kW>();
+  }
+};
+struct BytesDot {
+  template <int kSum, int kX, int kW>
+  static void add() {
+    Amx::dot_bytes<kSum, kX, kW>();
+  }
+};
+
+// Lines that are wanted soon, some of them at every step.
+struct SoonLines {
+  const char* at;
+  int a_step, left;
+  void fetch() {
+    for (int i = 0; i < a_step && left > 0; i++, left--, at += 64) Simd::prefetch_later(at);
+  }
+};
+
+// A block of a tile's rows as it is read step by step.
+struct AmxBlock {
+  const uint8_t* at;
+  size_t step;
+  AmxBlock(const void* x, int block, int height, size_t row_bytes)
+      : at((const uint8_t*)x + block * kTileRows * row_bytes), step((size_t)amx_block_rows(block, height) * kTileBytes) {}
+};
+
+// Sums 0 and 1 (and with a second block, 2 and 3) += steps of the rows times those of a plain panel.
+template <class Dot, bool kHasSecond>
+inline void amx_add_panel(AmxBlock& first, AmxBlock& second, const uint8_t* w, int num_steps, SoonLines* soon = nullptr) {
+  for (int step = 0; step < num_steps; step++, w += kStepPanelBytes) {
+    if (soon) soon->fetch();
+    Amx::load<6>(w, 2 * kTileBytes);
+    Amx::load<7>(w + kTileBytes, 2 * kTileBytes);
+    Amx::load<4>(first.at, kTileBytes);
+    Dot::template add<0, 4, 6>();
+    Dot::template add<1, 4, 7>();
+    first.at += first.step;
+    if (!kHasSecond) continue;
+    Amx::load<5>(second.at, kTileBytes);
+    Dot::template add<2, 5, 6>();
+    Dot::template add<3, 5, 7>();
+    second.at += second.step;
+  }
+}
+
+// One block times two panels: 0 and 1 are the first one's sums, 2 and 3 the second one's.
+template <class Dot>
+inline void amx_add_pair(AmxBlock& x, const uint8_t* a, const uint8_t* b, int num_steps) {
+  for (int step = 0; step < num_steps; step++, a += kStepPanelBytes, b += kStepPanelBytes) {
+    Amx::load<4>(x.at, kTileBytes);
+    Amx::load<6>(a, 2 * kTileBytes);
+    Dot::template add<0, 4, 6>();
+    Amx::load<7>(a + kTileBytes, 2 * kTileBytes);
+    Dot::template add<1, 4, 7>();
+    Amx::load<6>(b, 2 * kTileBytes);
+    Dot::template add<2, 4, 6>();
+    Amx::load<7>(b + kTileBytes, 2 * kTileBytes);
+    Dot::template add<3, 4, 7>();
+    x.at += x.step;
+  }
+}
+
+// Int4 numbers as bytes, in the order of an int8 panel.
+template <class Fetch>
+inline void expand_nibbles(const uint8_t* from, size_t num_bytes, uint8_t* to, Fetch fetch) {
+  for (size_t i = 0; i < num_bytes; i += 64) {
+    fetch(from + i);
+    const Simd::Ints both = Simd::load_bytes(from + i);
+    Simd::store_bytes(to + 2 * i, Simd::low_nibbles(both));
+    Simd::store_bytes(to + 2 * i + 64, Simd::high_nibbles(both));
+  }
+}
+
+// A panel handed out slab by slab, in ascending order, as bfloat16 numbers or bytes.
+class AmxPanel {
+ public:
+  // decoded: memory for all of it, or for kSlabsKept slabs.
+  AmxPanel(const Matrix& matrix, int panel, const void* next, int slab_inputs, uint8_t* decoded, bool keeps_all)
+      : matrix_(matrix), own_(matrix, panel, next), panel_(panel), slab_inputs_(slab_inputs),
+        input_bytes_(matrix.format == kCompact || matrix.format == kBfloat16 ? kPanelColumns * 2 : kPanelColumns),
+        data_((const uint8_t*)panel_data(matrix, panel)), next_((const uint8_t*)next), decoded_(decoded),
+        keeps_all_(keeps_all) {
+    if (matrix.format == kCompact) exceptions_ = Exceptions(matrix, panel);
+  }
+
+  // What follows it is asked for on the way.
+  const uint8_t* slab(int input, int count) {
+    const auto fetch = [&](const void* line) { own_.fetch(line); };
+    const int place = keeps_all_ ? input : input / slab_inputs_ % kSlabsKept * slab_inputs_;
+    uint8_t* to = decoded_ + (size_t)place * input_bytes_;
+    if (matrix_.format == kCompact) {
+      expand_steps(matrix_, panel_, input / kStepInputs, (input + count) / kStepInputs, exceptions_, (uint16_t*)to, fetch);
+      return to;
+    }
+    if (matrix_.format == kInt4) {
+      const size_t half = input_bytes_ / 2;
+      expand_nibbles(data_ + input * half, count * half, to, fetch);
+      return to;
+    }
+    const uint8_t* from = data_ + (size_t)input * input_bytes_;
+    for (int i = 0; i < count * input_bytes_; i += 64) fetch(from + i);
+    return from;
+  }
+
+  // From an input on, once every slab was handed out.
+  const uint8_t* plain(int input) const {
+    const bool is_decoded = matrix_.format == kCompact || matrix_.format == kInt4;
+    return (is_decoded ? decoded_ : data_) + (size_t)input * input_bytes_;
+  }
+
+  // A part of the panel that is wanted next, over `steps` steps; parts count from 1.
+  SoonLines share_of_next(int part, int num_parts, int steps) const {
+    if (!next_) return {nullptr, 0, 0};
+    const int lines = (int)(panel_bytes(matrix_) / 64), share = (lines + num_parts - 1) / num_parts;
+    const int first = (part - 1) * share;
+    return {(const char*)next_ + (size_t)first * 64, (share + steps - 1) / steps, lines - first < share ? lines - first : share};
+  }
+
+ private:
+  const Matrix& matrix_;
+  const OwnPanel own_;
+  const int panel_, slab_inputs_, input_bytes_;
+  const uint8_t *data_, *next_;
+  uint8_t* decoded_;
+  const bool keeps_all_;
+  Exceptions exceptions_;
+};
+
+struct AmxTile {
+  int32_t first, height;
+};
+
+template <class T>
+struct ArrangeWork {
+  typename T::Row* rows;
+  const AmxTile* tiles;
+  uint8_t* packed;
+  int k;
+};
+
+template <class T>
+inline void amx_arrange_task(void* context, int task, int) {
+  const ArrangeWork<T>& work = *(const ArrangeWork<T>*)context;
+  const AmxTile tile = work.tiles[task];
+  T::arrange_tile(work.rows + tile.first, tile.height, work.k, work.packed + tile.first * T::row_bytes(work.k));
+}
+
+// Packs the tiles of each part of the rows. starts: [num_parts + 1].
+template <class T>
+inline void amx_arrange(typename T::Row* rows, const int32_t* starts, int num_parts, int k) {
+  const int num_rows = starts[num_parts], most = num_rows / T::kRows.highest() + num_parts;
+  uint8_t* packed = (uint8_t*)scratch(kTilesSlot, num_rows * T::row_bytes(k) + kTileRows * kTileBytes + sizeof(AmxTile) * most);
+  AmxTile* tiles = (AmxTile*)(packed + num_rows * T::row_bytes(k) + kTileRows * kTileBytes);  // a block's last load goes beyond
+  int num_tiles = 0;
+  for (int part = 0; part < num_parts; part++)
+    for_tiles<T>(starts[part + 1] - starts[part],
+                 [&](int, int, int first, int height) { tiles[num_tiles++] = {starts[part] + first, height}; });
+  ArrangeWork<T> work = {rows, tiles, packed, k};
+  if ((size_t)num_rows * k < 65536)
+    for (int i = 0; i < num_tiles; i++) amx_arrange_task<T>(&work, i, 0);
+  else
+    parallel_for(num_tiles, amx_arrange_task<T>, &work);
+}
+
+// One or two blocks of a tile's rows that meet a panel.
+template <class Row>
+struct AmxTask {
+  const Row* x;
+  int block, num_rows, panel_number;
+  const Matrix& matrix;
+  AmxPanel& panel;
+  float* out;
+  int stride;
+  // What blocks behind the first ones ask for, while those decode.
+  SoonLines next(int steps) const { return panel.share_of_next(block / 2, (num_rows - 1) / (2 * kTileRows), steps); }
+};
+
+template <int kFormat>
+struct AmxTiles;
+
+// What formats have in common. T says how many inputs a slab has and how one or two blocks meet a panel.
+template <class T, class Row_>
+struct AmxTilesOf {
+  using Row = Row_;
+  static constexpr bool kUsesAmx = true;
+  static constexpr TileRows kRows = {0, kMaxRows, 0};
+
+  static void arrange_tile(Row* rows, int height, int k, uint8_t* to) {
+    if (height == 1) return;
+    const void* numbers[kMaxRows];
+    for (int m = 0; m < height; m++) numbers[m] = T::numbers(rows[m]);
+    amx_pack_tile(numbers, height, T::row_bytes(k), to);
+    T::numbers(rows[0]) = (decltype(T::numbers(rows[0]) + 0))to;
+  }
+  static void arrange(Row* rows, const int32_t* starts, int num_parts, int k) {
+    amx_arrange<T>(rows, starts, num_parts, k);
+  }
+
+  // x: a tile's rows, their numbers at the first one's. out: [num_rows, rounded up to 16][32 * count].
+  static void multiply(const Row* x, int, int, int num_rows, const Panels& p, int count, float* out) {
+    const Matrix& matrix = *p.matrix;
+    const int k = matrix.num_inputs, num_blocks = (num_rows + kTileRows - 1) / kTileRows, slab = T::slab_inputs(matrix);
+    const bool keeps_all = num_blocks > 2;
+    const size_t decoded_bytes = T::row_bytes(keeps_all ? k : kSlabsKept * slab) * kPanelColumns;
+    uint8_t* decoded = (uint8_t*)own_scratch(2 * decoded_bytes);
+    AmxPanel first(matrix, p.first, p.next_first, slab, decoded, keeps_all);
+    AmxPanel second(matrix, p.second, p.next_second, slab, decoded + decoded_bytes, keeps_all);
+    const Amx amx(num_rows < kTileRows ? AmxShape(num_rows, num_rows) : AmxShape(kTileRows, kTileRows));
+    if (T::kTakesPairs && num_blocks == 1 && count == 2) return T::multiply_pair(x, num_rows, matrix, first, second, out);
+    for (int i = 0; i < count; i++)
+      for (int block = 0; block < num_blocks; block += 2) {
+        const AmxTask<Row> task = {x, block, num_rows, i ? p.second : p.first, matrix, i ? second : first,
+                                   out + ((size_t)block * kTileRows * count + i) * kPanelColumns, count * kPanelColumns};
+        block + 1 < num_blocks ? T::template multiply_blocks<true>(task) : T::template multiply_blocks<false>(task);
+      }
+  }
+};
+
+template <>
+struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
+  static constexpr bool kTakesPairs = true;
+  static constexpr int kFewestRows = 1;
+  static size_t row_bytes(int k) { return (size_t)k * 2; }
+  static bool takes(const Matrix& matrix) { return matrix.num_inputs % (kTileBytes / 2) == 0; }
+  static int slab_inputs(const Matrix&) { return kBf16Slab; }
+  static const uint16_t*& numbers(Row& row) { return row; }
+
+  static void multiply_pair(const Row* x, int num_rows, const Matrix& matrix, AmxPanel& first, AmxPanel& second, float* out) {
+    const int k = matrix.num_inputs;
+    AmxBlock block(x[0], 0, num_rows, row_bytes(k));
+    for (int input = 0; input < k; input += kBf16Slab) {
+      const int inputs = k - input < kBf16Slab ? k - input : kBf16Slab;
+      const uint8_t *a = first.slab(input, inputs), *b = second.slab(input, inputs);
+      amx_add_pair<Bf16Dot>(block, a, b, inputs / 32);
+    }
+    Amx::store<0>(out, 256);
+    Amx::store<1>(out + 16, 256);
+    Amx::store<2>(out + 32, 256);
+    Amx::store<3>(out + 48, 256);
+  }
+
+  template <bool kHasSecond>
+  static void multiply_blocks(const AmxTask<Row>& t) {
+    const int k = t.matrix.num_inputs;
+    AmxBlock first(t.x[0], t.block, t.num_rows, row_bytes(k)), second(t.x[0], t.block + 1, t.num_rows, row_bytes(k));
+    amx_zero();
+    if (t.block == 0) {
+      for (int input = 0; input < k; input += kBf16Slab) {
+        const int inputs = k - input < kBf16Slab ? k - input : kBf16Slab;
+        amx_add_panel<Bf16Dot, kHasSecond>(first, second, t.panel.slab(input, inputs), inputs / 32);
+      }
+    } else {
+      SoonLines soon = t.next(k / 32);
+      amx_add_panel<Bf16Dot, kHasSecond>(first, second, t.panel.plain(0), k / 32, &soon);
+    }
+    amx_store<kHasSecond>(t.out, t.stride);
+  }
+};
+
+// The integers of a group of inputs, then fp32 over groups, in the order of tile_bytes.
+template <bool kIsInt4>
+struct AmxByteTiles : AmxTilesOf<AmxByteTiles<kIsInt4>, QuantizedRow> {
+  using Row = QuantizedRow;
+  static constexpr bool kTakesPairs = false;
+  static constexpr int kFewestRows = Tiles<kInt8>::kRows.highest() + 1;  // the bits are those of Tiles, which are faster below
+  static constexpr int kZeroPoint = kIsInt4 ? 8 : 128;
+  static size_t row_bytes(int k) { return k; }
+  static bool takes(const Matrix& matrix) { return matrix.group_size % kTileBytes == 0; }
+  static int slab_inputs(const Matrix& matrix) { return matrix.group_size; }
+  static const int8_t*& numbers(Row& row) { return row.numbers; }
+  static void multiply_pair(const Row*, int, const Matrix&, AmxPanel&, AmxPanel&, float*) {}
+
+  template <bool kHasSecond>
+  static void multiply_blocks(const AmxTask<Row>& t) {
+    const int k = t.matrix.num_inputs, group_size = t.matrix.group_size, num_groups = k / group_size;
+    const int steps = group_size / kTileBytes;
+    AmxBlock first(t.x[0].numbers, t.block, t.num_rows, k), second(t.x[0].numbers, t.block + 1, t.num_rows, k);
+    SoonLines soon = t.block ? t.next(k / kTileBytes) : SoonLines{nullptr, 0, 0};
+    const float* scales = t.matrix.scales + (size_t)t.panel_number * num_groups * kPanelColumns;
+    for (int group = 0; group < num_groups; group++, scales += kPanelColumns) {
+      const int input = group * group_size;
+      const uint8_t* w = t.block ? t.panel.plain(input) : t.panel.slab(input, group_size);
+      alignas(64) int32_t sums[2 * kTileRows * kPanelColumns];
+      amx_zero();
+      amx_add_panel<BytesDot, kHasSecond>(first, second, w, steps, &soon);
+      amx_store<kHasSecond>(sums, kPanelColumns);
+      add_group(t, sums, group, scales);
+    }
+  }
+
+ private:
+  static void add_group(const AmxTask<Row>& t, const int32_t* sums, int group, const float* scales) {
+    const int row = t.block * kTileRows, left = t.num_rows - row, height = left < 2 * kTileRows ? left : 2 * kTileRows;
+    const Simd::Floats weight_scales[2] = {Simd::load(scales), Simd::load(scales + 16)};
+    for (int m = 0; m < height; m++) {
+      const Row& x = t.x[row + m];
+      const Simd::Ints start = Simd::set1_int(-kZeroPoint * x.sums[group]);
+      const Simd::Floats row_scale = Simd::set1(x.scales[group]);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; j++) {
+        float* to = t.out + (size_t)m * t.stride + j * 16;
+        const Simd::Ints sum = Simd::load_bytes((const uint8_t*)(sums + m * kPanelColumns + j * 16));
+        const Simd::Floats before = group ? Simd::load(to) : Simd::zero();
+        Simd::store(to, Simd::fma(Simd::to_floats(Simd::add_ints(sum, start)), Simd::mul(weight_scales[j], row_scale), before));
+      }
+    }
+  }
+};
+template <>
+struct AmxTiles<kInt8> : AmxByteTiles<false> {};
+template <>
+struct AmxTiles<kInt4> : AmxByteTiles<true> {};
+
+// Operations of one thread's registers over operands in its first-level cache; numbers of any kind, for zeros are faster.
+template <class Dot>
+double amx_peak(long iterations, int inputs_a_step) {
+  constexpr int kSteps = 8;
+  static thread_local uint32_t operands[kSteps * (kStepPanelBytes + 2 * kTileRows * kTileBytes) / 4];
+  uint32_t random = 1;
+  for (uint32_t& each : operands) each = (random = random * 1664525u + 1013904223u) & 0xbfffbfffu;  // no NaN, no infinity
+  const uint8_t *w = (const uint8_t*)operands, *x = w + kSteps * kStepPanelBytes;
+  const Amx amx(AmxShape(kTileRows, kTileRows));
+  amx_zero();
+  for (long i = 0; i < iterations; i++) {
+    AmxBlock first(x, 0, 2 * kTileRows, kSteps * kTileBytes), second(x, 1, 2 * kTileRows, kSteps * kTileBytes);
+    amx_add_panel<Dot, true>(first, second, w, kSteps);
+  }
+  return 2.0 * iterations * kSteps * inputs_a_step * 2 * kTileRows * kPanelColumns;
+}
+
+template <int kFormat>
+struct RowReader<AmxTiles<kFormat>> : RowReader<Tiles<kFormat>> {};
+
+}  // namespace
