@@ -9,16 +9,16 @@ namespace {
 
 constexpr int kTileRows = 16, kTileBytes = 64;  // of a register; the bytes are of a row
 
-// Registers 0 to 3 take sums, 4 and 5 activations, 6 and 7 weights. 0, 1 and 4 have `first` rows, 2, 3 and 5 `second`,
-// 6 and 7 all 16. Every thread has registers of its own, which are given back so that switching threads stays cheap.
+// How many rows the registers have: weights, in the last one, all 16, the others as many as there are to multiply, up to 16.
+// Every thread has registers of its own, which are given back so that switching threads stays cheap.
 struct alignas(64) AmxShape {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
-  AmxShape(int first, int second) {
+  explicit AmxShape(int num_rows) {
     for (int i = 0; i < 8; i++) {
       row_bytes[i] = kTileBytes;
-      rows[i] = (uint8_t)(i > 5 ? kTileRows : i == 2 || i == 3 || i == 5 ? second : first);
+      rows[i] = (uint8_t)(i == 7 ? kTileRows : num_rows);
     }
   }
 };
@@ -26,7 +26,7 @@ struct alignas(64) AmxShape {
 #ifdef MOBULA_EMULATE_AMX
 
 struct AmxRegisters {
-  AmxShape shape{16, 16};
+  AmxShape shape{kTileRows};
   alignas(64) uint8_t tiles[8][kTileRows][kTileBytes];
 };
 inline AmxRegisters& amx_registers() {
@@ -134,23 +134,31 @@ inline void amx_zero() {
   Amx::zero<1>();
   Amx::zero<2>();
   Amx::zero<3>();
+  Amx::zero<4>();
+  Amx::zero<5>();
 }
 
-// The sums of one or two blocks of rows and 32 columns, four bytes each. stride: numbers from one row to the next.
-template <bool kHasSecond, class Number>
+// The sums of up to three blocks of rows and 32 columns, four bytes each. stride: numbers from one row to the next.
+template <int kBlocks, class Number>
 inline void amx_store(Number* to, size_t stride) {
   Amx::store<0>(to, stride * 4);
   Amx::store<1>(to + 16, stride * 4);
-  if (!kHasSecond) return;
-  Amx::store<2>(to + kTileRows * stride, stride * 4);
-  Amx::store<3>(to + kTileRows * stride + 16, stride * 4);
+  if constexpr (kBlocks > 1) {
+    Amx::store<2>(to + kTileRows * stride, stride * 4);
+    Amx::store<3>(to + kTileRows * stride + 16, stride * 4);
+  }
+  if constexpr (kBlocks > 2) {
+    Amx::store<4>(to + 2 * kTileRows * stride, stride * 4);
+    Amx::store<5>(to + 2 * kTileRows * stride + 16, stride * 4);
+  }
 }
 
-template <bool kHasSecond>
+// The same of up to two, into the registers.
+template <int kBlocks>
 inline void amx_load(const float* from, size_t stride) {
   Amx::load<0>(from, stride * 4);
   Amx::load<1>(from + 16, stride * 4);
-  if (!kHasSecond) return;
+  if constexpr (kBlocks < 2) return;
   Amx::load<2>(from + kTileRows * stride, stride * 4);
   Amx::load<3>(from + kTileRows * stride + 16, stride * 4);
 }

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kStepPanelBytes = kTileRows * 2 * kTileBytes;  // what 64 bytes of a row meet of a panel
 constexpr int kBf16Slab = 64;  // inputs whose weights are decoded at a time
+constexpr int kMostBlocks = 3;  // of rows that meet a panel at once: six of eight registers hold sums
 constexpr int kSlabsKept = 2;  // where a panel is not kept as a whole
 
 // A tile's rows lie in blocks of up to 16, of which each has 64 bytes of every row, then the next 64, and so on.
@@ -65,22 +66,32 @@ struct AmxBlock {
       : at((const uint8_t*)x + block * kTileRows * row_bytes), step((size_t)amx_block_rows(block, height) * kTileBytes) {}
 };
 
-// Sums 0 and 1 (and with a second block, 2 and 3) += steps of the rows times those of a plain panel.
-template <class Dot, bool kHasSecond>
-inline void amx_add_panel(AmxBlock& first, AmxBlock& second, const uint8_t* w, int num_steps, SoonLines* soon = nullptr) {
+// Register 6 holds the activations in turn: the same are loaded again for the other half, from the first-level cache.
+template <class Dot, int kBlocks, int kHalf>
+inline void amx_add_half(const AmxBlock* blocks) {
+  Amx::load<6>(blocks[0].at, kTileBytes);
+  Dot::template add<kHalf, 6, 7>();
+  if constexpr (kBlocks > 1) {
+    Amx::load<6>(blocks[1].at, kTileBytes);
+    Dot::template add<2 + kHalf, 6, 7>();
+  }
+  if constexpr (kBlocks > 2) {
+    Amx::load<6>(blocks[2].at, kTileBytes);
+    Dot::template add<4 + kHalf, 6, 7>();
+  }
+}
+
+// Sums 2 b and 2 b + 1 of each block b += steps of its rows times the halves of a plain panel.
+template <class Dot, int kBlocks>
+inline void amx_add_panel(AmxBlock* blocks, const uint8_t* w, int num_steps, SoonLines* soon = nullptr) {
+  static_assert(kBlocks <= kMostBlocks);
   for (int step = 0; step < num_steps; step++, w += kStepPanelBytes) {
     if (soon) soon->fetch();
-    Amx::load<6>(w, 2 * kTileBytes);
+    Amx::load<7>(w, 2 * kTileBytes);
+    amx_add_half<Dot, kBlocks, 0>(blocks);
     Amx::load<7>(w + kTileBytes, 2 * kTileBytes);
-    Amx::load<4>(first.at, kTileBytes);
-    Dot::template add<0, 4, 6>();
-    Dot::template add<1, 4, 7>();
-    first.at += first.step;
-    if (!kHasSecond) continue;
-    Amx::load<5>(second.at, kTileBytes);
-    Dot::template add<2, 5, 6>();
-    Dot::template add<3, 5, 7>();
-    second.at += second.step;
+    amx_add_half<Dot, kBlocks, 1>(blocks);
+    for (int b = 0; b < kBlocks; b++) blocks[b].at += blocks[b].step;
   }
 }
 
@@ -88,15 +99,15 @@ inline void amx_add_panel(AmxBlock& first, AmxBlock& second, const uint8_t* w, i
 template <class Dot>
 inline void amx_add_pair(AmxBlock& x, const uint8_t* a, const uint8_t* b, int num_steps) {
   for (int step = 0; step < num_steps; step++, a += kStepPanelBytes, b += kStepPanelBytes) {
-    Amx::load<4>(x.at, kTileBytes);
-    Amx::load<6>(a, 2 * kTileBytes);
-    Dot::template add<0, 4, 6>();
+    Amx::load<6>(x.at, kTileBytes);
+    Amx::load<7>(a, 2 * kTileBytes);
+    Dot::template add<0, 6, 7>();
     Amx::load<7>(a + kTileBytes, 2 * kTileBytes);
-    Dot::template add<1, 4, 7>();
-    Amx::load<6>(b, 2 * kTileBytes);
-    Dot::template add<2, 4, 6>();
+    Dot::template add<1, 6, 7>();
+    Amx::load<7>(b, 2 * kTileBytes);
+    Dot::template add<2, 6, 7>();
     Amx::load<7>(b + kTileBytes, 2 * kTileBytes);
-    Dot::template add<3, 4, 7>();
+    Dot::template add<3, 6, 7>();
     x.at += x.step;
   }
 }
@@ -212,8 +223,14 @@ struct AmxTask {
   AmxPanel& panel;
   float* out;
   int stride;
+  AmxBlock rows(const void* packed, size_t row_bytes, int index) const {
+    return AmxBlock(packed, block + index, num_rows, row_bytes);
+  }
   // What blocks behind the first ones ask for, while those decode.
-  SoonLines next(int steps) const { return panel.share_of_next(block / 2, (num_rows - 1) / (2 * kTileRows), steps); }
+  SoonLines next(int steps) const {
+    constexpr int kRows = kMostBlocks * kTileRows;
+    return panel.share_of_next(block / kMostBlocks, (num_rows - 1) / kRows, steps);
+  }
 };
 
 template <int kFormat>
@@ -241,18 +258,22 @@ struct AmxTilesOf {
   static void multiply(const Row* x, int, int, int num_rows, const Panels& p, int count, float* out) {
     const Matrix& matrix = *p.matrix;
     const int k = matrix.num_inputs, num_blocks = (num_rows + kTileRows - 1) / kTileRows, slab = T::slab_inputs(matrix);
-    const bool keeps_all = num_blocks > 2;
+    const bool keeps_all = num_blocks > kMostBlocks;
     const size_t decoded_bytes = T::row_bytes(keeps_all ? k : kSlabsKept * slab) * kPanelColumns;
     uint8_t* decoded = (uint8_t*)own_scratch(2 * decoded_bytes);
     AmxPanel first(matrix, p.first, p.next_first, slab, decoded, keeps_all);
     AmxPanel second(matrix, p.second, p.next_second, slab, decoded + decoded_bytes, keeps_all);
-    const Amx amx(num_rows < kTileRows ? AmxShape(num_rows, num_rows) : AmxShape(kTileRows, kTileRows));
+    const Amx amx(AmxShape(num_rows < kTileRows ? num_rows : kTileRows));
     if (T::kTakesPairs && num_blocks == 1 && count == 2) return T::multiply_pair(x, num_rows, matrix, first, second, out);
     for (int i = 0; i < count; i++)
-      for (int block = 0; block < num_blocks; block += 2) {
+      for (int block = 0; block < num_blocks; block += kMostBlocks) {
         const AmxTask<Row> task = {x, block, num_rows, i ? p.second : p.first, matrix, i ? second : first,
                                    out + ((size_t)block * kTileRows * count + i) * kPanelColumns, count * kPanelColumns};
-        block + 1 < num_blocks ? T::template multiply_blocks<true>(task) : T::template multiply_blocks<false>(task);
+        switch (num_blocks - block) {
+          case 1: T::template multiply_blocks<1>(task); break;
+          case 2: T::template multiply_blocks<2>(task); break;
+          default: T::template multiply_blocks<3>(task);
+        }
       }
   }
 };
@@ -280,21 +301,21 @@ struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
     Amx::store<3>(out + 48, 256);
   }
 
-  template <bool kHasSecond>
+  template <int kBlocks>
   static void multiply_blocks(const AmxTask<Row>& t) {
     const int k = t.matrix.num_inputs;
-    AmxBlock first(t.x[0], t.block, t.num_rows, row_bytes(k)), second(t.x[0], t.block + 1, t.num_rows, row_bytes(k));
+    AmxBlock blocks[kMostBlocks] = {t.rows(t.x[0], row_bytes(k), 0), t.rows(t.x[0], row_bytes(k), 1), t.rows(t.x[0], row_bytes(k), 2)};
     amx_zero();
     if (t.block == 0) {
       for (int input = 0; input < k; input += kBf16Slab) {
         const int inputs = k - input < kBf16Slab ? k - input : kBf16Slab;
-        amx_add_panel<Bf16Dot, kHasSecond>(first, second, t.panel.slab(input, inputs), inputs / 32);
+        amx_add_panel<Bf16Dot, kBlocks>(blocks, t.panel.slab(input, inputs), inputs / 32);
       }
     } else {
       SoonLines soon = t.next(k / 32);
-      amx_add_panel<Bf16Dot, kHasSecond>(first, second, t.panel.plain(0), k / 32, &soon);
+      amx_add_panel<Bf16Dot, kBlocks>(blocks, t.panel.plain(0), k / 32, &soon);
     }
-    amx_store<kHasSecond>(t.out, t.stride);
+    amx_store<kBlocks>(t.out, t.stride);
   }
 };
 
@@ -311,27 +332,28 @@ struct AmxByteTiles : AmxTilesOf<AmxByteTiles<kIsInt4>, QuantizedRow> {
   static const int8_t*& numbers(Row& row) { return row.numbers; }
   static void multiply_pair(const Row*, int, const Matrix&, AmxPanel&, AmxPanel&, float*) {}
 
-  template <bool kHasSecond>
+  template <int kBlocks>
   static void multiply_blocks(const AmxTask<Row>& t) {
     const int k = t.matrix.num_inputs, group_size = t.matrix.group_size, num_groups = k / group_size;
     const int steps = group_size / kTileBytes;
-    AmxBlock first(t.x[0].numbers, t.block, t.num_rows, k), second(t.x[0].numbers, t.block + 1, t.num_rows, k);
+    const void* numbers = t.x[0].numbers;
+    AmxBlock blocks[kMostBlocks] = {t.rows(numbers, k, 0), t.rows(numbers, k, 1), t.rows(numbers, k, 2)};
     SoonLines soon = t.block ? t.next(k / kTileBytes) : SoonLines{nullptr, 0, 0};
     const float* scales = t.matrix.scales + (size_t)t.panel_number * num_groups * kPanelColumns;
     for (int group = 0; group < num_groups; group++, scales += kPanelColumns) {
       const int input = group * group_size;
       const uint8_t* w = t.block ? t.panel.plain(input) : t.panel.slab(input, group_size);
-      alignas(64) int32_t sums[2 * kTileRows * kPanelColumns];
+      alignas(64) int32_t sums[kBlocks * kTileRows * kPanelColumns];
       amx_zero();
-      amx_add_panel<BytesDot, kHasSecond>(first, second, w, steps, &soon);
-      amx_store<kHasSecond>(sums, kPanelColumns);
+      amx_add_panel<BytesDot, kBlocks>(blocks, w, steps, &soon);
+      amx_store<kBlocks>(sums, kPanelColumns);
       add_group(t, sums, group, scales);
     }
   }
 
  private:
   static void add_group(const AmxTask<Row>& t, const int32_t* sums, int group, const float* scales) {
-    const int row = t.block * kTileRows, left = t.num_rows - row, height = left < 2 * kTileRows ? left : 2 * kTileRows;
+    const int row = t.block * kTileRows, left = t.num_rows - row, height = left < kMostBlocks * kTileRows ? left : kMostBlocks * kTileRows;
     const Simd::Floats weight_scales[2] = {Simd::load(scales), Simd::load(scales + 16)};
     for (int m = 0; m < height; m++) {
       const Row& x = t.x[row + m];
@@ -360,11 +382,11 @@ double amx_peak(long iterations, int inputs_a_step) {
   uint32_t random = 1;
   for (uint32_t& each : operands) each = (random = random * 1664525u + 1013904223u) & 0xbfffbfffu;  // no NaN, no infinity
   const uint8_t *w = (const uint8_t*)operands, *x = w + kSteps * kStepPanelBytes;
-  const Amx amx(AmxShape(kTileRows, kTileRows));
+  const Amx amx{AmxShape(kTileRows)};
   amx_zero();
   for (long i = 0; i < iterations; i++) {
-    AmxBlock first(x, 0, 2 * kTileRows, kSteps * kTileBytes), second(x, 1, 2 * kTileRows, kSteps * kTileBytes);
-    amx_add_panel<Dot, true>(first, second, w, kSteps);
+    AmxBlock blocks[2] = {{x, 0, 2 * kTileRows, kSteps * kTileBytes}, {x, 1, 2 * kTileRows, kSteps * kTileBytes}};
+    amx_add_panel<Dot, 2>(blocks, w, kSteps);
   }
   return 2.0 * iterations * kSteps * inputs_a_step * 2 * kTileRows * kPanelColumns;
 }

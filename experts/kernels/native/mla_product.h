@@ -26,7 +26,7 @@ struct ProductScope {
 template <class S>
 struct ProductScope<AmxUnits<S>> {
   const Amx amx;
-  ProductScope() : amx(AmxShape(kTileRows, kTileRows)) {}
+  ProductScope() : amx(AmxShape(kTileRows)) {}
 };
 #endif
 

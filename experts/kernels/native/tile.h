@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int kMaxRows = Simd::kHasAmx ? 128 : 12;  // of a tile, in any format
+constexpr int kMaxRows = Simd::kHasAmx ? 144 : 12;  // of a tile, in any format
 
 // Rows as int8 with one scale a group, as an int8 or int4 product reads them.
 struct QuantizedRow {

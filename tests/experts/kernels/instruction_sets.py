@@ -1,6 +1,7 @@
 """Runs a test once with each instruction set that this processor has."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -10,12 +11,27 @@ NAMES = ("amx", "avx512bf16", "avx512vnni", "avx2", "portable")
 needs_kernels = pytest.mark.skipif(native() is None, reason="the CPU kernels are not built")
 
 
+def use_instruction_set(name: str) -> bool:
+    """Whether this processor has it; then it is used until another one is asked for."""
+    library = native()
+    return library is not None and library.mobula_use_instruction_set(name.encode()) == 0
+
+
+@contextmanager
+def best_afterwards() -> Iterator[None]:
+    best = instruction_set()
+    try:
+        yield
+    finally:
+        if best is not None:
+            use_instruction_set(best)
+
+
 @pytest.fixture(params=NAMES)
 def each_instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    library, best = native(), instruction_set()
-    if library is None or best is None:
+    if native() is None:
         pytest.skip("the CPU kernels are not built")
-    if library.mobula_use_instruction_set(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    library.mobula_use_instruction_set(best.encode())
+    with best_afterwards():
+        if not use_instruction_set(request.param):
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param

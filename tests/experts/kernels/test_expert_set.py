@@ -43,7 +43,7 @@ def random_assignments(num_rows: int, seed: int = 0) -> Assignments:
 class Experts:
     """The same experts packed and as fp64 matrices."""
 
-    def __init__(self, kind: str, hidden_size: int = 96, intermediate_size: int = 64) -> None:
+    def __init__(self, kind: str, hidden_size: int = 96, intermediate_size: int = 64, group_size: int = 32) -> None:
         generator = torch.Generator().manual_seed(3)
         self.exact, packed = [], {}
         for expert_id in range(NUM_EXPERTS):
@@ -54,7 +54,7 @@ class Experts:
             )
             matrices = [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in shapes]
             kept = [
-                QuantizedMatrix.quantize(matrix, int(kind[3:]), 32)
+                QuantizedMatrix.quantize(matrix, int(kind[3:]), group_size)
                 if kind.startswith("int")
                 else matrix.to(getattr(torch, kind))
                 for matrix in matrices
@@ -78,7 +78,7 @@ class Experts:
 
 # fp32: rounding of sums; bf16: inner activations rounded once; int8 and int4: activations rounded to 8 bits twice
 @pytest.mark.parametrize(("kind", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.01), ("int8", 0.03), ("int4", 0.03)])
-@pytest.mark.parametrize("num_rows", [1, 6, 50])
+@pytest.mark.parametrize("num_rows", [1, 6, 50, 150])
 def test_partial_sums_are_those_of_a_loop_in_fp64(
     each_instruction_set: str, kind: str, tolerance: float, num_rows: int
 ) -> None:
@@ -93,15 +93,17 @@ def test_partial_sums_are_those_of_a_loop_in_fp64(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize(("hidden_size", "group_size", "num_rows"), [(96, 32, 120), (128, 64, 400)])
 def test_a_rows_sums_have_the_same_bits_alone_and_among_many(
-    each_instruction_set: str, kind: str, num_threads: int
+    each_instruction_set: str, kind: str, num_threads: int, hidden_size: int, group_size: int, num_rows: int
 ) -> None:
-    experts, x = Experts(kind), torch.randn(120, 96).bfloat16()
-    everything = random_assignments(120)
+    experts = Experts(kind, hidden_size=hidden_size, group_size=group_size)
+    x = torch.randn(num_rows, hidden_size).bfloat16()
+    everything = random_assignments(num_rows)
     set_num_threads(num_threads)
     together = experts.run(x, everything, torch.float32)
     set_num_threads(1)
-    for row in (0, 7, 119):
+    for row in (0, 7, num_rows - 1):
         mine = everything.rows == row
         alone = Assignments(
             weights=everything.weights[mine],

@@ -7,7 +7,12 @@ from experts.kernels.library import set_num_threads
 from experts.kernels.linear import KernelHeads, KernelLinear
 from experts.kernels.packed_matrix import pack, pack_plain
 from experts.quantized_matrix import QuantizedMatrix
-from tests.experts.kernels.instruction_sets import each_instruction_set
+from tests.experts.kernels.instruction_sets import (
+    best_afterwards,
+    each_instruction_set,
+    needs_kernels,
+    use_instruction_set,
+)
 
 __all__ = ["each_instruction_set"]
 
@@ -21,7 +26,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("num_rows", "num_outputs", "num_inputs"), [(1, 96, 64), (7, 70, 34), (50, 33, 130), (200, 1, 2)]
+    ("num_rows", "num_outputs", "num_inputs"),
+    [(1, 96, 64), (7, 70, 34), (50, 33, 130), (200, 1, 2), (31, 70, 96), (300, 96, 192)],
 )
 def test_a_product_is_that_of_fp64_within_the_rounding_of_its_sums(
     each_instruction_set: str,
@@ -51,7 +57,7 @@ def test_a_quantised_product_is_that_of_its_dequantised_weight(
     assert relative_error(found, x.double() @ matrix.dequantize().double().T) < tolerance
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 6, 20])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 6, 20, 50])
 @pytest.mark.parametrize(("num_bits", "low", "high"), [(8, -128, 127), (4, -8, 7)])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])
 def test_no_sum_of_the_largest_integers_saturates(
@@ -67,6 +73,17 @@ def test_no_sum_of_the_largest_integers_saturates(
     x[1::3, 1::2] *= -1
     found = KernelLinear(pack([matrix]))(x)
     assert torch.equal(found.double(), x.double() @ values.double().T)
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_bits", [8, 4])
+@pytest.mark.parametrize("num_rows", [1, 12, 13, 40, 200])
+def test_integers_have_the_same_bits_with_every_instruction_set_of_512_bits(num_bits: int, num_rows: int) -> None:
+    project = KernelLinear(pack([QuantizedMatrix.quantize(torch.randn(70, 256), num_bits, 64)]))
+    x = torch.randn(num_rows, 256)
+    with best_afterwards():
+        found = [project(x) for name in ("amx", "avx512bf16", "avx512vnni") if use_instruction_set(name)]
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
