@@ -201,8 +201,9 @@ inline void amx_arrange_task(void* context, int task, int) {
 template <class T>
 inline void amx_arrange(typename T::Row* rows, const int32_t* starts, int num_parts, int k) {
   const int num_rows = starts[num_parts], most = num_rows / T::kRows.highest() + num_parts;
-  uint8_t* packed = (uint8_t*)scratch(kTilesSlot, num_rows * T::row_bytes(k) + kTileRows * kTileBytes + sizeof(AmxTile) * most);
-  AmxTile* tiles = (AmxTile*)(packed + num_rows * T::row_bytes(k) + kTileRows * kTileBytes);  // a block's last load goes beyond
+  const size_t bytes = num_rows * T::row_bytes(k) + kBytesBehind;
+  uint8_t* packed = (uint8_t*)scratch(kTilesSlot, bytes + sizeof(AmxTile) * most);
+  AmxTile* tiles = (AmxTile*)(packed + bytes);
   int num_tiles = 0;
   for (int part = 0; part < num_parts; part++)
     for_tiles<T>(starts[part + 1] - starts[part],
@@ -214,7 +215,7 @@ inline void amx_arrange(typename T::Row* rows, const int32_t* starts, int num_pa
     parallel_for(num_tiles, amx_arrange_task<T>, &work);
 }
 
-// One or two blocks of a tile's rows that meet a panel.
+// Up to kMostBlocks blocks of a tile's rows that meet a panel.
 template <class Row>
 struct AmxTask {
   const Row* x;
@@ -236,7 +237,7 @@ struct AmxTask {
 template <int kFormat>
 struct AmxTiles;
 
-// What formats have in common. T says how many inputs a slab has and how one or two blocks meet a panel.
+// What formats have in common. T says how many inputs a slab has and how blocks meet a panel.
 template <class T, class Row_>
 struct AmxTilesOf {
   using Row = Row_;
@@ -264,7 +265,8 @@ struct AmxTilesOf {
     AmxPanel first(matrix, p.first, p.next_first, slab, decoded, keeps_all);
     AmxPanel second(matrix, p.second, p.next_second, slab, decoded + decoded_bytes, keeps_all);
     const Amx amx(AmxShape(num_rows < kTileRows ? num_rows : kTileRows));
-    if (T::kTakesPairs && num_blocks == 1 && count == 2) return T::multiply_pair(x, num_rows, matrix, first, second, out);
+    if constexpr (T::kTakesPairs)
+      if (num_blocks == 1 && count == 2) return T::multiply_pair(x, num_rows, matrix, first, second, out);
     for (int i = 0; i < count; i++)
       for (int block = 0; block < num_blocks; block += kMostBlocks) {
         const AmxTask<Row> task = {x, block, num_rows, i ? p.second : p.first, matrix, i ? second : first,
@@ -304,7 +306,8 @@ struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
   template <int kBlocks>
   static void multiply_blocks(const AmxTask<Row>& t) {
     const int k = t.matrix.num_inputs;
-    AmxBlock blocks[kMostBlocks] = {t.rows(t.x[0], row_bytes(k), 0), t.rows(t.x[0], row_bytes(k), 1), t.rows(t.x[0], row_bytes(k), 2)};
+    const size_t bytes = row_bytes(k);
+    AmxBlock blocks[kMostBlocks] = {t.rows(t.x[0], bytes, 0), t.rows(t.x[0], bytes, 1), t.rows(t.x[0], bytes, 2)};
     amx_zero();
     if (t.block == 0) {
       for (int input = 0; input < k; input += kBf16Slab) {
@@ -330,7 +333,6 @@ struct AmxByteTiles : AmxTilesOf<AmxByteTiles<kIsInt4>, QuantizedRow> {
   static bool takes(const Matrix& matrix) { return matrix.group_size % kTileBytes == 0; }
   static int slab_inputs(const Matrix& matrix) { return matrix.group_size; }
   static const int8_t*& numbers(Row& row) { return row.numbers; }
-  static void multiply_pair(const Row*, int, const Matrix&, AmxPanel&, AmxPanel&, float*) {}
 
   template <int kBlocks>
   static void multiply_blocks(const AmxTask<Row>& t) {
@@ -353,7 +355,8 @@ struct AmxByteTiles : AmxTilesOf<AmxByteTiles<kIsInt4>, QuantizedRow> {
 
  private:
   static void add_group(const AmxTask<Row>& t, const int32_t* sums, int group, const float* scales) {
-    const int row = t.block * kTileRows, left = t.num_rows - row, height = left < kMostBlocks * kTileRows ? left : kMostBlocks * kTileRows;
+    constexpr int kMostRows = kMostBlocks * kTileRows;
+    const int row = t.block * kTileRows, left = t.num_rows - row, height = left < kMostRows ? left : kMostRows;
     const Simd::Floats weight_scales[2] = {Simd::load(scales), Simd::load(scales + 16)};
     for (int m = 0; m < height; m++) {
       const Row& x = t.x[row + m];

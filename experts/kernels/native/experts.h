@@ -192,7 +192,7 @@ void experts_as(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_
     for (int i = 0; i < num_assignments; i++) x[i] = rows[call.row(order[work.group_start + i])];
     arrange_group<T>(x, starts, present + first, last - first, w13.num_inputs);
     work.x = x;
-    work.hidden = scratch(kHiddenSlot, num_assignments * row_bytes + 1024);
+    work.hidden = scratch(kHiddenSlot, num_assignments * row_bytes + kBytesBehind);
     parallel_for((last - first) * work.inner_panels, gate_up_task<T>, &work);
     work.hidden_rows = RowReader<T>::prepare(work.hidden, work.hidden_format, num_assignments, work.hidden_stride,
                                              w2.num_inputs, w2.group_size, kHiddenRowsSlot, kHiddenPointersSlot);

@@ -102,7 +102,8 @@ void heads_task(void* context, int task, int thread) {
   const int num_rows = first_row + work.rows_per_task < call.num_rows ? work.rows_per_task : call.num_rows - first_row;
   const Matrix& matrix = call.matrices[head];
   const int k = matrix.num_inputs, panels = num_panels(matrix.num_outputs);
-  Input* converted = (Input*)thread_scratch(thread, (size_t)(T::kUsesAmx ? 2 : 1) * num_rows * k * sizeof(Input) + 1024);
+  const size_t bytes = (size_t)num_rows * k * sizeof(Input);
+  Input* converted = (Input*)thread_scratch(thread, (T::kUsesAmx ? 2 : 1) * bytes + kBytesBehind);
   const Input* rows[kRowsPerTask];
   for (int row = 0; row < num_rows; row++) {
     const size_t at = (size_t)(first_row + row) * call.x_stride + head * call.x_head_stride;

@@ -195,8 +195,8 @@ namespace {
 template <int kFormat, class Body>
 inline void with_tiles(const Matrix& first, const Matrix& second, int num_rows, Body body) {
 #ifdef MOBULA_AMX
-  using Amx = AmxTiles<kFormat>;
-  if (num_rows >= Amx::kFewestRows && Amx::takes(first) && Amx::takes(second)) return body(Amx());
+  using ByAmx = AmxTiles<kFormat>;
+  if (num_rows >= ByAmx::kFewestRows && ByAmx::takes(first) && ByAmx::takes(second)) return body(ByAmx());
 #endif
   body(Tiles<kFormat>());
 }

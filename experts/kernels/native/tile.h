@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kMaxRows = Simd::kHasAmx ? 144 : 12;  // of a tile, in any format
 
+constexpr size_t kBytesBehind = Simd::kHasAmx ? 1024 : 0;  // of the last row, which a tile may read though it does not count
+
 // Rows as int8 with one scale a group, as an int8 or int4 product reads them.
 struct QuantizedRow {
   const int8_t* numbers;   // [K]
