@@ -1,6 +1,8 @@
 // The kernels for one instruction set. Nothing here may use the standard library's templates: the linker merges them with
 // those of other files, and a processor without these instructions would then meet them.
-#if defined(__x86_64__)
+#include "kernels.h"
+
+#if defined(MOBULA_HAS_AMX)
 #include <immintrin.h>
 
 #include <stdint.h>

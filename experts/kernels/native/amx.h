@@ -1,4 +1,4 @@
-// AMX: eight registers of 16 rows of 64 bytes, and products of whole ones. Included by amx.cpp after its Simd. With
+// AMX: eight registers of 16 rows of 64 bytes, and products of whole ones. With
 // MOBULA_EMULATE_AMX (see the Makefile) they are memory and loops, to the bit what the processor computes, for tests.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kTileRows = 16, kTileBytes = 64;  // of a register; the bytes are of a row
 
-// How many rows the registers have: weights, in the last one, all 16, the others as many as there are to multiply, up to 16.
+// How many rows the registers have: the last one, of weights, all 16, the others as many as there are to multiply, up to 16.
 // Every thread has registers of its own, which are given back so that switching threads stays cheap.
 struct alignas(64) AmxShape {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

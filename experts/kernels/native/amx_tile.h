@@ -60,8 +60,9 @@ struct SoonLines {
 
 // A block of a tile's rows as it is read step by step.
 struct AmxBlock {
-  const uint8_t* at;
-  size_t step;
+  const uint8_t* at = nullptr;
+  size_t step = 0;
+  AmxBlock() = default;
   AmxBlock(const void* x, int block, int height, size_t row_bytes)
       : at((const uint8_t*)x + block * kTileRows * row_bytes), step((size_t)amx_block_rows(block, height) * kTileBytes) {}
 };
@@ -261,9 +262,10 @@ struct AmxTilesOf {
     const int k = matrix.num_inputs, num_blocks = (num_rows + kTileRows - 1) / kTileRows, slab = T::slab_inputs(matrix);
     const bool keeps_all = num_blocks > kMostBlocks;
     const size_t decoded_bytes = T::row_bytes(keeps_all ? k : kSlabsKept * slab) * kPanelColumns;
-    uint8_t* decoded = (uint8_t*)own_scratch(2 * decoded_bytes);
+    const bool decodes = matrix.format == kCompact || matrix.format == kInt4;
+    uint8_t* decoded = decodes ? (uint8_t*)own_scratch(2 * decoded_bytes) : nullptr;
     AmxPanel first(matrix, p.first, p.next_first, slab, decoded, keeps_all);
-    AmxPanel second(matrix, p.second, p.next_second, slab, decoded + decoded_bytes, keeps_all);
+    AmxPanel second(matrix, count == 2 ? p.second : p.first, p.next_second, slab, decoded + decoded_bytes, keeps_all);
     const Amx amx(AmxShape(num_rows < kTileRows ? num_rows : kTileRows));
     if constexpr (T::kTakesPairs)
       if (num_blocks == 1 && count == 2) return T::multiply_pair(x, num_rows, matrix, first, second, out);
@@ -307,7 +309,8 @@ struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
   static void multiply_blocks(const AmxTask<Row>& t) {
     const int k = t.matrix.num_inputs;
     const size_t bytes = row_bytes(k);
-    AmxBlock blocks[kMostBlocks] = {t.rows(t.x[0], bytes, 0), t.rows(t.x[0], bytes, 1), t.rows(t.x[0], bytes, 2)};
+    AmxBlock blocks[kMostBlocks];
+    for (int i = 0; i < kBlocks; i++) blocks[i] = t.rows(t.x[0], bytes, i);
     amx_zero();
     if (t.block == 0) {
       for (int input = 0; input < k; input += kBf16Slab) {
@@ -339,7 +342,8 @@ struct AmxByteTiles : AmxTilesOf<AmxByteTiles<kIsInt4>, QuantizedRow> {
     const int k = t.matrix.num_inputs, group_size = t.matrix.group_size, num_groups = k / group_size;
     const int steps = group_size / kTileBytes;
     const void* numbers = t.x[0].numbers;
-    AmxBlock blocks[kMostBlocks] = {t.rows(numbers, k, 0), t.rows(numbers, k, 1), t.rows(numbers, k, 2)};
+    AmxBlock blocks[kMostBlocks];
+    for (int i = 0; i < kBlocks; i++) blocks[i] = t.rows(numbers, k, i);
     SoonLines soon = t.block ? t.next(k / kTileBytes) : SoonLines{nullptr, 0, 0};
     const float* scales = t.matrix.scales + (size_t)t.panel_number * num_groups * kPanelColumns;
     for (int group = 0; group < num_groups; group++, scales += kPanelColumns) {
@@ -381,7 +385,7 @@ struct AmxTiles<kInt4> : AmxByteTiles<true> {};
 template <class Dot>
 double amx_peak(long iterations, int inputs_a_step) {
   constexpr int kSteps = 8;
-  static thread_local uint32_t operands[kSteps * (kStepPanelBytes + 2 * kTileRows * kTileBytes) / 4];
+  alignas(64) static thread_local uint32_t operands[kSteps * (kStepPanelBytes + 2 * kTileRows * kTileBytes) / 4];
   uint32_t random = 1;
   for (uint32_t& each : operands) each = (random = random * 1664525u + 1013904223u) & 0xbfffbfffu;  // no NaN, no infinity
   const uint8_t *w = (const uint8_t*)operands, *x = w + kSteps * kStepPanelBytes;

@@ -26,7 +26,7 @@ struct Choice {
   const KernelTable* table;
 };
 
-#if defined(__x86_64__)
+#if defined(MOBULA_HAS_AMX)
 // Whether the processor has AMX and the system lets this process use its registers, which has to be asked for once.
 bool has_amx() {
 #ifdef MOBULA_EMULATE_AMX
@@ -56,7 +56,9 @@ bool is_supported(const char* name) {
 #else
   const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
 #endif
+#ifdef MOBULA_HAS_AMX
   if (!strcmp(name, "amx")) return has_bf16 && has_amx();
+#endif
   if (!strcmp(name, "avx512bf16")) return has_bf16;
   if (!strcmp(name, "avx512vnni")) return has_vnni;
   if (!strcmp(name, "avx2")) return has_avx2;
@@ -66,7 +68,9 @@ bool is_supported(const char* name) {
 
 const KernelTable* table_of(const char* name) {
 #if defined(__x86_64__)
+#ifdef MOBULA_HAS_AMX
   if (!strcmp(name, "amx")) return amx_table();
+#endif
   if (!strcmp(name, "avx512bf16")) return avx512bf16_table();
   if (!strcmp(name, "avx512vnni")) return avx512vnni_table();
   if (!strcmp(name, "avx2")) return avx2_table();

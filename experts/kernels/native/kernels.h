@@ -9,7 +9,7 @@
 //   compact   bfloat16 in 12 bits, without loss: see compact.h
 //
 // Row-invariance: one output of one row is summed by one lane over the inputs in ascending order (int8 and int4: exactly
-// within a group, groups in ascending order), however many rows, threads or neighbours there are.
+// within a group, groups in ascending order; AMX: see amx_tile.h), however many rows, threads or neighbours there are.
 #pragma once
 
 #include <stddef.h>
@@ -192,7 +192,10 @@ struct KernelTable {
 
 void mla_layer(const KernelTable& kernels, const MlaLayerCall& call);
 
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)  // older ones come with assemblers that may not know it
+#define MOBULA_HAS_AMX
 const KernelTable* amx_table();
+#endif
 const KernelTable* avx512bf16_table();
 const KernelTable* avx512vnni_table();
 const KernelTable* avx2_table();

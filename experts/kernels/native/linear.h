@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kRowsPerTask = 96;  // a multiple of every tile's height that divides it well
+constexpr int kRowsPerTask = 96;  // a multiple of every tile's height that divides it well, but of AMX's
 
 // out[row][first_column...] = product (+ residual), for the `columns` first numbers of each row of the product.
 inline void store_product(const float* product, int stride, int count, void* out, int format, size_t out_at,

@@ -6,7 +6,7 @@
 // So a row's bits depend on its query and its context, not on other rows, on threads or on where its blocks lie.
 //
 // A block is staged once for all heads of a task, in slabs of 64 units a token, so that one product's operands stay in the
-// first-level cache. Heads are lanes of the scores; columns of the latent are lanes of the output.
+// first-level cache; AMX reads keys in place. Heads are lanes of the scores; columns of the latent are lanes of the output.
 #pragma once
 
 #include "mla_stage.h"

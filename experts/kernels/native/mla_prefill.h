@@ -1,11 +1,11 @@
 // Causal attention of one sequence's prompt rows in the naive form: keys and values are expanded from the latents head by
 // head, then flash attention (arXiv 2205.14135) runs over them.
 //
-// The context is taken in pieces of 1024 tokens, and in tiles of 128 keys within them, both at fixed positions. A few heads
-// at a time: their keys and values of one piece are expanded, then every (head, block of rows) attends to them. A row sees
-// a tile's keys up to its own position, and skips tiles behind it. So a row's bits depend on its query and on the tokens up
-// to its position, not on how a prompt is cut, on other rows or on threads. Memory: a piece's keys and values, and the fp32
-// output, of as many heads as are taken at a time.
+// The context is taken in pieces of 1024 tokens, and in tiles of 128 keys (512 with AMX) within them, both at fixed
+// positions. A few heads at a time: their keys and values of one piece are expanded, then every (head, block of rows)
+// attends to them. A row sees a tile's keys up to its own position, and skips tiles behind it. So a row's bits depend on its
+// query and on the tokens up to its position, not on how a prompt is cut, on other rows or on threads, as long as all are
+// finite. Memory: a piece's keys and values, and the fp32 output, of as many heads as are taken at a time.
 //
 // Where the instruction set multiplies bfloat16 pairs, and everything is bfloat16, keys, values and weights are rounded to
 // it; elsewhere all is float32, also between bfloat16 activations.
@@ -160,8 +160,8 @@ void expand_task(void* context, int task, int thread) {
 template <class U>
 struct BlockScratch {
   typename U::Unit* queries;  // [slabs][kRowsPerBlock][64 units]
-  float* scores;              // [kRowsPerBlock][kScoreStride]
-  typename U::Unit* weights;  // [kRowsPerBlock][kScoreStride as units]
+  float* scores;              // [kRowsPerBlock + kRowsBeyond][kScoreStride]; behind the queries, which are read as far
+  typename U::Unit* weights;  // [kRowsPerBlock + kRowsBeyond][kScoreStride as units]
   float* decay;               // [kRowsPerBlock], and room for a vector
 };
 
