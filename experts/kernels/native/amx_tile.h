@@ -5,14 +5,13 @@
 #pragma once
 
 #include "amx.h"
-#include "rows.h"
+#include "amx_panel.h"
 
 namespace {
 
 constexpr int kStepPanelBytes = kTileRows * 2 * kTileBytes;  // what 64 bytes of a row meet of a panel
 constexpr int kBf16Slab = 64;  // inputs whose weights are decoded at a time
 constexpr int kMostBlocks = 3;  // of rows that meet a panel at once: six of eight registers hold sums
-constexpr int kSlabsKept = 2;  // where a panel is not kept as a whole
 
 // A tile's rows lie in blocks of up to 16, of which each has 64 bytes of every row, then the next 64, and so on.
 inline int amx_block_rows(int block, int height) {
@@ -46,15 +45,6 @@ struct BytesDot {
   template <int kSum, int kX, int kW>
   static void add() {
     Amx::dot_bytes<kSum, kX, kW>();
-  }
-};
-
-// Lines that are wanted soon, some of them at every step.
-struct SoonLines {
-  const char* at;
-  int a_step, left;
-  void fetch() {
-    for (int i = 0; i < a_step && left > 0; i++, left--, at += 64) Simd::prefetch_later(at);
   }
 };
 
@@ -112,72 +102,6 @@ inline void amx_add_pair(AmxBlock& x, const uint8_t* a, const uint8_t* b, int nu
     x.at += x.step;
   }
 }
-
-// Int4 numbers as bytes, in the order of an int8 panel.
-template <class Fetch>
-inline void expand_nibbles(const uint8_t* from, size_t num_bytes, uint8_t* to, Fetch fetch) {
-  for (size_t i = 0; i < num_bytes; i += 64) {
-    fetch(from + i);
-    const Simd::Ints both = Simd::load_bytes(from + i);
-    Simd::store_bytes(to + 2 * i, Simd::low_nibbles(both));
-    Simd::store_bytes(to + 2 * i + 64, Simd::high_nibbles(both));
-  }
-}
-
-// A panel handed out slab by slab, in ascending order, as bfloat16 numbers or bytes.
-class AmxPanel {
- public:
-  // decoded: memory for all of it, or for kSlabsKept slabs.
-  AmxPanel(const Matrix& matrix, int panel, const void* next, int slab_inputs, uint8_t* decoded, bool keeps_all)
-      : matrix_(matrix), own_(matrix, panel, next), panel_(panel), slab_inputs_(slab_inputs),
-        input_bytes_(matrix.format == kCompact || matrix.format == kBfloat16 ? kPanelColumns * 2 : kPanelColumns),
-        data_((const uint8_t*)panel_data(matrix, panel)), next_((const uint8_t*)next), decoded_(decoded),
-        keeps_all_(keeps_all) {
-    if (matrix.format == kCompact) exceptions_ = Exceptions(matrix, panel);
-  }
-
-  // What follows it is asked for on the way.
-  const uint8_t* slab(int input, int count) {
-    const auto fetch = [&](const void* line) { own_.fetch(line); };
-    const int place = keeps_all_ ? input : input / slab_inputs_ % kSlabsKept * slab_inputs_;
-    uint8_t* to = decoded_ + (size_t)place * input_bytes_;
-    if (matrix_.format == kCompact) {
-      expand_steps(matrix_, panel_, input / kStepInputs, (input + count) / kStepInputs, exceptions_, (uint16_t*)to, fetch);
-      return to;
-    }
-    if (matrix_.format == kInt4) {
-      const size_t half = input_bytes_ / 2;
-      expand_nibbles(data_ + input * half, count * half, to, fetch);
-      return to;
-    }
-    const uint8_t* from = data_ + (size_t)input * input_bytes_;
-    for (int i = 0; i < count * input_bytes_; i += 64) fetch(from + i);
-    return from;
-  }
-
-  // From an input on, once every slab was handed out.
-  const uint8_t* plain(int input) const {
-    const bool is_decoded = matrix_.format == kCompact || matrix_.format == kInt4;
-    return (is_decoded ? decoded_ : data_) + (size_t)input * input_bytes_;
-  }
-
-  // A part of the panel that is wanted next, over `steps` steps; parts count from 1.
-  SoonLines share_of_next(int part, int num_parts, int steps) const {
-    if (!next_) return {nullptr, 0, 0};
-    const int lines = (int)(panel_bytes(matrix_) / 64), share = (lines + num_parts - 1) / num_parts;
-    const int first = (part - 1) * share;
-    return {(const char*)next_ + (size_t)first * 64, (share + steps - 1) / steps, lines - first < share ? lines - first : share};
-  }
-
- private:
-  const Matrix& matrix_;
-  const OwnPanel own_;
-  const int panel_, slab_inputs_, input_bytes_;
-  const uint8_t *data_, *next_;
-  uint8_t* decoded_;
-  const bool keeps_all_;
-  Exceptions exceptions_;
-};
 
 struct AmxTile {
   int32_t first, height;
