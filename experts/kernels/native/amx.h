@@ -98,7 +98,7 @@ struct Amx {
 
 #else
 
-// As assembly: the intrinsics are macros that take no template's number, and older compilers have none.
+// As assembly: the intrinsics are macros that take no template's number.
 struct Amx {
   explicit Amx(const AmxShape& shape) { __asm__ volatile("ldtilecfg %0" : : "m"(shape)); }
   ~Amx() { __asm__ volatile("tilerelease"); }

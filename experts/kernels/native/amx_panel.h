@@ -28,6 +28,9 @@ inline void expand_nibbles(const uint8_t* from, size_t num_bytes, uint8_t* to, F
   }
 }
 
+// Whether products read something else than what is kept.
+inline bool is_decoded(const Matrix& matrix) { return matrix.format == kCompact || matrix.format == kInt4; }
+
 // A panel handed out slab by slab, in ascending order, as bfloat16 numbers or bytes.
 class AmxPanel {
  public:
@@ -61,8 +64,7 @@ class AmxPanel {
 
   // From an input on, once every slab was handed out.
   const uint8_t* plain(int input) const {
-    const bool is_decoded = matrix_.format == kCompact || matrix_.format == kInt4;
-    return (is_decoded ? decoded_ : data_) + (size_t)input * input_bytes_;
+    return (is_decoded(matrix_) ? decoded_ : data_) + (size_t)input * input_bytes_;
   }
 
   // A part of the panel that is wanted next, over `steps` steps; parts count from 1.

@@ -185,9 +185,8 @@ struct AmxTilesOf {
     const Matrix& matrix = *p.matrix;
     const int k = matrix.num_inputs, num_blocks = (num_rows + kTileRows - 1) / kTileRows, slab = T::slab_inputs(matrix);
     const bool keeps_all = num_blocks > kMostBlocks;
-    const size_t decoded_bytes = T::row_bytes(keeps_all ? k : kSlabsKept * slab) * kPanelColumns;
-    const bool decodes = matrix.format == kCompact || matrix.format == kInt4;
-    uint8_t* decoded = decodes ? (uint8_t*)own_scratch(2 * decoded_bytes) : nullptr;
+    const size_t decoded_bytes = is_decoded(matrix) ? T::row_bytes(keeps_all ? k : kSlabsKept * slab) * kPanelColumns : 0;
+    uint8_t* decoded = (uint8_t*)own_scratch(2 * decoded_bytes);
     AmxPanel first(matrix, p.first, p.next_first, slab, decoded, keeps_all);
     AmxPanel second(matrix, count == 2 ? p.second : p.first, p.next_second, slab, decoded + decoded_bytes, keeps_all);
     const Amx amx(AmxShape(num_rows < kTileRows ? num_rows : kTileRows));
