@@ -43,8 +43,9 @@ class AmxPanel {
     if (matrix.format == kCompact) exceptions_ = Exceptions(matrix, panel);
   }
 
-  // What follows it is asked for on the way.
+  // What follows it is asked for on the way. Null behind the last one.
   const uint8_t* slab(int input, int count) {
+    if (input == matrix_.num_inputs) return nullptr;
     const auto fetch = [&](const void* line) { own_.fetch(line); };
     const int place = keeps_all_ ? input : input / slab_inputs_ % kSlabsKept * slab_inputs_;
     uint8_t* to = decoded_ + (size_t)place * input_bytes_;

@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int kStepPanelBytes = kTileRows * 2 * kTileBytes;  // what 64 bytes of a row meet of a panel
-constexpr int kBf16Slab = 64;  // inputs whose weights are decoded at a time
+constexpr int kBf16Slab = kTileBytes / 2;  // inputs whose weights are decoded at a time: a step's
 constexpr int kMostBlocks = 3;  // of rows that meet a panel at once: six of eight registers hold sums
 
 // A tile's rows lie in blocks of up to 16, of which each has 64 bytes of every row, then the next 64, and so on.
@@ -86,21 +86,13 @@ inline void amx_add_panel(AmxBlock* blocks, const uint8_t* w, int num_steps, Soo
   }
 }
 
-// One block times two panels: 0 and 1 are the first one's sums, 2 and 3 the second one's.
-template <class Dot>
-inline void amx_add_pair(AmxBlock& x, const uint8_t* a, const uint8_t* b, int num_steps) {
-  for (int step = 0; step < num_steps; step++, a += kStepPanelBytes, b += kStepPanelBytes) {
-    Amx::load<6>(x.at, kTileBytes);
-    Amx::load<7>(a, 2 * kTileBytes);
-    Dot::template add<0, 6, 7>();
-    Amx::load<7>(a + kTileBytes, 2 * kTileBytes);
-    Dot::template add<1, 6, 7>();
-    Amx::load<7>(b, 2 * kTileBytes);
-    Dot::template add<2, 6, 7>();
-    Amx::load<7>(b + kTileBytes, 2 * kTileBytes);
-    Dot::template add<3, 6, 7>();
-    x.at += x.step;
-  }
+// Sums kSum and kSum + 1 += the rows in register 6 times a step of a plain panel.
+template <class Dot, int kSum>
+inline void amx_add_step(const uint8_t* w) {
+  Amx::load<7>(w, 2 * kTileBytes);
+  Dot::template add<kSum, 6, 7>();
+  Amx::load<7>(w + kTileBytes, 2 * kTileBytes);
+  Dot::template add<kSum + 1, 6, 7>();
 }
 
 struct AmxTile {
@@ -214,13 +206,20 @@ struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
   static int slab_inputs(const Matrix&) { return kBf16Slab; }
   static const uint16_t*& numbers(Row& row) { return row; }
 
+  // Of two panels, step by step: the next step is decoded, which waits for memory, before this one's products are asked for,
+  // which then wait for nothing. 0 and 1 are the first panel's sums, 2 and 3 the second one's.
   static void multiply_pair(const Row* x, int num_rows, const Matrix& matrix, AmxPanel& first, AmxPanel& second, float* out) {
-    const int k = matrix.num_inputs;
-    AmxBlock block(x[0], 0, num_rows, row_bytes(k));
-    for (int input = 0; input < k; input += kBf16Slab) {
-      const int inputs = k - input < kBf16Slab ? k - input : kBf16Slab;
-      const uint8_t *a = first.slab(input, inputs), *b = second.slab(input, inputs);
-      amx_add_pair<Bf16Dot>(block, a, b, inputs / 32);
+    AmxBlock block(x[0], 0, num_rows, row_bytes(matrix.num_inputs));
+    const uint8_t *a = first.slab(0, kBf16Slab), *b = second.slab(0, kBf16Slab);
+    for (int input = kBf16Slab; a; input += kBf16Slab) {
+      Amx::load<6>(block.at, kTileBytes);
+      block.at += block.step;
+      const uint8_t* next_a = first.slab(input, kBf16Slab);
+      amx_add_step<Bf16Dot, 0>(a);
+      const uint8_t* next_b = second.slab(input, kBf16Slab);
+      amx_add_step<Bf16Dot, 2>(b);
+      a = next_a;
+      b = next_b;
     }
     Amx::store<0>(out, 256);
     Amx::store<1>(out + 16, 256);
@@ -236,9 +235,11 @@ struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
     for (int i = 0; i < kBlocks; i++) blocks[i] = t.rows(t.x[0], bytes, i);
     amx_zero();
     if (t.block == 0) {
-      for (int input = 0; input < k; input += kBf16Slab) {
-        const int inputs = k - input < kBf16Slab ? k - input : kBf16Slab;
-        amx_add_panel<Bf16Dot, kBlocks>(blocks, t.panel.slab(input, inputs), inputs / 32);
+      const uint8_t* w = t.panel.slab(0, kBf16Slab);
+      for (int input = kBf16Slab; w; input += kBf16Slab) {
+        const uint8_t* next = t.panel.slab(input, kBf16Slab);
+        amx_add_panel<Bf16Dot, kBlocks>(blocks, w, 1);
+        w = next;
       }
     } else {
       SoonLines soon = t.next(k / 32);
