@@ -43,10 +43,13 @@ class AmxPanel {
     if (matrix.format == kCompact) exceptions_ = Exceptions(matrix, panel);
   }
 
-  // What follows it is asked for on the way. Null behind the last one.
+  // Null behind the last one. kFetches: what follows it is asked for on the way.
+  template <bool kFetches>
   const uint8_t* slab(int input, int count) {
     if (input == matrix_.num_inputs) return nullptr;
-    const auto fetch = [&](const void* line) { own_.fetch(line); };
+    const auto fetch = [&](const void* line) {
+      if (kFetches) own_.fetch(line);
+    };
     const int place = keeps_all_ ? input : input / slab_inputs_ % kSlabsKept * slab_inputs_;
     uint8_t* to = decoded_ + (size_t)place * input_bytes_;
     if (matrix_.format == kCompact) {
@@ -68,11 +71,11 @@ class AmxPanel {
     return (is_decoded(matrix_) ? decoded_ : data_) + (size_t)input * input_bytes_;
   }
 
-  // A part of the panel that is wanted next, over `steps` steps; parts count from 1.
+  // A part of the panel that is wanted next, over `steps` steps.
   SoonLines share_of_next(int part, int num_parts, int steps) const {
     if (!next_) return {nullptr, 0, 0};
     const int lines = (int)(panel_bytes(matrix_) / 64), share = (lines + num_parts - 1) / num_parts;
-    const int first = (part - 1) * share;
+    const int first = part * share;
     return {(const char*)next_ + (size_t)first * 64, (share + steps - 1) / steps, lines - first < share ? lines - first : share};
   }
 

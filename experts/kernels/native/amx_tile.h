@@ -58,30 +58,26 @@ struct AmxBlock {
 };
 
 // Register 6 holds the activations in turn: the same are loaded again for the other half, from the first-level cache.
-template <class Dot, int kBlocks, int kHalf>
-inline void amx_add_half(const AmxBlock* blocks) {
-  Amx::load<6>(blocks[0].at, kTileBytes);
-  Dot::template add<kHalf, 6, 7>();
-  if constexpr (kBlocks > 1) {
-    Amx::load<6>(blocks[1].at, kTileBytes);
-    Dot::template add<2 + kHalf, 6, 7>();
-  }
-  if constexpr (kBlocks > 2) {
-    Amx::load<6>(blocks[2].at, kTileBytes);
-    Dot::template add<4 + kHalf, 6, 7>();
-  }
+template <class Dot, int kSum>
+inline void amx_add_block(const AmxBlock& x, SoonLines& soon) {
+  Amx::load<6>(x.at, kTileBytes);
+  Dot::template add<kSum, 6, 7>();
+  soon.fetch();
 }
 
 // Sums 2 b and 2 b + 1 of each block b += steps of its rows times the halves of a plain panel.
 template <class Dot, int kBlocks>
-inline void amx_add_panel(AmxBlock* blocks, const uint8_t* w, int num_steps, SoonLines* soon = nullptr) {
+inline void amx_add_panel(AmxBlock* blocks, const uint8_t* w, int num_steps, SoonLines& soon) {
   static_assert(kBlocks <= kMostBlocks);
   for (int step = 0; step < num_steps; step++, w += kStepPanelBytes) {
-    if (soon) soon->fetch();
     Amx::load<7>(w, 2 * kTileBytes);
-    amx_add_half<Dot, kBlocks, 0>(blocks);
+    amx_add_block<Dot, 0>(blocks[0], soon);
+    if constexpr (kBlocks > 1) amx_add_block<Dot, 2>(blocks[1], soon);
+    if constexpr (kBlocks > 2) amx_add_block<Dot, 4>(blocks[2], soon);
     Amx::load<7>(w + kTileBytes, 2 * kTileBytes);
-    amx_add_half<Dot, kBlocks, 1>(blocks);
+    amx_add_block<Dot, 1>(blocks[0], soon);
+    if constexpr (kBlocks > 1) amx_add_block<Dot, 3>(blocks[1], soon);
+    if constexpr (kBlocks > 2) amx_add_block<Dot, 5>(blocks[2], soon);
     for (int b = 0; b < kBlocks; b++) blocks[b].at += blocks[b].step;
   }
 }
@@ -144,10 +140,12 @@ struct AmxTask {
   AmxBlock rows(const void* packed, size_t row_bytes, int index) const {
     return AmxBlock(packed, block + index, num_rows, row_bytes);
   }
-  // What blocks behind the first ones ask for, while those decode.
-  SoonLines next(int steps) const {
+  // What a pass of several blocks asks for between its products. A pass of one has no time for that: it asks while it decodes.
+  template <int kBlocks>
+  SoonLines soon(int num_steps) const {
     constexpr int kRows = kMostBlocks * kTileRows;
-    return panel.share_of_next(block / kMostBlocks, (num_rows - 1) / kRows, steps);
+    if (kBlocks == 1 && block == 0) return {nullptr, 0, 0};
+    return panel.share_of_next(block / kMostBlocks, (num_rows + kRows - 1) / kRows, num_steps * 2 * kBlocks);
   }
 };
 
@@ -179,11 +177,14 @@ struct AmxTilesOf {
     const bool keeps_all = num_blocks > kMostBlocks;
     const size_t decoded_bytes = is_decoded(matrix) ? T::row_bytes(keeps_all ? k : kSlabsKept * slab) * kPanelColumns : 0;
     uint8_t* decoded = (uint8_t*)own_scratch(2 * decoded_bytes);
-    AmxPanel first(matrix, p.first, p.next_first, slab, decoded, keeps_all);
-    AmxPanel second(matrix, count == 2 ? p.second : p.first, p.next_second, slab, decoded + decoded_bytes, keeps_all);
+    const bool is_pair = T::kTakesPairs && num_blocks == 1 && count == 2;  // side by side, else one after the other
+    const void* after_first = count == 2 && !is_pair ? panel_data(matrix, p.second) : p.next_first;
+    AmxPanel first(matrix, p.first, after_first, slab, decoded, keeps_all);
+    AmxPanel second(matrix, count == 2 ? p.second : p.first, is_pair ? p.next_second : p.next_first, slab,
+                    decoded + decoded_bytes, keeps_all);
     const Amx amx(AmxShape(num_rows < kTileRows ? num_rows : kTileRows));
     if constexpr (T::kTakesPairs)
-      if (num_blocks == 1 && count == 2) return T::multiply_pair(x, num_rows, matrix, first, second, out);
+      if (is_pair) return T::multiply_pair(x, num_rows, matrix, first, second, out);
     for (int i = 0; i < count; i++)
       for (int block = 0; block < num_blocks; block += kMostBlocks) {
         const AmxTask<Row> task = {x, block, num_rows, i ? p.second : p.first, matrix, i ? second : first,
@@ -210,13 +211,13 @@ struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
   // which then wait for nothing. 0 and 1 are the first panel's sums, 2 and 3 the second one's.
   static void multiply_pair(const Row* x, int num_rows, const Matrix& matrix, AmxPanel& first, AmxPanel& second, float* out) {
     AmxBlock block(x[0], 0, num_rows, row_bytes(matrix.num_inputs));
-    const uint8_t *a = first.slab(0, kBf16Slab), *b = second.slab(0, kBf16Slab);
+    const uint8_t *a = first.slab<true>(0, kBf16Slab), *b = second.slab<true>(0, kBf16Slab);
     for (int input = kBf16Slab; a; input += kBf16Slab) {
       Amx::load<6>(block.at, kTileBytes);
       block.at += block.step;
-      const uint8_t* next_a = first.slab(input, kBf16Slab);
+      const uint8_t* next_a = first.slab<true>(input, kBf16Slab);
       amx_add_step<Bf16Dot, 0>(a);
-      const uint8_t* next_b = second.slab(input, kBf16Slab);
+      const uint8_t* next_b = second.slab<true>(input, kBf16Slab);
       amx_add_step<Bf16Dot, 2>(b);
       a = next_a;
       b = next_b;
@@ -233,17 +234,17 @@ struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
     const size_t bytes = row_bytes(k);
     AmxBlock blocks[kMostBlocks];
     for (int i = 0; i < kBlocks; i++) blocks[i] = t.rows(t.x[0], bytes, i);
+    SoonLines soon = t.template soon<kBlocks>(k / kBf16Slab);
     amx_zero();
     if (t.block == 0) {
-      const uint8_t* w = t.panel.slab(0, kBf16Slab);
+      const uint8_t* w = t.panel.template slab<kBlocks == 1>(0, kBf16Slab);
       for (int input = kBf16Slab; w; input += kBf16Slab) {
-        const uint8_t* next = t.panel.slab(input, kBf16Slab);
-        amx_add_panel<Bf16Dot, kBlocks>(blocks, w, 1);
+        const uint8_t* next = t.panel.template slab<kBlocks == 1>(input, kBf16Slab);
+        amx_add_panel<Bf16Dot, kBlocks>(blocks, w, 1, soon);
         w = next;
       }
     } else {
-      SoonLines soon = t.next(k / 32);
-      amx_add_panel<Bf16Dot, kBlocks>(blocks, t.panel.plain(0), k / 32, &soon);
+      amx_add_panel<Bf16Dot, kBlocks>(blocks, t.panel.plain(0), k / kBf16Slab, soon);
     }
     amx_store<kBlocks>(t.out, t.stride);
   }
@@ -268,14 +269,14 @@ struct AmxByteTiles : AmxTilesOf<AmxByteTiles<kIsInt4>, QuantizedRow> {
     const void* numbers = t.x[0].numbers;
     AmxBlock blocks[kMostBlocks];
     for (int i = 0; i < kBlocks; i++) blocks[i] = t.rows(numbers, k, i);
-    SoonLines soon = t.block ? t.next(k / kTileBytes) : SoonLines{nullptr, 0, 0};
+    SoonLines soon = t.template soon<kBlocks>(k / kTileBytes);
     const float* scales = t.matrix.scales + (size_t)t.panel_number * num_groups * kPanelColumns;
     for (int group = 0; group < num_groups; group++, scales += kPanelColumns) {
       const int input = group * group_size;
-      const uint8_t* w = t.block ? t.panel.plain(input) : t.panel.slab(input, group_size);
+      const uint8_t* w = t.block ? t.panel.plain(input) : t.panel.template slab<kBlocks == 1>(input, group_size);
       alignas(64) int32_t sums[kBlocks * kTileRows * kPanelColumns];
       amx_zero();
-      amx_add_panel<BytesDot, kBlocks>(blocks, w, steps, &soon);
+      amx_add_panel<BytesDot, kBlocks>(blocks, w, steps, soon);
       amx_store<kBlocks>(sums, kPanelColumns);
       add_group(t, sums, group, scales);
     }
@@ -315,9 +316,10 @@ double amx_peak(long iterations, int inputs_a_step) {
   const uint8_t *w = (const uint8_t*)operands, *x = w + kSteps * kStepPanelBytes;
   const Amx amx{AmxShape(kTileRows)};
   amx_zero();
+  SoonLines nothing = {nullptr, 0, 0};
   for (long i = 0; i < iterations; i++) {
     AmxBlock blocks[2] = {{x, 0, 2 * kTileRows, kSteps * kTileBytes}, {x, 1, 2 * kTileRows, kSteps * kTileBytes}};
-    amx_add_panel<Dot, 2>(blocks, w, kSteps);
+    amx_add_panel<Dot, 2>(blocks, w, kSteps, nothing);
   }
   return 2.0 * iterations * kSteps * inputs_a_step * 2 * kTileRows * kPanelColumns;
 }
