@@ -6,14 +6,14 @@
 
 namespace {
 
-constexpr int kSlabsKept = 2;  // where a panel is not kept as a whole
+constexpr int kSlabsKept = 2;  // where a panel is not kept as a whole: one is decoded while the one before is still to be read
 
-// Lines that are wanted soon, some of them at every step.
+// Lines that are wanted soon, of which each call asks for a few.
 struct SoonLines {
-  const char* at;
-  int a_step, left;
+  const char* at = nullptr;
+  int a_call = 0, left = 0;
   void fetch() {
-    for (int i = 0; i < a_step && left > 0; i++, left--, at += 64) Simd::prefetch_later(at);
+    for (int i = 0; i < a_call && left > 0; i++, left--, at += 64) Simd::prefetch_later(at);
   }
 };
 
@@ -34,35 +34,36 @@ inline bool is_decoded(const Matrix& matrix) { return matrix.format == kCompact 
 // A panel handed out slab by slab, in ascending order, as bfloat16 numbers or bytes.
 class AmxPanel {
  public:
-  // decoded: memory for all of it, or for kSlabsKept slabs.
-  AmxPanel(const Matrix& matrix, int panel, const void* next, int slab_inputs, uint8_t* decoded, bool keeps_all)
+  // decoded: memory for all of it, or for kSlabsKept slabs. asks_itself: it asks for itself on the way, and at its end for the
+  // next one; else another panel has asked for it.
+  AmxPanel(const Matrix& matrix, int panel, const void* next, int slab_inputs, uint8_t* decoded, bool keeps_all,
+           bool asks_itself)
       : matrix_(matrix), own_(matrix, panel, next), panel_(panel), slab_inputs_(slab_inputs),
         input_bytes_(matrix.format == kCompact || matrix.format == kBfloat16 ? kPanelColumns * 2 : kPanelColumns),
         data_((const uint8_t*)panel_data(matrix, panel)), next_((const uint8_t*)next), decoded_(decoded),
-        keeps_all_(keeps_all) {
+        keeps_all_(keeps_all), asks_itself_(asks_itself) {
     if (matrix.format == kCompact) exceptions_ = Exceptions(matrix, panel);
   }
 
-  // Null behind the last one. kFetches: what follows it is asked for on the way.
-  template <bool kFetches>
-  const uint8_t* slab(int input, int count) {
+  // Null behind the last one.
+  const uint8_t* slab(int input) {
     if (input == matrix_.num_inputs) return nullptr;
     const auto fetch = [&](const void* line) {
-      if (kFetches) own_.fetch(line);
+      if (asks_itself_) own_.fetch(line);
     };
     const int place = keeps_all_ ? input : input / slab_inputs_ % kSlabsKept * slab_inputs_;
     uint8_t* to = decoded_ + (size_t)place * input_bytes_;
     if (matrix_.format == kCompact) {
-      expand_steps(matrix_, panel_, input / kStepInputs, (input + count) / kStepInputs, exceptions_, (uint16_t*)to, fetch);
+      expand_steps(matrix_, panel_, input / kStepInputs, (input + slab_inputs_) / kStepInputs, exceptions_, (uint16_t*)to, fetch);
       return to;
     }
     if (matrix_.format == kInt4) {
       const size_t half = input_bytes_ / 2;
-      expand_nibbles(data_ + input * half, count * half, to, fetch);
+      expand_nibbles(data_ + input * half, slab_inputs_ * half, to, fetch);
       return to;
     }
     const uint8_t* from = data_ + (size_t)input * input_bytes_;
-    for (int i = 0; i < count * input_bytes_; i += 64) fetch(from + i);
+    for (int i = 0; i < slab_inputs_ * input_bytes_; i += 64) fetch(from + i);
     return from;
   }
 
@@ -71,12 +72,12 @@ class AmxPanel {
     return (is_decoded(matrix_) ? decoded_ : data_) + (size_t)input * input_bytes_;
   }
 
-  // A part of the panel that is wanted next, over `steps` steps.
-  SoonLines share_of_next(int part, int num_parts, int steps) const {
-    if (!next_) return {nullptr, 0, 0};
+  // A part of the panel that is wanted next, over so many calls.
+  SoonLines share_of_next(int part, int num_parts, int num_calls) const {
+    if (!next_) return {};
     const int lines = (int)(panel_bytes(matrix_) / 64), share = (lines + num_parts - 1) / num_parts;
     const int first = part * share;
-    return {(const char*)next_ + (size_t)first * 64, (share + steps - 1) / steps, lines - first < share ? lines - first : share};
+    return {(const char*)next_ + (size_t)first * 64, (share + num_calls - 1) / num_calls, lines - first < share ? lines - first : share};
   }
 
  private:
@@ -85,7 +86,7 @@ class AmxPanel {
   const int panel_, slab_inputs_, input_bytes_;
   const uint8_t *data_, *next_;
   uint8_t* decoded_;
-  const bool keeps_all_;
+  const bool keeps_all_, asks_itself_;
   Exceptions exceptions_;
 };
 

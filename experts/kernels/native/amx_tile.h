@@ -57,7 +57,7 @@ struct AmxBlock {
       : at((const uint8_t*)x + block * kTileRows * row_bytes), step((size_t)amx_block_rows(block, height) * kTileBytes) {}
 };
 
-// Register 6 holds the activations in turn: the same are loaded again for the other half, from the first-level cache.
+// A block's rows times the half of a panel in register 7; then some of what is wanted soon is asked for.
 template <class Dot, int kSum>
 inline void amx_add_block(const AmxBlock& x, SoonLines& soon) {
   Amx::load<6>(x.at, kTileBytes);
@@ -65,7 +65,8 @@ inline void amx_add_block(const AmxBlock& x, SoonLines& soon) {
   soon.fetch();
 }
 
-// Sums 2 b and 2 b + 1 of each block b += steps of its rows times the halves of a plain panel.
+// Sums 2 b and 2 b + 1 of each block b += steps of its rows times the halves of a plain panel. For the second half the rows
+// are loaded again, from the first-level cache.
 template <class Dot, int kBlocks>
 inline void amx_add_panel(AmxBlock* blocks, const uint8_t* w, int num_steps, SoonLines& soon) {
   static_assert(kBlocks <= kMostBlocks);
@@ -140,11 +141,11 @@ struct AmxTask {
   AmxBlock rows(const void* packed, size_t row_bytes, int index) const {
     return AmxBlock(packed, block + index, num_rows, row_bytes);
   }
-  // What a pass of several blocks asks for between its products. A pass of one has no time for that: it asks while it decodes.
+  // What a pass asks for between its products. A tile of one block has no time for that: it asks while it decodes.
   template <int kBlocks>
   SoonLines soon(int num_steps) const {
     constexpr int kRows = kMostBlocks * kTileRows;
-    if (kBlocks == 1 && block == 0) return {nullptr, 0, 0};
+    if (num_rows <= kTileRows) return {};
     return panel.share_of_next(block / kMostBlocks, (num_rows + kRows - 1) / kRows, num_steps * 2 * kBlocks);
   }
 };
@@ -177,11 +178,13 @@ struct AmxTilesOf {
     const bool keeps_all = num_blocks > kMostBlocks;
     const size_t decoded_bytes = is_decoded(matrix) ? T::row_bytes(keeps_all ? k : kSlabsKept * slab) * kPanelColumns : 0;
     uint8_t* decoded = (uint8_t*)own_scratch(2 * decoded_bytes);
-    const bool is_pair = T::kTakesPairs && num_blocks == 1 && count == 2;  // side by side, else one after the other
+    // A pair is read side by side; else one panel asks for the other, and that one for the first of the next call, if that is
+    // the next: so the first asks for itself too.
+    const bool is_pair = T::kTakesPairs && num_blocks == 1 && count == 2;
     const void* after_first = count == 2 && !is_pair ? panel_data(matrix, p.second) : p.next_first;
-    AmxPanel first(matrix, p.first, after_first, slab, decoded, keeps_all);
+    AmxPanel first(matrix, p.first, after_first, slab, decoded, keeps_all, true);
     AmxPanel second(matrix, count == 2 ? p.second : p.first, is_pair ? p.next_second : p.next_first, slab,
-                    decoded + decoded_bytes, keeps_all);
+                    decoded + decoded_bytes, keeps_all, num_blocks == 1);
     const Amx amx(AmxShape(num_rows < kTileRows ? num_rows : kTileRows));
     if constexpr (T::kTakesPairs)
       if (is_pair) return T::multiply_pair(x, num_rows, matrix, first, second, out);
@@ -203,7 +206,7 @@ struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
   static constexpr bool kTakesPairs = true;
   static constexpr int kFewestRows = 1;
   static size_t row_bytes(int k) { return (size_t)k * 2; }
-  static bool takes(const Matrix& matrix) { return matrix.num_inputs % (kTileBytes / 2) == 0; }
+  static bool takes(const Matrix& matrix) { return matrix.num_inputs % kBf16Slab == 0; }
   static int slab_inputs(const Matrix&) { return kBf16Slab; }
   static const uint16_t*& numbers(Row& row) { return row; }
 
@@ -211,13 +214,13 @@ struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
   // which then wait for nothing. 0 and 1 are the first panel's sums, 2 and 3 the second one's.
   static void multiply_pair(const Row* x, int num_rows, const Matrix& matrix, AmxPanel& first, AmxPanel& second, float* out) {
     AmxBlock block(x[0], 0, num_rows, row_bytes(matrix.num_inputs));
-    const uint8_t *a = first.slab<true>(0, kBf16Slab), *b = second.slab<true>(0, kBf16Slab);
+    const uint8_t *a = first.slab(0), *b = second.slab(0);
     for (int input = kBf16Slab; a; input += kBf16Slab) {
       Amx::load<6>(block.at, kTileBytes);
       block.at += block.step;
-      const uint8_t* next_a = first.slab<true>(input, kBf16Slab);
+      const uint8_t* next_a = first.slab(input);
       amx_add_step<Bf16Dot, 0>(a);
-      const uint8_t* next_b = second.slab<true>(input, kBf16Slab);
+      const uint8_t* next_b = second.slab(input);
       amx_add_step<Bf16Dot, 2>(b);
       a = next_a;
       b = next_b;
@@ -237,9 +240,9 @@ struct AmxTiles<kBfloat16> : AmxTilesOf<AmxTiles<kBfloat16>, const uint16_t*> {
     SoonLines soon = t.template soon<kBlocks>(k / kBf16Slab);
     amx_zero();
     if (t.block == 0) {
-      const uint8_t* w = t.panel.template slab<kBlocks == 1>(0, kBf16Slab);
+      const uint8_t* w = t.panel.slab(0);
       for (int input = kBf16Slab; w; input += kBf16Slab) {
-        const uint8_t* next = t.panel.template slab<kBlocks == 1>(input, kBf16Slab);
+        const uint8_t* next = t.panel.slab(input);
         amx_add_panel<Bf16Dot, kBlocks>(blocks, w, 1, soon);
         w = next;
       }
@@ -273,7 +276,7 @@ struct AmxByteTiles : AmxTilesOf<AmxByteTiles<kIsInt4>, QuantizedRow> {
     const float* scales = t.matrix.scales + (size_t)t.panel_number * num_groups * kPanelColumns;
     for (int group = 0; group < num_groups; group++, scales += kPanelColumns) {
       const int input = group * group_size;
-      const uint8_t* w = t.block ? t.panel.plain(input) : t.panel.template slab<kBlocks == 1>(input, group_size);
+      const uint8_t* w = t.block ? t.panel.plain(input) : t.panel.slab(input);
       alignas(64) int32_t sums[kBlocks * kTileRows * kPanelColumns];
       amx_zero();
       amx_add_panel<BytesDot, kBlocks>(blocks, w, steps, soon);
@@ -316,7 +319,7 @@ double amx_peak(long iterations, int inputs_a_step) {
   const uint8_t *w = (const uint8_t*)operands, *x = w + kSteps * kStepPanelBytes;
   const Amx amx{AmxShape(kTileRows)};
   amx_zero();
-  SoonLines nothing = {nullptr, 0, 0};
+  SoonLines nothing;
   for (long i = 0; i < iterations; i++) {
     AmxBlock blocks[2] = {{x, 0, 2 * kTileRows, kSteps * kTileBytes}, {x, 1, 2 * kTileRows, kSteps * kTileBytes}};
     amx_add_panel<Dot, 2>(blocks, w, kSteps, nothing);

@@ -31,8 +31,8 @@ def weight_with_rare_numbers(num_outputs: int, num_inputs: int) -> torch.Tensor:
     return weight
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 40])
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(33, 64), (170, 128), (640, 32)])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 40, 60, 150])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(33, 64), (170, 128), (640, 32), (1100, 160)])
 def test_a_compact_matrix_has_the_products_of_the_plain_one(
     each_instruction_set: str, num_rows: int, num_outputs: int, num_inputs: int
 ) -> None:
