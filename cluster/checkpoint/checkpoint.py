@@ -47,6 +47,8 @@ class CheckpointFiles(Protocol):
 
     def fetch_optional(self, file_name: str) -> Path | None: ...
 
+    def has(self, file_name: str) -> bool: ...
+
 
 class LocalFiles:
     """A folder on this machine."""
@@ -74,6 +76,9 @@ class LocalFiles:
             )
         return path
 
+    def has(self, file_name: str) -> bool:
+        return (self._folder / file_name).is_file()
+
     def _other_weights(self, file_name: str) -> str:
         """What to say of weights in a format that can run code when it is read."""
         if not file_name.endswith(SUFFIX):
@@ -86,12 +91,14 @@ class Checkpoint:
     """Implements the WeightReader of attention workers and expert shards. Headers are read once and kept."""
 
     def __init__(self, files: CheckpointFiles) -> None:
-        """Reads the index if there is one. Raises InvalidCheckpoint."""
+        """Reads the index if there is one that counts. Raises InvalidCheckpoint."""
         self._files = files
         self._opened: dict[str, SafetensorsFile] = {}
         self._quantization: Quantization | None = None
         self._has_read_quantization = False
         index_path = files.fetch_optional(INDEX_FILE)
+        if index_path is not None and files.has(SINGLE_FILE):
+            index_path = None  # left behind by an earlier save in shards; transformers takes the single file too
         self._file_names = None if index_path is None else _file_names(index_path)  # by tensor
 
     @classmethod

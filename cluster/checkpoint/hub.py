@@ -3,6 +3,8 @@
 Honours what huggingface_hub honours: HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, its cache and its retries.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import (
@@ -46,10 +48,11 @@ class HubFiles:
     def fetch_optional(self, file_name: str) -> Path | None:
         """None if the repository lacks the file. Raises InvalidCheckpoint if that cannot be found out."""
         try:
-            if self._is_reachable is None:
-                self._is_reachable = self._answers(file_name)
-            is_offline = not self._is_reachable
-            path = Path(hf_hub_download(self.location, file_name, revision=self._revision, local_files_only=is_offline))
+            with self._named_errors(file_name):
+                is_offline = not self._can_reach_hub(file_name)
+                path = Path(
+                    hf_hub_download(self.location, file_name, revision=self._revision, local_files_only=is_offline)
+                )
         except LocalEntryNotFoundError as error:
             if try_to_load_from_cache(self.location, file_name, revision=self._revision) is _CACHED_NO_EXIST:
                 return None  # the hub once answered that there is none
@@ -59,6 +62,32 @@ class HubFiles:
             ) from error
         except EntryNotFoundError:
             return None
+        self._revision = path.parent.name  # .../snapshots/<commit>/<file name>
+        return path
+
+    def has(self, file_name: str) -> bool:
+        """Whether the repository has the file, which is not fetched; where the hub cannot be reached, the cache.
+
+        Raises InvalidCheckpoint if that cannot be found out.
+        """
+        try:
+            with self._named_errors(file_name):
+                if not self._can_reach_hub(file_name):
+                    return isinstance(try_to_load_from_cache(self.location, file_name, revision=self._revision), str)
+                get_hf_file_metadata(
+                    hf_hub_url(self.location, file_name, revision=self._revision), timeout=PROBE_TIMEOUT_S
+                )
+        except EntryNotFoundError:
+            return False
+        return True
+
+    @contextmanager
+    def _named_errors(self, file_name: str) -> Iterator[None]:
+        """Errors as InvalidCheckpoint, but for that of a file that is not there."""
+        try:
+            yield
+        except EntryNotFoundError:
+            raise
         except RevisionNotFoundError as error:
             raise InvalidCheckpoint(f"{self.location}: no revision {self._revision!r} on the hub") from error
         except RepositoryNotFoundError as error:
@@ -69,8 +98,11 @@ class HubFiles:
             raise InvalidCheckpoint(f"{self.location}: neither a local folder nor a hub id: {error}") from error
         except (TransportError, OSError) as error:
             raise InvalidCheckpoint(f"{self.location}: {file_name} could not be fetched: {error}") from error
-        self._revision = path.parent.name  # .../snapshots/<commit>/<file name>
-        return path
+
+    def _can_reach_hub(self, file_name: str) -> bool:
+        if self._is_reachable is None:
+            self._is_reachable = self._answers(file_name)
+        return self._is_reachable
 
     def _answers(self, file_name: str) -> bool:
         """Whether the hub can be reached. Raises HFValidationError."""

@@ -130,6 +130,17 @@ def test_a_repository_with_a_single_file_serves_without_index(hub: Hub, tmp_path
     assert hub.run(REPO_ID, "role", cache=tmp_path / "cache", HF_HUB_OFFLINE="1") == ""
 
 
+def test_a_repository_with_a_single_file_and_an_old_index_serves_the_single_file(hub: Hub, tmp_path: Path) -> None:
+    for path in hub.folder.glob("model-*"):
+        path.unlink()
+    write_checkpoint(hub.folder, "v2")
+    assert hub.run(REPO_ID, cache=tmp_path / "cache") == ""
+    assert "model.safetensors" not in hub.fetched
+    assert hub.run(REPO_ID, "role", cache=tmp_path / "cache") == ""
+    assert hub.fetched.count("model.safetensors") == 1
+    assert hub.run(REPO_ID, "role", cache=tmp_path / "cache", HF_HUB_OFFLINE="1") == ""
+
+
 def test_a_repository_that_is_not_there_is_refused_by_name(hub: Hub, tmp_path: Path) -> None:
     answer = hub.run("reef/nothing", cache=tmp_path / "cache")
     assert answer.startswith("refused: reef/nothing: no such folder here, and no such repository on the hub")

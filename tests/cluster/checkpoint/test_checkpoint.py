@@ -105,6 +105,20 @@ def test_a_file_that_the_index_names_and_the_folder_lacks_is_named(tmp_path: Pat
         Checkpoint.open(folder).check_role({"lm_head.weight": (320, 64)})
 
 
+@pytest.mark.parametrize("keeps_shards", [False, True])
+def test_a_single_file_is_the_model_whatever_an_index_beside_it_says(tmp_path: Path, keeps_shards: bool) -> None:
+    folder = write_checkpoint(tmp_path, "v2", num_shards=3, seed=1)  # saved in shards once, in one file since
+    if not keeps_shards:
+        for path in folder.glob("model-*.safetensors"):
+            path.unlink()
+    write_checkpoint(folder, "v2", seed=2)
+    assert (folder / "model.safetensors.index.json").exists()
+    checkpoint, expected = Checkpoint.open(folder), load_file(folder / "model.safetensors")
+    assert set(checkpoint.names) == set(expected)
+    checkpoint.check_role(checkpoint.model_config().decoder.weight_shapes())
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("file_name", ["../model.safetensors", "/etc/passwd", "a/b", "..", "", 3, None])
 def test_an_index_that_points_outside_the_folder_is_refused(tmp_path: Path, file_name: object) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file_name}}))
