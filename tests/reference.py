@@ -59,7 +59,7 @@ class Reference:
             else:
                 hidden = hidden + self._mlp(normed, f"{prefix}.mlp")
         hidden = self._norm(hidden, "model.norm", decoder.rms_norm_eps)
-        head = "model.embed_tokens" if decoder.tie_word_embeddings else "lm_head"
+        head = "lm_head" if "lm_head.weight" in self._weights else "model.embed_tokens"
         return hidden @ self._weights[f"{head}.weight"].T
 
     def _norm(self, x: Tensor, name: str, eps: float) -> Tensor:

@@ -33,6 +33,7 @@ from experts.quantized_matrix import MatrixFormat, QuantizedMatrix
 __all__ = ["Checkpoint", "InvalidCheckpoint"]
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+LM_HEAD = "lm_head.weight"
 SUFFIX, PICKLE_SUFFIXES = ".safetensors", (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_BLOBS = "blobs"  # REPOSITORY/snapshots/COMMIT/FILE links to REPOSITORY/blobs/HASH in the hub's cache
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
@@ -130,15 +131,20 @@ class Checkpoint:
         return self._open_file(SINGLE_FILE).entries.keys()
 
     def model_config(self) -> ModelConfig:
-        """config.json, with the end tokens that generation_config.json adds.
+        """config.json, with the end tokens that generation_config.json adds and with the lm_head that is stored.
 
-        Raises InvalidCheckpoint or UnsupportedModel.
+        Of a single file on the hub that says that it is tied, this fetches the weights. Raises InvalidCheckpoint or
+        UnsupportedModel.
         """
         config = ModelConfig.read(self.file("config.json"))
         generation_path = self.optional_file("generation_config.json")
-        if generation_path is None:
-            return config
-        return config.with_eos_token_ids(eos_token_ids(read_json_object(generation_path), config.decoder.vocab_size))
+        if generation_path is not None:
+            generation = read_json_object(generation_path)
+            config = config.with_eos_token_ids(eos_token_ids(generation, config.decoder.vocab_size))
+        # transformers writes no lm_head that is the embedding: one that is stored is meant, whatever config.json says.
+        if config.decoder.tie_word_embeddings and self.has(LM_HEAD):
+            return config.with_own_lm_head()
+        return config
 
     def file(self, file_name: str) -> Path:
         """A file beside the weights, such as tokenizer.json. Raises InvalidCheckpoint if there is none."""
@@ -146,6 +152,10 @@ class Checkpoint:
 
     def optional_file(self, file_name: str) -> Path | None:
         return self._files.fetch_optional(file_name)
+
+    def has(self, name: str) -> bool:
+        """Whether this tensor is stored, plain or quantised. Of a single file on the hub this fetches it."""
+        return name in self.names or name + PACKED in self.names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header; of a quantised matrix the shape it stands for. Raises InvalidCheckpoint if there is none."""

@@ -39,6 +39,10 @@ class ModelConfig:
         """The same with these added to its end tokens."""
         return replace(self, eos_token_ids=tuple(dict.fromkeys(self.eos_token_ids + token_ids)))
 
+    def with_own_lm_head(self) -> "ModelConfig":
+        """The same with an lm_head that is not the embedding."""
+        return replace(self, decoder=replace(self.decoder, tie_word_embeddings=False))
+
     @classmethod
     def read(cls, path: Path) -> "ModelConfig":
         """Raises InvalidModelConfig or UnsupportedModel."""
