@@ -120,7 +120,7 @@ def _weighted(scores: Tensor, choice: Tensor, config: GateConfig) -> tuple[Tenso
     """The best of `choice`, with their scores as DeepSeek's config.json says: normalised or not, and scaled."""
     topk_ids = _top_indices(choice, config.num_experts_per_tok).sort(dim=-1).values  # [num_tokens, top_k]
     topk_weights = scores.gather(-1, topk_ids)
-    if config.norm_topk_prob and config.num_experts_per_tok > 1:
+    if config.norm_topk_prob:
         topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
     return topk_weights * config.routed_scaling_factor, topk_ids
 

@@ -36,7 +36,7 @@ class GateConfig:
     topk_group: int = 1
     topk_method: TopkMethod = TopkMethod.GREEDY
     scoring_func: ScoringFunc = ScoringFunc.SOFTMAX
-    norm_topk_prob: bool = False
+    norm_topk_prob: bool = False  # weights are divided by their sum, that of a single expert too
     routed_scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:

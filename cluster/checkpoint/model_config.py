@@ -158,15 +158,15 @@ def _gate_v2(fields: JsonFields) -> GateConfig:
         raise fields.unsupported("topk_method", f"one of {sorted(methods)} for {V2}")
     if fields.text("scoring_func", "softmax") != "softmax":
         raise fields.unsupported("scoring_func", f"'softmax' for {V2}")
-    top_k, is_normalised = fields.integer("num_experts_per_tok"), fields.boolean("norm_topk_prob", False)
+    # The published V2 code normalises *or* scales, and one expert only scales; V3's normalises and then scales.
+    is_normalised = fields.boolean("norm_topk_prob", False) and fields.integer("num_experts_per_tok") > 1
     scaling_factor = fields.number("routed_scaling_factor", 1.0)
     return _gate(
         fields,
         topk_method=methods[method],
         scoring_func=ScoringFunc.SOFTMAX,
         norm_topk_prob=is_normalised,
-        # The published V2 code normalises *or* scales; V3's normalises and then scales.
-        routed_scaling_factor=1.0 if is_normalised and top_k > 1 else scaling_factor,
+        routed_scaling_factor=1.0 if is_normalised else scaling_factor,
     )
 
 

@@ -46,7 +46,7 @@ def choose(scores: Tensor, logits: Tensor, config: GateConfig, bias: Tensor | No
         allowed = {i for g in best(group_scores, config.topk_group) for i in groups[g]}
     chosen = best([choice[i] if i in allowed else -math.inf for i in range(len(choice))], top_k)
     weights = {i: scores.tolist()[i] for i in chosen}
-    if config.norm_topk_prob and top_k > 1:
+    if config.norm_topk_prob:
         total = sum(weights.values()) + 1e-20
         weights = {i: weight / total for i, weight in weights.items()}
     return {i: weight * config.routed_scaling_factor for i, weight in weights.items()}

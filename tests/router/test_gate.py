@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +33,8 @@ V3 = GateConfig(
     routed_scaling_factor=2.5,
 )
 
+V3_OF_ONE = replace(V3, num_experts_per_tok=1)
+
 
 def published_router(config: GateConfig) -> DeepseekV2TopkRouter | DeepseekV3TopkRouter:
     shared = {
@@ -49,7 +53,7 @@ def published_router(config: GateConfig) -> DeepseekV2TopkRouter | DeepseekV3Top
 
 @settings(max_examples=60, deadline=None)
 @given(
-    config=st.sampled_from([V2, V2_LITE, V3]),
+    config=st.sampled_from([V2, V2_LITE, V3, V3_OF_ONE]),
     seed=st.integers(0, 2**31),
     num_tokens=st.integers(1, 200),
     spread=st.floats(0.01, 4.0),

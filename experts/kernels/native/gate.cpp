@@ -78,7 +78,7 @@ void select_row(const GateCall& call, int row) {
       ids[k] = i;
       sum += weights[k++] = scores[i];
     }
-  const float divisor = call.is_normalised && call.top_k > 1 ? sum + 1e-20f : 1.0f;
+  const float divisor = call.is_normalised ? sum + 1e-20f : 1.0f;
   for (int i = 0; i < call.top_k; i++) weights[i] = weights[i] / divisor * call.scaling_factor;
 }
 

@@ -108,8 +108,13 @@ def test_v2_normalises_or_scales_and_never_both() -> None:
     gate = ModelConfig.from_json(V2 | {"norm_topk_prob": True}).decoder.gate
     assert gate.norm_topk_prob
     assert gate.routed_scaling_factor == 1.0
-    single = {"norm_topk_prob": True, "num_experts_per_tok": 1}
-    assert ModelConfig.from_json(V2 | single).decoder.gate.routed_scaling_factor == 8.0
+    single = ModelConfig.from_json(V2 | {"norm_topk_prob": True, "num_experts_per_tok": 1}).decoder.gate
+    assert (single.norm_topk_prob, single.routed_scaling_factor) == (False, 8.0)
+
+
+def test_v3_normalises_the_weight_of_a_single_expert_too() -> None:
+    gate = ModelConfig.from_json(V3 | {"num_experts_per_tok": 1}).decoder.gate
+    assert (gate.norm_topk_prob, gate.routed_scaling_factor) == (True, 2.5)
 
 
 def test_both_spellings_of_greedy_and_both_of_no_query_lora() -> None:
