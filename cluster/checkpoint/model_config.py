@@ -192,11 +192,12 @@ def _gate(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
 ) -> GateConfig:
+    is_greedy = topk_method is TopkMethod.GREEDY  # which uses no groups, whatever is left over of them
     return GateConfig(
         n_routed_experts=fields.integer("n_routed_experts", maximum=MAX_ROUTED_EXPERTS),
         num_experts_per_tok=fields.integer("num_experts_per_tok"),
-        n_group=fields.integer("n_group", 1),
-        topk_group=fields.integer("topk_group", 1),
+        n_group=1 if is_greedy else fields.integer("n_group", 1),
+        topk_group=1 if is_greedy else fields.integer("topk_group", 1),
         topk_method=topk_method,
         scoring_func=scoring_func,
         norm_topk_prob=norm_topk_prob,
