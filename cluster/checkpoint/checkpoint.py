@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from attention.decoder_weights import DecoderConfig
 from cluster.checkpoint.hub import HubFiles
 from cluster.checkpoint.json_fields import JsonFields, read_json_object
 from cluster.checkpoint.model_config import ModelConfig, eos_token_ids
@@ -133,14 +134,15 @@ class Checkpoint:
     def model_config(self) -> ModelConfig:
         """config.json, with the end tokens that generation_config.json adds and with the lm_head that is stored.
 
-        Of a single file on the hub that says that it is tied, this fetches the weights. Raises InvalidCheckpoint or
-        UnsupportedModel.
+        Fetches the weights of a single file on the hub where config.json says tied or without shared experts. Raises
+        InvalidCheckpoint or UnsupportedModel.
         """
         config = ModelConfig.read(self.file("config.json"))
         generation_path = self.optional_file("generation_config.json")
         if generation_path is not None:
             generation = read_json_object(generation_path)
             config = config.with_eos_token_ids(eos_token_ids(generation, config.decoder.vocab_size))
+        self._refuse_unread_shared_experts(config.decoder)
         # transformers writes no lm_head that is the embedding: one that is stored is meant, whatever config.json says.
         if config.decoder.tie_word_embeddings and self.has(LM_HEAD):
             return config.with_own_lm_head()
@@ -217,6 +219,17 @@ class Checkpoint:
                 self._check_header(name, PartHeader(shape=shape, dtypes=WEIGHT_DTYPES))
             else:
                 self._check_parts(name, shape, quantization)
+
+    def _refuse_unread_shared_experts(self, decoder: DecoderConfig) -> None:
+        if decoder.n_shared_experts:
+            return
+        for layer_id in decoder.moe_layer_ids:
+            name = f"model.layers.{layer_id}.mlp.shared_experts.gate_proj.weight"
+            if self.has(name):
+                raise InvalidCheckpoint(
+                    f"{self.location}: holds {name}, though n_shared_experts of config.json says that there are none; "
+                    "set it to how many are fused"
+                )
 
     def _check_parts(self, name: str, shape: tuple[int, ...], quantization: Quantization) -> Mapping[str, PartHeader]:
         """The headers of a quantised matrix's tensors, by what follows its name."""

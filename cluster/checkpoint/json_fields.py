@@ -47,7 +47,7 @@ class JsonFields:
         return self.values.get(name) is not None
 
     def integer(self, name: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
-        """A field without a default is required; null counts as missing."""
+        """A field without a default is required. The default is for null too."""
         value = self._value(name, default, "an integer")
         if type(value) is not int:
             raise self._wrong(name, "an integer")
@@ -92,7 +92,8 @@ class JsonFields:
         if value is not None:
             return value
         if default is None:
-            raise InvalidModelConfig(f"{self._path}{name} is missing from config.json, expected {expected}")
+            what = "null" if name in self.values else "missing from config.json"
+            raise InvalidModelConfig(f"{self._path}{name} is {what}, expected {expected}")
         return default
 
     def _wrong(self, name: str, expected: str) -> InvalidModelConfig:

@@ -14,6 +14,7 @@ import torch
 from attention.decoder import DecoderConfig
 from attention.mla_config import MlaConfig
 from attention.rotary import RotaryConfig, YarnConfig
+from cluster.checkpoint.config_defaults import DEFAULTS, V2, V3
 from cluster.checkpoint.json_fields import InvalidModelConfig, JsonFields, UnsupportedModel, read_json_object
 from cluster.checkpoint.quantization import Quantization, read_quantization
 from router.gate_config import GateConfig, ScoringFunc, TopkMethod
@@ -21,7 +22,6 @@ from router.gate_config import GateConfig, ScoringFunc, TopkMethod
 MAX_HIDDEN_LAYERS = 4096
 MAX_ROUTED_EXPERTS = 65536
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-V2, V3 = "deepseek_v2", "deepseek_v3"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +51,11 @@ class ModelConfig:
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """config: config.json as parsed. Raises InvalidModelConfig or UnsupportedModel."""
-        fields = JsonFields(config)
-        model_type = fields.text("model_type")
-        if model_type not in (V2, V3):
+        model_type = JsonFields(config).text("model_type")
+        if model_type not in DEFAULTS:
             raise UnsupportedModel(f"model_type is {model_type!r}, supported are {V2!r} and {V3!r}")
-        _refuse_what_is_not_implemented(fields)
+        fields = JsonFields({**DEFAULTS[model_type], **config})
+        _refuse_what_is_not_implemented(fields, model_type)
         quantization = read_quantization(fields)
         try:
             decoder = _decoder(fields, model_type)
@@ -85,13 +85,15 @@ def eos_token_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]
     return tuple(dict.fromkeys(ids))
 
 
-def _refuse_what_is_not_implemented(fields: JsonFields) -> None:
-    if fields.text("hidden_act", "silu") != "silu":
+def _refuse_what_is_not_implemented(fields: JsonFields, model_type: str) -> None:
+    if fields.text("hidden_act") != "silu":
         raise fields.unsupported("hidden_act", "'silu'")
     for name in ("attention_bias", "mlp_bias"):
         if fields.boolean(name, False):
             raise fields.unsupported(name, "false")
-    if not fields.boolean("rope_interleave", True):
+    if not fields.boolean(
+        "rope_interleave", model_type == V2
+    ):  # transformers' V2 has no such field, V3's null is false
         raise fields.unsupported("rope_interleave", "true")
     if fields.has("partial_rotary_factor") and fields.number("partial_rotary_factor") != 1.0:
         raise fields.unsupported("partial_rotary_factor", "1.0")
@@ -110,12 +112,12 @@ def _decoder(fields: JsonFields, model_type: str) -> DecoderConfig:
         vocab_size=fields.integer("vocab_size"),
         hidden_size=mla.hidden_size,
         num_hidden_layers=fields.integer("num_hidden_layers", maximum=MAX_HIDDEN_LAYERS),
-        first_k_dense_replace=fields.integer("first_k_dense_replace", 0, minimum=0),
+        first_k_dense_replace=fields.integer("first_k_dense_replace", minimum=0),
         moe_layer_freq=fields.integer("moe_layer_freq", 1),
         intermediate_size=fields.integer("intermediate_size"),
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
-        n_shared_experts=fields.integer("n_shared_experts", 0, minimum=0),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        n_shared_experts=fields.integer("n_shared_experts", 0, minimum=0),  # null: none, as in the published code
+        rms_norm_eps=fields.number("rms_norm_eps"),
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         mla=mla,
@@ -153,14 +155,14 @@ def _gate_v2(fields: JsonFields) -> GateConfig:
         "gready": TopkMethod.GREEDY,  # so spelled in early checkpoints
         "group_limited_greedy": TopkMethod.GROUP_LIMITED_GREEDY,
     }
-    method = fields.text("topk_method", "greedy")
+    method = fields.text("topk_method")
     if method not in methods:
         raise fields.unsupported("topk_method", f"one of {sorted(methods)} for {V2}")
     if fields.text("scoring_func", "softmax") != "softmax":
         raise fields.unsupported("scoring_func", f"'softmax' for {V2}")
     # The published V2 code normalises *or* scales, and one expert only scales; V3's normalises and then scales.
     is_normalised = fields.boolean("norm_topk_prob", False) and fields.integer("num_experts_per_tok") > 1
-    scaling_factor = fields.number("routed_scaling_factor", 1.0)
+    scaling_factor = fields.number("routed_scaling_factor")
     return _gate(
         fields,
         topk_method=methods[method],
@@ -179,8 +181,8 @@ def _gate_v3(fields: JsonFields) -> GateConfig:
         fields,
         topk_method=TopkMethod.NOAUX_TC,
         scoring_func=ScoringFunc.SIGMOID,
-        norm_topk_prob=fields.boolean("norm_topk_prob", True),
-        routed_scaling_factor=fields.number("routed_scaling_factor", 1.0),
+        norm_topk_prob=fields.boolean("norm_topk_prob", False),
+        routed_scaling_factor=fields.number("routed_scaling_factor"),
     )
 
 
@@ -196,8 +198,8 @@ def _gate(
     return GateConfig(
         n_routed_experts=fields.integer("n_routed_experts", maximum=MAX_ROUTED_EXPERTS),
         num_experts_per_tok=fields.integer("num_experts_per_tok"),
-        n_group=1 if is_greedy else fields.integer("n_group", 1),
-        topk_group=1 if is_greedy else fields.integer("topk_group", 1),
+        n_group=1 if is_greedy else fields.integer("n_group"),
+        topk_group=1 if is_greedy else fields.integer("topk_group"),
         topk_method=topk_method,
         scoring_func=scoring_func,
         norm_topk_prob=norm_topk_prob,

@@ -36,7 +36,11 @@ def test_the_choice_is_that_of_the_gate_in_torch(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_tokens, config.n_routed_experts, generator=generator)
-    bias = 0.1 * torch.randn(config.n_routed_experts, generator=generator) if config.topk_method is TopkMethod.NOAUX_TC else None
+    bias = (
+        0.1 * torch.randn(config.n_routed_experts, generator=generator)
+        if config.topk_method is TopkMethod.NOAUX_TC
+        else None
+    )
     if has_ties:
         logits, bias = logits.round(), None
     identity = TorchProjection(torch.eye(config.n_routed_experts))

@@ -136,7 +136,7 @@ def test_what_is_not_implemented_is_refused_by_name(config: dict[str, Any], mess
     ("config", "message"),
     [
         ({}, "quantization_config.quant_method is missing"),
-        (changed(weights__group_size=None), "weights.group_size is missing"),
+        (changed(weights__group_size=None), "weights.group_size is null"),
         (changed(weights__group_size=0), "weights.group_size is 0"),
         (changed(weights__num_bits="4"), "weights.num_bits is '4', expected an integer"),
         (changed(weights=None), "group_0.weights is missing"),

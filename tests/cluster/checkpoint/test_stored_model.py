@@ -1,5 +1,6 @@
 """What the stored tensors say of a model that its config.json does not, or says otherwise."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from attention.decoder_weights import DecoderWeights
-from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.checkpoint import Checkpoint, InvalidCheckpoint
 from cluster.checkpoint.convert import ALL_LINEAR, plan
 from cluster.config import parse_config
 from cluster.roles.preflight import check
@@ -15,13 +16,18 @@ from tests.checkpoints import write_checkpoint
 
 
 def write_tied(folder: Path, *, has_lm_head: bool, **changes: object) -> Path:
-    """A checkpoint whose config.json says that lm_head is the embedding; with a matrix of its own all the same, or not."""
+    """config.json says that lm_head is the embedding; the file has a matrix of its own all the same, or not."""
     write_checkpoint(folder, "v2", tie_word_embeddings=True, **changes)
     if has_lm_head:
         tensors = load_file(folder / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
         save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def rewrite_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("has_lm_head", [False, True])
@@ -53,3 +59,17 @@ def test_a_quantised_lm_head_is_not_tied_either(tmp_path: Path) -> None:
     assert not decoder.tie_word_embeddings
     made.check_role(decoder.weight_shapes())
     torch.testing.assert_close(made.read("lm_head.weight"), source.read("lm_head.weight"), rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("says", [0, None])
+def test_shared_experts_that_config_json_denies_are_not_left_out_in_silence(tmp_path: Path, says: int | None) -> None:
+    folder = write_checkpoint(tmp_path, "v2")
+    rewrite_config(folder, n_shared_experts=says)
+    with pytest.raises(
+        InvalidCheckpoint, match=r"holds model\.layers\.1\.mlp\.shared_experts\.gate_proj\.weight, .* n_shared_experts"
+    ):
+        Checkpoint.open(folder).model_config()
+
+
+def test_a_checkpoint_without_shared_experts_is_opened(tmp_path: Path) -> None:
+    assert Checkpoint.open(write_checkpoint(tmp_path, "v2", n_shared_experts=0)).model_config()
