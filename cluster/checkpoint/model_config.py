@@ -13,10 +13,10 @@ import torch
 
 from attention.decoder import DecoderConfig
 from attention.mla_config import MlaConfig
-from attention.rotary import RotaryConfig, YarnConfig
 from cluster.checkpoint.config_defaults import DEFAULTS, V2, V3
 from cluster.checkpoint.json_fields import InvalidModelConfig, JsonFields, UnsupportedModel, read_json_object
 from cluster.checkpoint.quantization import Quantization, read_quantization
+from cluster.checkpoint.rotary_fields import read_rotary
 from router.gate_config import GateConfig, ScoringFunc, TopkMethod
 
 MAX_HIDDEN_LAYERS = 4096
@@ -121,7 +121,7 @@ def _decoder(fields: JsonFields, model_type: str) -> DecoderConfig:
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         mla=mla,
-        rotary=_rotary(fields, mla.qk_rope_head_dim),
+        rotary=read_rotary(fields, mla.qk_rope_head_dim),
         gate=_gate_v2(fields) if model_type == V2 else _gate_v3(fields),
         has_correction_bias=model_type == V3,
     )
@@ -204,48 +204,6 @@ def _gate(
         scoring_func=scoring_func,
         norm_topk_prob=norm_topk_prob,
         routed_scaling_factor=routed_scaling_factor,
-    )
-
-
-def _rotary(fields: JsonFields, head_dim: int) -> RotaryConfig:
-    """Reads `rope_scaling` as published and `rope_parameters` as transformers rewrites it."""
-    scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
-    if scaling is not None and parameters is not None and scaling.values != parameters.values:
-        raise InvalidModelConfig("rope_scaling and rope_parameters contradict each other; keep one of them")
-    rope = scaling or parameters or JsonFields({})
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
-    if fields.has("rope_theta") and fields.number("rope_theta") != theta:
-        raise InvalidModelConfig(
-            f"rope_theta is {fields.values['rope_theta']} and {theta} in rope_parameters; keep one of them"
-        )
-    rope_type = rope.text("rope_type", rope.text("type", "default"))
-    if rope.text("type", rope_type) != rope_type:
-        raise InvalidModelConfig(f"rope_type is {rope_type!r} and type is {rope.values['type']!r}; keep one of them")
-    if rope_type not in ("default", "yarn"):
-        raise UnsupportedModel(f"rope type is {rope_type!r}, supported are 'default' and 'yarn'")
-    yarn = _yarn(rope) if rope_type == "yarn" else None
-    return RotaryConfig(head_dim=head_dim, theta=theta, yarn=yarn)
-
-
-def _yarn(rope: JsonFields) -> YarnConfig:
-    if rope.has("attention_factor"):
-        raise rope.unsupported("attention_factor", "null: it follows from mscale and mscale_all_dim")
-    if not rope.boolean("truncate", True):
-        raise rope.unsupported("truncate", "true")
-    known = {
-        *("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-        *("mscale", "mscale_all_dim", "attention_factor", "truncate"),
-    }
-    for name in rope.values:
-        if name not in known:
-            raise rope.unsupported(name, f"one of {sorted(known)}")
-    return YarnConfig(
-        factor=rope.number("factor"),
-        original_max_position_embeddings=rope.integer("original_max_position_embeddings"),
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        mscale=rope.number("mscale", 1.0),
-        mscale_all_dim=rope.number("mscale_all_dim", 0.0),
     )
 
 

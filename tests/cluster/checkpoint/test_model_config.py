@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention.rotary import YarnConfig
 from cluster.checkpoint.checkpoint import Checkpoint
 from cluster.checkpoint.json_fields import InvalidModelConfig, UnsupportedModel
 from cluster.checkpoint.model_config import ModelConfig
@@ -123,21 +122,6 @@ def test_both_spellings_of_greedy_and_both_of_no_query_lora() -> None:
     )
 
 
-def test_the_rewritten_rope_parameters_mean_what_the_published_rope_scaling_means() -> None:
-    rewritten = {name: value for name, value in V2_LITE.items() if name not in ("rope_scaling", "rope_theta")}
-    rope = {name: value for name, value in V2_LITE["rope_scaling"].items() if name != "type"}
-    rewritten["rope_parameters"] = rope | {"rope_type": "yarn", "rope_theta": 10000.0}
-    rewritten["dtype"] = rewritten.pop("torch_dtype")
-    assert ModelConfig.from_json(rewritten) == ModelConfig.from_json(V2_LITE)
-
-
-def test_no_rope_scaling_is_plain_rotary_embedding() -> None:
-    for rope in ({"rope_scaling": None}, {"rope_scaling": {"type": "default"}}):
-        assert ModelConfig.from_json(V2_LITE | rope).decoder.rotary.yarn is None
-    yarn = ModelConfig.from_json(V2_LITE).decoder.rotary.yarn
-    assert yarn == YarnConfig(factor=40, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -154,10 +138,6 @@ def test_no_rope_scaling_is_plain_rotary_embedding() -> None:
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2, supported is num_attention_heads"),
         ({"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
         ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope type is 'longrope', supported are 'default' and 'yarn'"),
-        ({"rope_scaling": V2["rope_scaling"] | {"truncate": False}}, "rope_scaling.truncate is False"),
-        ({"rope_scaling": V2["rope_scaling"] | {"attention_factor": 1.5}}, "rope_scaling.attention_factor is 1.5"),
-        ({"rope_scaling": V2["rope_scaling"] | {"finetuned": True}}, "rope_scaling.finetuned is True"),
         ({"torch_dtype": "float16"}, "dtype is 'float16', supported are"),
     ],
 )
@@ -204,12 +184,6 @@ def test_v3_with_the_gate_of_v2_is_refused(changes: dict[str, Any], message: str
         ({"moe_layer_freq": [0, 1, 1, 1]}, "moe_layer_freq is .*, expected an integer"),
         ({"eos_token_id": "1"}, "eos_token_id is '1'"),
         ({"eos_token_id": [1, 400]}, "eos_token_id is .*400.*0 to 319"),
-        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
-        ({"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling.original_max_position_embeddings is missing"),
-        ({"rope_scaling": V2["rope_scaling"] | {"factor": 0.5}}, "factor is 0.5"),
-        ({"rope_scaling": V2["rope_scaling"] | {"rope_type": "default"}}, "rope_type is 'default' and type is 'yarn'"),
-        ({"rope_parameters": {"rope_type": "default"}}, "contradict"),
-        ({"rope_theta": -1}, "rope_theta is -1"),
         ({"torch_dtype": "bfloat16", "dtype": "float32"}, "dtype is 'float32' and torch_dtype is 'bfloat16'"),
     ],
 )
@@ -242,17 +216,6 @@ def test_a_hostile_config_gives_a_model_or_a_named_error(shape: str, changes: di
         ModelConfig.from_json(SHAPES[shape] | changes)
     except (InvalidModelConfig, UnsupportedModel) as error:
         assert str(error)  # noqa: PT017
-
-
-@given(changes=st.dictionaries(st.sampled_from(sorted(V2["rope_scaling"])), json_values, max_size=3))
-def test_a_hostile_rope_scaling_gives_a_model_or_a_named_error(changes: dict[str, Any]) -> None:
-    try:
-        config = ModelConfig.from_json(V2 | {"rope_scaling": V2["rope_scaling"] | changes})
-    except (InvalidModelConfig, UnsupportedModel) as error:
-        assert str(error)  # noqa: PT017
-    else:
-        assert config.decoder.softmax_scale > 0
-        config.decoder.rotary.inverse_frequencies()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "\udcff", "[" * 100_000])

@@ -1,0 +1,71 @@
+"""What config.json says of the rotary embedding."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attention.rotary import YarnConfig
+from cluster.checkpoint.json_fields import InvalidModelConfig, UnsupportedModel
+from cluster.checkpoint.model_config import ModelConfig
+from tests.checkpoints import SHAPES
+from tests.cluster.checkpoint.test_model_config import V2_LITE, json_values
+
+V2 = SHAPES["v2"]
+
+
+def test_the_rewritten_rope_parameters_mean_what_the_published_rope_scaling_means() -> None:
+    rewritten = {name: value for name, value in V2_LITE.items() if name not in ("rope_scaling", "rope_theta")}
+    rope = {name: value for name, value in V2_LITE["rope_scaling"].items() if name != "type"}
+    rewritten["rope_parameters"] = rope | {"rope_type": "yarn", "rope_theta": 10000.0}
+    rewritten["dtype"] = rewritten.pop("torch_dtype")
+    assert ModelConfig.from_json(rewritten) == ModelConfig.from_json(V2_LITE)
+
+
+def test_no_rope_scaling_is_plain_rotary_embedding() -> None:
+    for rope in ({"rope_scaling": None}, {"rope_scaling": {"type": "default"}}):
+        assert ModelConfig.from_json(V2_LITE | rope).decoder.rotary.yarn is None
+    yarn = ModelConfig.from_json(V2_LITE).decoder.rotary.yarn
+    assert yarn == YarnConfig(factor=40, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "longrope"}}, "rope type is 'longrope', supported are 'default' and 'yarn'"),
+        ({"rope_scaling": V2["rope_scaling"] | {"truncate": False}}, "rope_scaling.truncate is False"),
+        ({"rope_scaling": V2["rope_scaling"] | {"attention_factor": 1.5}}, "rope_scaling.attention_factor is 1.5"),
+        ({"rope_scaling": V2["rope_scaling"] | {"finetuned": True}}, "rope_scaling.finetuned is True"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        ModelConfig.from_json(V2 | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
+        ({"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling.original_max_position_embeddings is missing"),
+        ({"rope_scaling": V2["rope_scaling"] | {"factor": 0.5}}, "factor is 0.5"),
+        ({"rope_scaling": V2["rope_scaling"] | {"rope_type": "default"}}, "rope_type is 'default' and type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "default"}}, "contradict"),
+        ({"rope_theta": -1}, "rope_theta is -1"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name_and_value(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidModelConfig, match=message):
+        ModelConfig.from_json(V2 | changes)
+
+
+@given(changes=st.dictionaries(st.sampled_from(sorted(V2["rope_scaling"])), json_values, max_size=3))
+def test_a_hostile_rope_scaling_gives_a_model_or_a_named_error(changes: dict[str, Any]) -> None:
+    try:
+        config = ModelConfig.from_json(V2 | {"rope_scaling": V2["rope_scaling"] | changes})
+    except (InvalidModelConfig, UnsupportedModel) as error:
+        assert str(error)  # noqa: PT017
+    else:
+        assert config.decoder.softmax_scale > 0
+        config.decoder.rotary.inverse_frequencies()
