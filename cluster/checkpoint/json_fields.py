@@ -4,8 +4,8 @@ Knows no field by name.
 """
 
 import json
-import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,16 @@ class JsonFields:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default, "a number")
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise self._wrong(name, "a finite number")
         return float(value)
+
+    def whole_number(self, name: str) -> int:
+        """An integer that may be written as a float: 4096.0."""
+        value = self.values.get(name)
+        if isinstance(value, float) and value.is_integer():
+            return JsonFields({name: int(value)}, self._path).integer(name)
+        return self.integer(name)
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self._value(name, default, "true or false")
@@ -86,6 +93,12 @@ class JsonFields:
 
     def unsupported(self, name: str, supported: str) -> UnsupportedModel:
         return UnsupportedModel(f"{self._path}{name} is {self.values.get(name)!r}, supported is {supported}")
+
+    def unknown(self, name: str, known: Collection[str]) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self._path}{name} is {self.values.get(name)!r}, but no such key is supported; supported are "
+            f"{', '.join(sorted(known))}"
+        )
 
     def _value(self, name: str, default: object, expected: str) -> Any:
         value = self.values.get(name)

@@ -178,6 +178,7 @@ def test_v3_with_the_gate_of_v2_is_refused(changes: dict[str, Any], message: str
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', expected a finite number"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor is nan"),
+        ({"routed_scaling_factor": 10**400}, "routed_scaling_factor is 1000.*expected a finite number"),
         ({"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
         ({"model_type": None}, "model_type is null"),
         ({"model_type": ["deepseek_v2"]}, "model_type is .*, expected a string"),
