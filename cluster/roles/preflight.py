@@ -15,6 +15,7 @@ from attention.tokenizer import BadTokenizer, Tokenizer
 from cluster import bundled_model
 from cluster.byte_count import format_bytes
 from cluster.checkpoint.checkpoint import Checkpoint
+from cluster.checkpoint.json_fields import UnsupportedModel
 from cluster.checkpoint.model_config import DTYPES, ModelConfig
 from cluster.checkpoint.quantization import IntQuantization
 from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
@@ -60,7 +61,7 @@ class ServedModel:
     def expert_format(self) -> MatrixFormat | None:
         """The form of the routed experts in the checkpoint; None for plain numbers. Reads a header if asked."""
         decoder = self.config.decoder
-        if not isinstance(self.config.quantization, IntQuantization) or not decoder.moe_layer_ids:
+        if not isinstance(self.config.quantization, IntQuantization):
             return None
         return self.checkpoint.matrix_format(next(iter(decoder.expert_weight_shapes(decoder.moe_layer_ids[0], 0))))
 
@@ -124,6 +125,13 @@ def open_model(config: MobulaConfig) -> ServedModel:
     is_bundled = config.model == BUNDLED_MODEL
     checkpoint = Checkpoint.open(bundled_model.path() if is_bundled else config.model, config.revision)
     model_config = checkpoint.model_config()
+    decoder = model_config.decoder
+    if not decoder.moe_layer_ids:
+        raise UnsupportedModel(
+            f"{checkpoint.location}: first_k_dense_replace is {decoder.first_k_dense_replace}, num_hidden_layers is "
+            f"{decoder.num_hidden_layers} and moe_layer_freq is {decoder.moe_layer_freq}: no layer is a mixture of "
+            "experts; Mobula serves models with at least one"
+        )
     if config.dtype is not DTypeName.AUTO:
         dtype = DTYPES[config.dtype.value]
     else:  # the bundled model is small enough for float32, in which every CPU is fast

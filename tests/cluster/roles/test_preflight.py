@@ -126,6 +126,22 @@ def test_an_unknown_model_type_is_refused_by_name(folder: Path) -> None:
         plan_of(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({"first_k_dense_replace": 4}, "first_k_dense_replace is 4, num_hidden_layers is 4 and moe_layer_freq is 1"),
+        ({"first_k_dense_replace": 99}, "first_k_dense_replace is 99, num_hidden_layers is 4 and moe_layer_freq is 1"),
+        ({"moe_layer_freq": 7}, "first_k_dense_replace is 1, num_hidden_layers is 4 and moe_layer_freq is 7"),
+    ],
+)
+def test_a_model_without_a_mixture_layer_is_refused_by_the_fields_that_say_so(
+    folder: Path, changes: dict[str, int], values: str
+) -> None:
+    rewrite(folder / "config.json", **changes)
+    with pytest.raises(UnsupportedModel, match=f"{values}: no layer is a mixture .* at least one"):
+        plan_of(folder)
+
+
 def test_a_context_longer_than_the_cache_is_refused(folder: Path) -> None:
     engine = {"max_model_len": 1000, "num_blocks": 2}
     with pytest.raises(ConfigError, match="max_model_len is 1000"):
