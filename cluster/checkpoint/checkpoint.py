@@ -37,7 +37,7 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 LM_HEAD = "lm_head.weight"
 SUFFIX, PICKLE_SUFFIXES = ".safetensors", (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_BLOBS = "blobs"  # REPOSITORY/snapshots/COMMIT/FILE links to REPOSITORY/blobs/HASH in the hub's cache
-WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class CheckpointFiles(Protocol):

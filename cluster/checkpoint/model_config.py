@@ -21,7 +21,8 @@ from router.gate_config import GateConfig, ScoringFunc, TopkMethod
 
 MAX_HIDDEN_LAYERS = 4096
 MAX_ROUTED_EXPERTS = 65536
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # those in which a model is served
+PUBLISHED_DTYPES = DTYPES | {"float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class ModelConfig:
 
     model_type: str  # "deepseek_v2" or "deepseek_v3"
     decoder: DecoderConfig
-    dtype: torch.dtype  # of the published weights, once dequantised; float32 where the file says nothing
+    dtype: torch.dtype  # of the published weights, once dequantised; float32 where the file leaves it open
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     quantization: Quantization | None = None  # None: all weights are plain numbers
@@ -208,11 +209,12 @@ def _gate(
 
 
 def _dtype(fields: JsonFields) -> torch.dtype:
-    names = [fields.text(name) for name in ("dtype", "torch_dtype") if fields.has(name)]
+    written = [fields.text(name).removeprefix("torch.") for name in ("dtype", "torch_dtype") if fields.has(name)]
+    names = [name for name in written if name != "auto"]
     if not names:
         return torch.float32
     if len(set(names)) > 1:
         raise InvalidModelConfig(f"dtype is {names[0]!r} and torch_dtype is {names[1]!r}; keep one of them")
-    if names[0] not in DTYPES:
-        raise UnsupportedModel(f"dtype is {names[0]!r}, supported are {sorted(DTYPES)} (float16 overflows here)")
-    return DTYPES[names[0]]
+    if names[0] not in PUBLISHED_DTYPES:
+        raise UnsupportedModel(f"dtype is {names[0]!r}, supported are {sorted(PUBLISHED_DTYPES)}")
+    return PUBLISHED_DTYPES[names[0]]

@@ -136,6 +136,11 @@ def open_model(config: MobulaConfig) -> ServedModel:
         dtype = DTYPES[config.dtype.value]
     else:  # the bundled model is small enough for float32, in which every CPU is fast
         dtype = torch.float32 if is_bundled else model_config.dtype
+        if dtype is torch.float16:
+            raise UnsupportedModel(
+                f"{checkpoint.location}: dtype of config.json is float16, in which sums overflow; set `dtype: float32` "
+                "or `dtype: bfloat16` in the configuration"
+            )
     return ServedModel(model_id=config.model, checkpoint=checkpoint, config=model_config, dtype=dtype)
 
 

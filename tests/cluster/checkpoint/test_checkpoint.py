@@ -74,8 +74,8 @@ def test_a_wrong_shape_names_file_tensor_expected_and_found(tmp_path: Path) -> N
 
 
 def test_a_wrong_dtype_names_file_tensor_expected_and_found(tmp_path: Path) -> None:
-    save_file({"w": torch.zeros(2, 3, dtype=torch.float16)}, tmp_path / "model.safetensors")
-    with pytest.raises(InvalidCheckpoint, match=r"tensor w has dtype float16, expected one of .*bfloat16"):
+    save_file({"w": torch.zeros(2, 3, dtype=torch.float64)}, tmp_path / "model.safetensors")
+    with pytest.raises(InvalidCheckpoint, match=r"tensor w has dtype float64, expected one of .*bfloat16"):
         Checkpoint.open(tmp_path).check_role({"w": (2, 3)})
 
 

@@ -123,6 +123,21 @@ def test_both_spellings_of_greedy_and_both_of_no_query_lora() -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "dtype"),
+    [
+        ({"torch_dtype": "torch.bfloat16"}, torch.bfloat16),
+        ({"dtype": "bfloat16", "torch_dtype": "torch.bfloat16"}, torch.bfloat16),
+        ({"dtype": "auto", "torch_dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "float16"}, torch.float16),
+        ({"dtype": "auto"}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_the_dtype_has_several_spellings(written: dict[str, Any], dtype: torch.dtype) -> None:
+    assert ModelConfig.from_json(V2 | written).dtype is dtype
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama', supported are 'deepseek_v2' and 'deepseek_v3'"),
@@ -138,7 +153,7 @@ def test_both_spellings_of_greedy_and_both_of_no_query_lora() -> None:
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2, supported is num_attention_heads"),
         ({"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
         ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
-        ({"torch_dtype": "float16"}, "dtype is 'float16', supported are"),
+        ({"torch_dtype": "float64"}, "dtype is 'float64', supported are"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -73,3 +73,11 @@ def test_shared_experts_that_config_json_denies_are_not_left_out_in_silence(tmp_
 
 def test_a_checkpoint_without_shared_experts_is_opened(tmp_path: Path) -> None:
     assert Checkpoint.open(write_checkpoint(tmp_path, "v2", n_shared_experts=0)).model_config()
+
+
+def test_a_model_stored_in_float16_is_read_as_float32_to_the_bit(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, "v2", dtype=torch.float16))
+    decoder = checkpoint.model_config().decoder
+    checkpoint.check_role(decoder.weight_shapes())
+    embedding = DecoderWeights.read(checkpoint, decoder, torch.float32).embedding
+    assert torch.equal(embedding.half(), checkpoint.read("model.embed_tokens.weight"))

@@ -142,6 +142,14 @@ def test_a_model_without_a_mixture_layer_is_refused_by_the_fields_that_say_so(
         plan_of(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float16_model_is_served_in_the_dtype_that_the_configuration_says(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = write_checkpoint(tmp_path, "v2", dtype=torch.float16)
+    assert plan_of(folder, dtype=str(dtype).removeprefix("torch.")).model.dtype is dtype
+    with pytest.raises(UnsupportedModel, match="float16, .* set `dtype: float32` or `dtype: bfloat16`"):
+        plan_of(folder)
+
+
 def test_a_context_longer_than_the_cache_is_refused(folder: Path) -> None:
     engine = {"max_model_len": 1000, "num_blocks": 2}
     with pytest.raises(ConfigError, match="max_model_len is 1000"):
