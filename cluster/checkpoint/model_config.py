@@ -4,6 +4,7 @@ Whatever the file asks for that this system does not compute is refused by name:
 was published. Reads no weights.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 from attention.decoder import DecoderConfig
 from attention.mla_config import MlaConfig
 from cluster.checkpoint.config_defaults import DEFAULTS, V2, V3
-from cluster.checkpoint.json_fields import InvalidModelConfig, JsonFields, UnsupportedModel, read_json_object
+from cluster.checkpoint.json_fields import MAX_SIZE, InvalidModelConfig, JsonFields, UnsupportedModel, read_json_object
 from cluster.checkpoint.quantization import Quantization, read_quantization
 from cluster.checkpoint.rotary_fields import read_rotary
 from router.gate_config import GateConfig, ScoringFunc, TopkMethod
 
+logger = logging.getLogger(__name__)
 MAX_HIDDEN_LAYERS = 4096
 MAX_ROUTED_EXPERTS = 65536
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # those in which a model is served
@@ -75,15 +77,20 @@ class ModelConfig:
 
 
 def eos_token_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """`eos_token_id` of config.json or generation_config.json: one id, several or none."""
+    """`eos_token_id` of config.json or generation_config.json: one id, several or none.
+
+    Without those that the model can never draw: where a vocabulary was pruned, the old id is often left.
+    """
     value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in ids:
-        if type(token_id) is not int or not 0 <= token_id < vocab_size:
-            raise InvalidModelConfig(
-                f"eos_token_id is {value!r}, must be a token id or a list of them, each 0 to {vocab_size - 1}"
+        if type(token_id) is not int or not 0 <= token_id <= MAX_SIZE:
+            raise InvalidModelConfig(f"eos_token_id is {value!r}, must be a token id or a list of them")
+        if token_id >= vocab_size:
+            logger.warning(
+                "eos_token_id %d is outside the vocabulary of %d tokens: it ends no answer", token_id, vocab_size
             )
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id < vocab_size))
 
 
 def _refuse_what_is_not_implemented(fields: JsonFields, model_type: str) -> None:

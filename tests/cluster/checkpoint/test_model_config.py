@@ -199,7 +199,9 @@ def test_v3_with_the_gate_of_v2_is_refused(changes: dict[str, Any], message: str
         ({"model_type": ["deepseek_v2"]}, "model_type is .*, expected a string"),
         ({"moe_layer_freq": [0, 1, 1, 1]}, "moe_layer_freq is .*, expected an integer"),
         ({"eos_token_id": "1"}, "eos_token_id is '1'"),
-        ({"eos_token_id": [1, 400]}, "eos_token_id is .*400.*0 to 319"),
+        ({"eos_token_id": [1, -1]}, "eos_token_id is .*-1.*a token id or a list of them"),
+        ({"eos_token_id": 2**32}, "eos_token_id is 4294967296"),
+        ({"bos_token_id": 400}, "bos_token_id is 400, must be 0 to 319"),
         ({"torch_dtype": "bfloat16", "dtype": "float32"}, "dtype is 'float32' and torch_dtype is 'bfloat16'"),
     ],
 )
@@ -246,3 +248,11 @@ def test_end_tokens_of_the_generation_config_are_added(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "v2", eos_token_id=[1, 5])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
     assert Checkpoint.open(folder).model_config().eos_token_ids == (1, 5, 2)
+
+
+def test_an_end_token_outside_the_vocabulary_ends_nothing_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_checkpoint(tmp_path, "v2", eos_token_id=[100001, 1])  # as models have whose vocabulary was pruned
+    assert Checkpoint.open(folder).model_config().eos_token_ids == (1,)
+    assert "eos_token_id 100001 is outside the vocabulary of 320 tokens" in caplog.text

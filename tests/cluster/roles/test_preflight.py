@@ -146,7 +146,7 @@ def test_a_model_without_a_mixture_layer_is_refused_by_the_fields_that_say_so(
 def test_a_float16_model_is_served_in_the_dtype_that_the_configuration_says(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = write_checkpoint(tmp_path, "v2", dtype=torch.float16)
     assert plan_of(folder, dtype=str(dtype).removeprefix("torch.")).model.dtype is dtype
-    with pytest.raises(UnsupportedModel, match="float16, .* set `dtype: float32` or `dtype: bfloat16`"):
+    with pytest.raises(UnsupportedModel, match=r"float16, .* set `dtype: float32` or `dtype: bfloat16`"):
         plan_of(folder)
 
 
