@@ -57,8 +57,9 @@ class EngineConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
         capacity = num_blocks * self.block_size
         limit = min(capacity, max_position_embeddings)
         if self.max_model_len is not None and self.max_model_len > limit:
+            way_out = " or raise cache_gib" if self.max_model_len <= max_position_embeddings else ""
             raise CacheTooSmall(
                 f"max_model_len is {self.max_model_len}, the model allows {max_position_embeddings} tokens and the "
-                f"cache holds {capacity}; lower max_model_len or raise cache_gib"
+                f"cache holds {capacity}; lower max_model_len{way_out}"
             )
         return self.max_model_len or limit

@@ -81,8 +81,7 @@ class SingleProcess:
         self._decoder = Decoder(
             decoder_config, weights, wrap_dispatcher(self._router), cache, mla_form=workers.mla_form, valve=valve
         )
-        self._block_size = workers.engine.block_size
-        self._max_step_tokens = workers.engine.max_num_batched_tokens
+        self._engine = workers.engine
         self._device = torch.device(workers.device)
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -107,26 +106,35 @@ class SingleProcess:
         """Of the tokens from `start` on, those before being in the cache: [num_tokens - start, vocab_size] fp32."""
         num_tokens = len(token_ids)
         if num_tokens > self.plan.max_model_len:
-            raise SequenceTooLong(
-                f"the text has {num_tokens} tokens, limit is {self.plan.max_model_len}; shorten it or raise "
-                "attention_workers.engine.cache_gib"
-            )
+            raise SequenceTooLong(f"the text has {num_tokens} tokens, limit is {self._limit()}")
         sequence = TokenSequence(
             request_id="logits",
             prompt_token_ids=list(token_ids[:num_prompt_tokens]),
             sampling_params=SamplingParams(seed=0, max_tokens=1),
             max_num_tokens=num_tokens + 1,
         )
-        block_table = tuple(range(-(-num_tokens // self._block_size)))
+        block_table = tuple(range(-(-num_tokens // self._engine.block_size)))
         parts = []
-        for first in range(start, num_tokens, self._max_step_tokens):
-            count = min(self._max_step_tokens, num_tokens - first)
+        for first in range(start, num_tokens, self._engine.max_num_batched_tokens):
+            count = min(self._engine.max_num_batched_tokens, num_tokens - first)
             sequence.num_computed_tokens = first
             scheduled = ScheduledSequence(sequence=sequence, num_scheduled_tokens=count, block_table=block_table)
-            metadata = attention_metadata(ScheduledBatch(sequences=(scheduled,)), self._block_size, self._device)
+            metadata = attention_metadata(ScheduledBatch(sequences=(scheduled,)), self._engine.block_size, self._device)
             step = torch.tensor(token_ids[first : first + count], device=self._device)
             parts.append(self._decoder.logits(self._decoder.forward(step, metadata)))
         return torch.cat(parts)
+
+    def _limit(self) -> str:
+        """The limit that binds a text's length, and the way out."""
+        length = self.plan.max_model_len
+        if length == self.plan.model.config.decoder.max_position_embeddings:
+            return f"{length}, the model's max_position_embeddings; shorten it"
+        if self._engine.max_model_len is not None:
+            setting = "attention_workers.engine.max_model_len"
+        else:
+            cache = "cache_gib" if self._engine.num_blocks is None else "num_blocks"
+            setting = f"what attention_workers.engine.{cache} holds"
+        return f"{length}, {setting}; shorten it or raise that"
 
     def __enter__(self) -> Self:
         return self

@@ -152,8 +152,13 @@ def test_a_float16_model_is_served_in_the_dtype_that_the_configuration_says(tmp_
 
 def test_a_context_longer_than_the_cache_is_refused(folder: Path) -> None:
     engine = {"max_model_len": 1000, "num_blocks": 2}
-    with pytest.raises(ConfigError, match="max_model_len is 1000"):
+    with pytest.raises(ConfigError, match="max_model_len is 1000, .*; lower max_model_len or raise cache_gib"):
         plan_of(folder, attention_workers={"engine": engine})
+
+
+def test_a_context_longer_than_the_models_is_refused_without_talk_of_the_cache(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="the model allows 16384 tokens .*; lower max_model_len$"):
+        plan_of(folder, attention_workers={"engine": {"max_model_len": 20_000}})
 
 
 def test_a_truncated_weight_file_is_refused(folder: Path) -> None:
