@@ -27,15 +27,22 @@ from experts.kernels.linear import KernelHeads, KernelLinear
 from experts.kernels.packed_matrix import PANEL_OUTPUTS, pack_plain
 
 
+def odd_sizes(config: MlaConfig) -> dict[str, int]:
+    """Those, by name, that keep attention from the kernels: numbers are multiplied in pairs. torch takes any."""
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "q_lora_rank": config.q_lora_rank or 0,
+        "kv_lora_rank": config.kv_lora_rank,
+        "num_attention_heads x v_head_dim": config.num_attention_heads * config.v_head_dim,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+    }
+    return {name: size for name, size in sizes.items() if size % 2}
+
+
 def can_use_kernels(config: MlaConfig) -> bool:
-    """Whether the kernels take every matrix of these sizes: numbers are multiplied in pairs. torch takes any."""
-    sizes = (
-        config.hidden_size,
-        config.q_lora_rank or 0,
-        config.kv_lora_rank,
-        config.num_attention_heads * config.v_head_dim,
-    )
-    return all(size % 2 == 0 for size in (*sizes, config.qk_nope_head_dim, config.qk_rope_head_dim))
+    """Whether the kernels take every matrix of these sizes."""
+    return not odd_sizes(config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,8 @@
 from rich.console import RenderableType
 from rich.table import Table
 
+from attention.kernel_mla import odd_sizes
+from attention.mla_config import MlaConfig
 from cluster.byte_count import format_bytes
 from cluster.roles.preflight import ServingPlan
 from experts.kernels.library import instruction_set
@@ -26,7 +28,7 @@ def plan_view(plan: ServingPlan) -> RenderableType:
         "shards": f"{plan.expert_map.ep_size} x {format_bytes(max(plan.shard_weight_bytes))} of weights, "
         f"{plan.expert_map.num_units} placement units a layer; a token visits at most "
         f"{plan.expert_map.max_ranks_per_token(gate)} shards a layer",
-        "kernels": _kernels(),
+        "kernels": _kernels(decoder.mla),
     }
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, text in rows.items():
@@ -34,8 +36,14 @@ def plan_view(plan: ServingPlan) -> RenderableType:
     return table
 
 
-def _kernels() -> str:
+def _kernels(mla: MlaConfig) -> str:
     found = instruction_set()
     if found is None:
         return "torch (slower: the CPU kernels are not built; install again where there is a C++ compiler)"
-    return f"{found}, chosen for this processor"
+    text = f"{found}, chosen for this processor"
+    if odd := odd_sizes(mla):
+        sizes = " and ".join(f"{name} ({size})" for name, size in odd.items())
+        text += (
+            f"; attention by torch, slower: {sizes} {'are' if len(odd) > 1 else 'is'} odd, the kernels take even ones"
+        )
+    return text

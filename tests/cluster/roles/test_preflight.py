@@ -152,12 +152,12 @@ def test_a_float16_model_is_served_in_the_dtype_that_the_configuration_says(tmp_
 
 def test_a_context_longer_than_the_cache_is_refused(folder: Path) -> None:
     engine = {"max_model_len": 1000, "num_blocks": 2}
-    with pytest.raises(ConfigError, match="max_model_len is 1000, .*; lower max_model_len or raise cache_gib"):
+    with pytest.raises(ConfigError, match=r"max_model_len is 1000, .*; lower max_model_len or raise cache_gib"):
         plan_of(folder, attention_workers={"engine": engine})
 
 
 def test_a_context_longer_than_the_models_is_refused_without_talk_of_the_cache(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="the model allows 16384 tokens .*; lower max_model_len$"):
+    with pytest.raises(ConfigError, match=r"the model allows 16384 tokens .*; lower max_model_len$"):
         plan_of(folder, attention_workers={"engine": {"max_model_len": 20_000}})
 
 
@@ -229,6 +229,31 @@ def test_without_the_kernels_the_plan_says_so(tmp_path: Path) -> None:
     console = Console(file=StringIO(), width=200)
     console.print(plan_view(plan_of(write_checkpoint(tmp_path, "v2"))))
     assert "torch (slower: the CPU kernels are not built" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ({}, ""),
+        (
+            {"hidden_size": 65, "kv_lora_rank": 33},
+            "; attention by torch, slower: hidden_size (65) and kv_lora_rank (33) are odd, the kernels take even ones",
+        ),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 3, "v_head_dim": 15},
+            "; attention by torch, slower: num_attention_heads x v_head_dim (45) is odd, the kernels take even ones",
+        ),
+    ],
+)
+def test_the_plan_says_when_sizes_keep_attention_from_the_kernels(
+    tmp_path: Path, sizes: dict[str, int], why: str
+) -> None:
+    if preflight.native() is None:
+        pytest.skip("needs the CPU kernels")
+    console = Console(file=StringIO(), width=400)
+    console.print(plan_view(plan_of(write_checkpoint(tmp_path, "v2", **sizes))))
+    line = next(line for line in console.file.getvalue().splitlines() if "kernels" in line)  # type: ignore[attr-defined]
+    assert line.rstrip().endswith(f", chosen for this processor{why}")
 
 
 def test_a_quantised_part_that_is_missing_is_found_before_the_start(tmp_path: Path) -> None:
