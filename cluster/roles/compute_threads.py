@@ -2,13 +2,12 @@
 
 import math
 import os
-from pathlib import Path
 
 import torch
 
+from cluster.roles import cgroup
 from experts.kernels.library import native, set_num_threads
 
-CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max period"
 MAX_THREADS = 32  # by default; more are slower to wake than a decode step's products are to compute
 MIN_THREADS = 2  # by default, where there are as many cores: one busy process uses the cores of idle ones
 
@@ -27,14 +26,10 @@ def share_of(num_cores: int, num_processes: int) -> int:
     return min(MAX_THREADS, max(min(MIN_THREADS, num_cores), num_cores // num_processes))
 
 
-def usable_cores(cpu_max: Path = CGROUP_CPU_MAX) -> int:
+def usable_cores() -> int:
     """Cores that this process may use at once: its affinity, and the quota of its container."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = cpu_max.read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+    cores, quota = len(os.sched_getaffinity(0)), cgroup.core_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def compute_with(num_threads: int) -> None:

@@ -20,6 +20,7 @@ from cluster.checkpoint.model_config import DTYPES, ModelConfig
 from cluster.checkpoint.quantization import IntQuantization
 from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
 from cluster.controller.memory_budget import MemoryBudget
+from cluster.roles import cgroup
 from cluster.security.exposure import check_files
 from experts.kernels.library import native
 from experts.kernels.packed_matrix import GROUP_MULTIPLE, PANEL_OUTPUTS
@@ -219,12 +220,12 @@ def check(config: MobulaConfig) -> ServingPlan:
 
 
 def memory_budget(config: MobulaConfig, plan: ServingPlan) -> MemoryBudget | None:
-    """What this machine's memory takes as it is now, before anything is started; None where others decide."""
+    """What the memory here takes as it is now, before anything is started; None where others decide."""
     if not _shares_one_memory(config):
         return None
     num_shards = len(plan.shard_weight_bytes)
     for_both = plan.num_workers * plan.worker_bytes + num_shards * PROCESS_BYTES
-    free = psutil.virtual_memory().available - (plan.total_bytes - for_both)  # the experts', controller's and gateway's
+    free = _free_memory() - (plan.total_bytes - for_both)  # the experts', controller's and gateway's
     return MemoryBudget(max(free, for_both), plan.worker_bytes, PROCESS_BYTES)
 
 
@@ -277,9 +278,16 @@ def _check_frames(config: MobulaConfig, plan: ServingPlan) -> None:
         )
 
 
+def _free_memory() -> int:
+    """Bytes that processes may still take on this machine, and in its container."""
+    available, left = psutil.virtual_memory().available, cgroup.memory_left()
+    return available if left is None else min(available, left)
+
+
 def _check_memory(plan: ServingPlan) -> None:
-    available = psutil.virtual_memory().available
-    if plan.total_bytes > available:
+    free = _free_memory()
+    if plan.total_bytes > free:
+        in_container = free < psutil.virtual_memory().available
         parts = {
             "weights of the workers": plan.num_workers * plan.worker_weight_bytes,
             "their latent caches": plan.num_workers * plan.cache_bytes,
@@ -289,8 +297,8 @@ def _check_memory(plan: ServingPlan) -> None:
         raise ConfigError(
             f"the system needs about {format_bytes(plan.total_bytes)} on this machine: "
             f"{' + '.join(f'{format_bytes(num_bytes)} {what}' for what, num_bytes in parts.items())}; "
-            f"{format_bytes(available)} are free; use fewer workers, a smaller "
-            "attention_workers.engine.cache_gib, bfloat16, or more machines"
+            f"{format_bytes(free)} are free{' in its container' * in_container}; use fewer workers, "
+            "a smaller attention_workers.engine.cache_gib, bfloat16, or more machines"
         )
 
 

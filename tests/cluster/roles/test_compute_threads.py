@@ -1,20 +1,18 @@
 import os
-from pathlib import Path
 
 import pytest
 
+from cluster.roles import cgroup
 from cluster.roles.compute_threads import share_of, share_of_cores, usable_cores
 
 
-@pytest.mark.parametrize(("content", "limit"), [("max 100000", None), ("150000 100000", 2), ("50000 100000", 1)])
-def test_a_containers_quota_bounds_the_cores(tmp_path: Path, content: str, limit: int | None) -> None:
-    (tmp_path / "cpu.max").write_text(content)
+@pytest.mark.parametrize(("quota", "limit"), [(None, None), (1.5, 2), (0.5, 1)])
+def test_a_containers_quota_bounds_the_cores(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, limit: int | None
+) -> None:
+    monkeypatch.setattr(cgroup, "core_quota", lambda: quota)
     cores = len(os.sched_getaffinity(0))
-    assert usable_cores(tmp_path / "cpu.max") == min(cores, limit or cores)
-
-
-def test_without_a_quota_the_affinity_counts(tmp_path: Path) -> None:
-    assert usable_cores(tmp_path / "nothing") == len(os.sched_getaffinity(0))
+    assert usable_cores() == min(cores, limit or cores)
 
 
 def test_every_process_gets_a_thread_and_two_where_there_are_two_cores() -> None:

@@ -84,6 +84,12 @@ def test_a_machine_with_too_little_memory_is_told_what_needs_how_much(
     assert sum(parts) == pytest.approx(needed, abs=0.2)  # each is rounded
 
 
+def test_a_containers_limit_counts_where_the_machine_has_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.cgroup, "memory_left", lambda: 2**28)
+    with pytest.raises(ConfigError, match=r"256.0 MiB are free in its container; use fewer workers"):
+        plan_of(folder)
+
+
 def test_one_machines_memory_limits_its_workers_and_a_clusters_or_a_gpus_does_not(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
