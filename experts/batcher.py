@@ -40,7 +40,7 @@ class ForwardOutput(NamedTuple):
 class WaitingForward:
     """A forward with the weights that it was admitted under, which stay alive until it is done.
 
-    on_done: called once in the compute thread.
+    on_done: called once in the compute thread; again, with an error, if it raises.
     out: [num_partial_sums, hidden_size], where the partial sums are to be written; None for a tensor of their own.
     num_bytes: of memory that it keeps while it waits. timeout_ns: after it arrived, when nobody waits for it any more.
     is_given_up: nobody waits for it; may be set from any thread.
@@ -140,8 +140,9 @@ class Batcher:
 
     def compute_next(self) -> int:
         """Computes what waits for the layer of the oldest forward; how many forwards that answered."""
-        started_ns = self._clock_ns()
-        batch = [waiting for waiting in self._take_batch() if not _was_dropped(waiting, started_ns)]
+        taken = self._take_batch()
+        started_ns = self._clock_ns()  # now that no later forward can be among them
+        batch = [waiting for waiting in taken if not _was_dropped(waiting, started_ns)]
         if not batch:
             return 0
         weights = batch[0].weights
@@ -226,7 +227,11 @@ def _was_dropped(waiting: WaitingForward, now_ns: int) -> bool:
 
 
 def _tell(waiting: WaitingForward, outcome: ForwardOutput | MobulaError) -> None:
+    """Answers a forward, with an error where its answer cannot be given: nobody waits for what never comes."""
+    layer_id = waiting.weights.layer_id
     try:
         waiting.on_done(outcome)
-    except Exception:
-        logger.exception("a forward of layer %d could not be answered; the others are", waiting.weights.layer_id)
+    except Exception as error:
+        logger.exception("a forward of layer %d could not be answered; the others are", layer_id)
+        if isinstance(outcome, ForwardOutput):
+            _tell(waiting, InternalError(f"a forward of layer {layer_id} could not be answered: {error}"))

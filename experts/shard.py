@@ -187,8 +187,9 @@ class ExpertShard:
         answer: Future[bytes] = Future()
 
         def on_done(outcome: ForwardOutput | MobulaError) -> None:
+            frame = answer_frame(number, outcome)  # may raise, and then is told an error
             if answer.set_running_or_notify_cancel():
-                answer.set_result(answer_frame(number, outcome))
+                answer.set_result(frame)
 
         waiting = self.submit(header, Memory.of(payload), on_done)
 

@@ -1,3 +1,4 @@
+import itertools
 import threading
 from concurrent.futures import Future
 
@@ -156,6 +157,38 @@ def test_queue_time_is_from_arrival_until_the_computation_begins():
     future = submit(batcher, LAYERS[0], forward_of(1.0))
     batcher.compute_next()
     assert (future.result().queue_ns, future.result().compute_ns) == (150, 150)
+
+
+def test_a_forward_that_arrives_while_a_computation_begins_has_waited_for_no_negative_time():
+    times, futures = itertools.count(100), []
+
+    def clock_ns() -> int:
+        now_ns = next(times)
+        if now_ns == 101:  # between the look at the clock and at the queue
+            futures.append(submit(batcher, LAYERS[0], forward_of(2.0)))
+        return now_ns
+
+    batcher = Batcher(Recorder(), max_waiting=10, max_waiting_bytes=2**20, clock_ns=clock_ns)
+    futures.append(submit(batcher, LAYERS[0], forward_of(1.0)))
+    while batcher.compute_next():
+        pass
+    assert len(futures) == 2
+    assert all(future.result().queue_ns >= 0 for future in futures)
+
+
+def test_a_forward_whose_answer_cannot_be_given_is_told_an_error():
+    told = []
+
+    def on_done(outcome) -> None:
+        told.append(outcome)
+        if len(told) == 1:
+            raise ValueError("out of range")
+
+    batcher = Batcher(Recorder(), max_waiting=10, max_waiting_bytes=2**20)
+    batcher.submit(WaitingForward(weights=LAYERS[2], forward=forward_of(1.0), on_done=on_done))
+    assert batcher.compute_next() == 1
+    assert isinstance(told[1], InternalError)
+    assert str(told[1]) == "a forward of layer 2 could not be answered: out of range"
 
 
 def test_stopping_computes_what_waits_and_refuses_what_comes():
