@@ -4,7 +4,6 @@ A default is written once, here or above the class that reads it. Errors name th
 """
 
 import reprlib
-from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -14,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from attention.engine_config import EngineConfig
 from attention.mla_form import MlaForm
-from protos.bounded_file import read_bounded
+from cluster.yaml_file import read_yaml
 from router.placement.members import ShardTraits
 from router.router_config import RouterConfig
 
@@ -24,28 +23,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 FixedPort = Annotated[int, Field(ge=1, le=65535)]
 
 BUNDLED_MODEL = "bundled"
-MAX_FILE_BYTES = 1024 * 1024  # of a configuration
 MAX_FAULTS = 50  # that are told of one
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which plain loaders keep the last in silence, and aliases, with which a few
-    lines stand for more values than there is memory.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            counts = Counter(self.construct_object(key, deep=True) for key, _ in node.value)
-            twice = sorted(str(key) for key, count in counts.items() if count > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"keys stand twice: {twice}", node.start_mark)
-        return mapping
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "aliases are not supported", mark)
-        return super().compose_node(parent, index)
 
 
 class ConfigError(Exception):
@@ -368,7 +346,7 @@ def parse_config(data: Any) -> MobulaConfig:
 def read_config(path: Path) -> MobulaConfig:
     """The configuration in a YAML file. Raises ConfigError naming the file."""
     try:
-        data = yaml.load(read_bounded(path, MAX_FILE_BYTES).decode("utf-8"), Loader=_StrictLoader)
+        data = read_yaml(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     try:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import MAX_FILE_BYTES, ConfigError, DTypeName, parse_config, read_config
+from cluster.config import ConfigError, DTypeName, parse_config, read_config
+from cluster.yaml_file import MAX_FILE_BYTES
 from router.router_config import CapacityPolicy
 
 
