@@ -145,9 +145,8 @@ class ExpertShardsConfig(ActorConfig):
     """The expert shards, `ep_rank` 0 to count - 1; `mobula scale shards` changes their number later."""
 
     count: Count = 4
-    groups: tuple[
-        ShardGroupConfig, ...
-    ] = ()  # the first shards in order, where they differ; load is shared accordingly
+    # The first shards in order, where they differ; load is shared accordingly. Not strict: YAML has lists, no tuples.
+    groups: tuple[ShardGroupConfig, ...] = Field(default=(), strict=False)
     device: str = "cpu"
     max_weight_gib: Annotated[float, Field(gt=0)] | None = None  # per shard; unset: what the machine has free
     placement_policy: PlacementPolicy = Field(default=PlacementPolicy.DEVICE_LIMITED, strict=False)
@@ -363,4 +362,6 @@ def _describe(fault: Any) -> str:
         return f"{path}: {fault['ctx']['error']}"
     if fault["type"] == "model_type":
         return f"{path}: must be a mapping of keys to values, got {reprlib.repr(fault['input'])}"
+    if fault["type"] == "tuple_type":
+        return f"{path}: must be a list, got {reprlib.repr(fault['input'])}"
     return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {reprlib.repr(fault['input'])}"
