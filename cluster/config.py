@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from attention.engine_config import EngineConfig
 from attention.mla_form import MlaForm
+from cluster.host_port import host_and_port
 from cluster.yaml_file import read_yaml
 from router.placement.members import ShardTraits
 from router.router_config import RouterConfig
@@ -23,6 +24,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 FixedPort = Annotated[int, Field(ge=1, le=65535)]
 
 BUNDLED_MODEL = "bundled"
+RAY_AUTO, RAY_LOCAL, RAY_CLIENT = "auto", "local", "ray://"  # as ray.init has them
 MAX_FAULTS = 50  # that are told of one
 
 
@@ -292,11 +294,20 @@ class TracingConfig(StrictModel):
 class RayConfig(StrictModel):
     """Which Ray cluster to run on."""
 
-    address: str | None = (
-        None  # "auto" for the cluster of this machine; unset: start a local one and stop it at the end
-    )
+    # HOST:PORT; "auto" for the cluster of this machine; unset or "local": start one and stop it at the end
+    address: str | None = None
     namespace: str = "mobula"
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # until every process is ready; large checkpoints need more
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, address: str | None) -> str | None:
+        if address not in (None, RAY_AUTO, RAY_LOCAL) and ray_host_and_port(address) is None:
+            raise ValueError(
+                f"must be auto, HOST:PORT or ray://HOST:PORT, got {reprlib.repr(address)}; leave it out to start a "
+                "cluster on this machine"
+            )
+        return None if address == RAY_LOCAL else address
 
 
 class MobulaConfig(StrictModel):
@@ -328,6 +339,11 @@ class MobulaConfig(StrictModel):
                     f"{role.strategy}); leave them out, or set strategy STRICT_SPREAD"
                 )
         return self
+
+
+def ray_host_and_port(address: str) -> tuple[str, int] | None:
+    """Of a Ray cluster, or of its server for clients; None for what is none."""
+    return host_and_port(address.removeprefix(RAY_CLIENT))
 
 
 def parse_config(data: Any) -> MobulaConfig:

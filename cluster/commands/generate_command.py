@@ -12,8 +12,8 @@ from grpc_status import rpc_status
 
 from cluster.client import DEFAULT_ADDRESS, RESUME_S, Generation, InferenceClient
 from cluster.commands.arguments import MAX_UINT32, MAX_UINT64, Address, unicode_text, within
-from cluster.commands.reachability import host_and_port
 from cluster.commands.terminal import console, errors, fail_call
+from cluster.host_port import host_and_port
 from protos import generation_pb2
 
 MAX_TOKENS = within(1, MAX_UINT32, "the model's context ends an answer in any case")
@@ -90,7 +90,7 @@ def wait_until_listening(
 
 
 def _is_refused(address: str) -> bool:
-    where = host_and_port(address)
+    where = host_and_port(address.removeprefix("dns:"))
     if where is None:
         return False
     try:

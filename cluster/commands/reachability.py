@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.client_access import ClientAccess
+from cluster.host_port import host_and_port
 
 TIMEOUT_S = 3.0  # for each step
 HTTP2 = "h2"
@@ -19,22 +20,9 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # a clien
 SETTINGS = 4  # the type of the first frame of each side; RFC 9113, section 3.4
 
 
-def host_and_port(address: str) -> tuple[str, int] | None:
-    """Of a gateway's address as it is given to a command; None for what is none."""
-    host, _, port = address.removeprefix("dns:").rpartition(":")
-    host = host.strip("[]")
-    if not port.isdecimal() or not 0 < int(port) < 2**16:
-        return None
-    try:
-        host.encode("idna")
-    except UnicodeError:  # an empty label, or one that is too long
-        return None
-    return (host, int(port)) if host else None
-
-
 def why_unreachable(address: str, access: ClientAccess) -> str | None:
     """The reason and the way out; None when everything that can be tried here succeeds."""
-    where = host_and_port(address)
+    where = host_and_port(address.removeprefix("dns:"))
     if where is None:
         return f"{address!r} is not host:port"
     host, port = where

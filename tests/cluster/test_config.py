@@ -58,6 +58,11 @@ def test_values_reach_the_part_that_reads_them() -> None:
         ({"expert_shards": {"groups": [{"count": "2"}]}}, "expert_shards.groups.0.count: input should be a valid int"),
         ({"expert_shards": {"groups": [{"sped": 2.0}]}}, "expert_shards.groups.0.sped: unknown key"),
         ({"expert_shards": {"groups": [3]}}, "expert_shards.groups.0: must be a mapping of keys to values, got 3"),
+        ({"ray": {"address": "foo"}}, "ray.address: must be auto, HOST:PORT or ray://HOST:PORT, got 'foo'; leave it"),
+        ({"ray": {"address": ""}}, "ray.address: must be auto, HOST:PORT or ray://HOST:PORT, got ''"),
+        ({"ray": {"address": "http://head:6379"}}, "ray.address: must be auto, HOST:PORT or"),
+        ({"ray": {"address": "head:99999"}}, "ray.address: must be auto, HOST:PORT or"),
+        ({"ray": {"address": 6379}}, "ray.address: input should be a valid string, got 6379"),
         ([1, 2], "the document"),
         ("bundled", "the document"),
     ],
@@ -66,6 +71,15 @@ def test_what_is_wrong_is_named_with_its_path_and_value(data: object, message: s
     with pytest.raises(ConfigError) as error:
         parse_config(data)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.example:6379", "[::1]:6379", "ray://head:10001"])
+def test_an_address_of_ray_is_taken_as_it_is(address: str) -> None:
+    assert parse_config({"ray": {"address": address}}).ray.address == address
+
+
+def test_a_local_ray_is_the_one_that_is_started_without_an_address() -> None:
+    assert parse_config({"ray": {"address": "local"}}).ray.address is None
 
 
 def test_every_fault_is_reported_at_once() -> None:
