@@ -22,6 +22,7 @@ from cluster.controller.process import ClusterStatus, ProcessHealth, RoleName
 from cluster.roles.actors import booked_cpus, create_controller, end_everything
 from cluster.roles.local_ray import end_local_ray, start_local_ray
 from cluster.roles.preflight import ServingPlan, check, memory_budget
+from cluster.roles.ray_address import check_answers
 
 logger = logging.getLogger(__name__)
 
@@ -174,9 +175,10 @@ class Deployment:
             "logging_level": "WARNING",
             "log_to_driver": False,
         }
-        if self._is_local:
+        if self.config.ray.address is None:
             start_local_ray(max(os.cpu_count() or 1, int(booked_cpus(self.config)) + 1), **settings)
         else:
+            check_answers(self.config.ray.address)
             ray.init(address=self.config.ray.address, **settings)
 
 

@@ -1,0 +1,33 @@
+"""Whether somebody answers at the address of a Ray cluster. Ray itself looks for minutes, in words of its own parts."""
+
+import os
+import socket
+
+from ray._private import services
+
+from cluster.config import RAY_AUTO, ray_host_and_port
+
+TIMEOUT_S = 3.0
+WAY_OUT = (
+    "is `ray start --head` running there, and is this its port (6379 unless it was told another one, 10001 behind "
+    "ray://)? Leave ray.address out to start a cluster on this machine"
+)
+
+
+def check_answers(address: str) -> None:
+    """address: as the configuration takes it. Raises ConnectionError with the reason and the way out."""
+    found = address
+    if address == RAY_AUTO:
+        found = os.environ.get("RAY_ADDRESS") or services.canonicalize_bootstrap_address(RAY_AUTO) or RAY_AUTO
+    if found == RAY_AUTO:
+        return  # Ray looks for processes of its own, and says at once that there are none
+    where = ray_host_and_port(found)
+    if where is None:
+        raise ConnectionError(f"RAY_ADDRESS is {found!r}, must be HOST:PORT or ray://HOST:PORT; unset it or set it so")
+    try:
+        socket.create_connection(where, TIMEOUT_S).close()
+    except OSError as error:
+        is_late = isinstance(error, TimeoutError)
+        reason = f"no answer in {TIMEOUT_S:g} s" if is_late else (error.strerror or str(error)).lower()
+        who = "" if found == address else f"it is {found}: "
+        raise ConnectionError(f"{who}{reason}; {WAY_OUT}") from error
