@@ -5,12 +5,14 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+Gib = Annotated[float, Field(gt=0, le=1024 * 1024)]  # of any memory that is configured: no machine has more
+
 
 class CacheTooSmall(ValueError):
     """The latent cache cannot hold what the configuration promises."""
 
 
-class EngineConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
+class EngineConfig(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
     """Limits of one attention worker."""
 
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64  # sequences in a step; more raise throughput and latency
@@ -20,7 +22,7 @@ class EngineConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
     )
     block_size: Annotated[int, Field(ge=1, le=1024)] = 64  # tokens; smaller wastes less, larger is read faster
     num_blocks: Annotated[int, Field(ge=1)] | None = None  # blocks of the latent cache; unset: as cache_gib allows
-    cache_gib: Annotated[float, Field(gt=0)] = 2.0  # GiB of latent cache; less is taken if less is enough
+    cache_gib: Gib = 2.0  # GiB of latent cache; less is taken if less is enough
     max_num_waiting: Annotated[int, Field(ge=1)] = 1024  # requests no step has seen yet; more get RESOURCE_EXHAUSTED
 
     @model_validator(mode="after")

@@ -11,16 +11,17 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from attention.engine_config import EngineConfig
+from attention.engine_config import EngineConfig, Gib
 from attention.mla_form import MlaForm
 from cluster.host_port import host_and_port
 from cluster.yaml_file import read_yaml
 from router.placement.members import ShardTraits
-from router.router_config import RouterConfig
+from router.router_config import PositiveSeconds, RouterConfig, Seconds
 
 MAX_COUNT = 4096  # processes of a role
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Mib = Annotated[float, Field(gt=0, le=2**30)]
 FixedPort = Annotated[int, Field(ge=1, le=65535)]
 
 BUNDLED_MODEL = "bundled"
@@ -57,8 +58,8 @@ class PlacementPolicy(StrEnum):
     EPLB = "eplb"  # single experts, by load; a token may visit a shard for each of its experts
 
 
-class StrictModel(BaseModel, frozen=True, strict=True, extra="forbid"):
-    """Unknown keys and wrong types are errors; nothing changes after reading."""
+class StrictModel(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
+    """Unknown keys, wrong types and numbers that are not finite are errors; nothing changes after reading."""
 
 
 class ActorConfig(StrictModel):
@@ -81,8 +82,8 @@ class ScalingConfig(StrictModel):
     min_count: Count = 1
     max_count: Count = 16
     target_usage_ratio: Annotated[float, Field(gt=0, le=1)] = 0.7  # of what a process has; beyond, there are too few
-    up_window_s: Annotated[float, Field(ge=0)] = 30.0  # more must be wanted for so long; a burst passes by itself
-    down_window_s: Annotated[float, Field(ge=0)] = 600.0  # fewer; longer than pauses: coming back costs time
+    up_window_s: Seconds = 30.0  # more must be wanted for so long; a burst passes by itself
+    down_window_s: Seconds = 600.0  # fewer; longer than pauses: coming back costs time
 
     @model_validator(mode="after")
     def _check_range(self) -> Self:
@@ -94,7 +95,7 @@ class ScalingConfig(StrictModel):
 class WorkerScalingConfig(ScalingConfig):
     """Usage: what is taken of a worker's latent cache, or of the sequences of a step, whichever is fuller; the mean."""
 
-    target_queue_ratio: Annotated[float, Field(gt=0)] = 0.1  # that wait, at gateways and workers, for each computed one
+    target_queue_ratio: Annotated[float, Field(gt=0, le=1024)] = 0.1  # that wait, wherever, for each computed one
 
 
 class AttentionWorkersConfig(ActorConfig):
@@ -114,21 +115,21 @@ class AttentionWorkersConfig(ActorConfig):
 class ShardScalingConfig(ScalingConfig):
     """Usage: the share of time that the busiest shard computes, f' times the mean of all."""
 
-    target_queue_s: Annotated[float, Field(gt=0)] = 0.02  # that a forward waits for the compute thread, on the average
+    target_queue_s: PositiveSeconds = 0.02  # that a forward waits for the compute thread, on the average
 
 
 class RebalancingConfig(StrictModel):
     """How experts move while requests run. `mobula rebalance` does so on demand, whatever `enabled` says."""
 
     enabled: bool = False  # by itself, when it is worth it
-    half_life_s: Annotated[float, Field(gt=0)] = 60.0  # of the load: an assignment counts half after this
+    half_life_s: PositiveSeconds = 60.0  # of the load: an assignment counts half after this
     # A shard that was ready and is gone for so long has its units given to the others, and gets units again when it is
     # back. Longer than a restart takes: that reads them too. null: others never take over.
-    lost_after_s: Annotated[float, Field(gt=0)] | None = 60.0
+    lost_after_s: PositiveSeconds | None = 60.0
     min_gain: Annotated[float, Field(ge=0, le=1)] = 0.05  # of the experts' expected time, for a move to be worth it
-    min_interval_s: Annotated[float, Field(ge=0)] = 300.0  # between two by itself
+    min_interval_s: Seconds = 300.0  # between two by itself
     min_assignments: Annotated[int, Field(ge=0)] = 10_000  # that the load must count
-    max_mib_per_s: Annotated[float, Field(gt=0)] = 32.0  # that a shard reads meanwhile; on CPUs more is felt
+    max_mib_per_s: Mib = 32.0  # that a shard reads meanwhile; on CPUs more is felt
     copy_from_peers: bool = True  # units that another shard has; false reads all of them from the checkpoint
 
 
@@ -136,8 +137,8 @@ class ShardGroupConfig(StrictModel):
     """Some shards that are alike and differ from the others. What is unset is as in expert_shards."""
 
     count: Count
-    max_weight_gib: Annotated[float, Field(gt=0)] | None = None  # of each
-    speed: Annotated[float, Field(gt=0)] | None = None  # relative to a shard of speed 1; unset: as measured
+    max_weight_gib: Gib | None = None  # of each
+    speed: Annotated[float, Field(gt=0, le=1e6)] | None = None  # relative to a shard of speed 1; unset: as measured
     num_cpus: Annotated[float, Field(ge=0, le=1024)] | None = None
     num_gpus: Annotated[float, Field(ge=0, le=64)] | None = None
     labels: dict[str, str] | None = None
@@ -150,7 +151,7 @@ class ExpertShardsConfig(ActorConfig):
     # The first shards in order, where they differ; load is shared accordingly. Not strict: YAML has lists, no tuples.
     groups: tuple[ShardGroupConfig, ...] = Field(default=(), strict=False)
     device: str = "cpu"
-    max_weight_gib: Annotated[float, Field(gt=0)] | None = None  # per shard; unset: what the machine has free
+    max_weight_gib: Gib | None = None  # per shard; unset: what the machine has free
     placement_policy: PlacementPolicy = Field(default=PlacementPolicy.DEVICE_LIMITED, strict=False)
     num_replicas: Count = 1  # the least number of shards that hold each placement unit
     failure_domain_label: str | None = None  # Ray node label, such as a zone: replicas lie in two; unset: on two nodes
@@ -158,7 +159,7 @@ class ExpertShardsConfig(ActorConfig):
     units_per_layer: Count | None = None  # for models without expert groups; unset: up to 8 contiguous sets
     max_waiting_forwards: Annotated[int, Field(ge=1)] = 1024  # per shard; more are refused, not queued
     max_waiting_mib: Annotated[int, Field(ge=1)] = 1024  # of frames that wait, per shard; the same
-    self_check_interval_s: Annotated[float, Field(gt=0)] | None = 0.25  # between two experts' checks; null: none
+    self_check_interval_s: PositiveSeconds | None = 0.25  # between two experts' checks; null: none
     rebalancing: RebalancingConfig = Field(default_factory=RebalancingConfig)
     autoscaling: ShardScalingConfig = Field(default_factory=ShardScalingConfig)
 
@@ -207,11 +208,11 @@ class ControllerConfig(StrictModel):
 class AdmissionConfig(StrictModel):
     """Who waits at a gateway, and who is told to come back later."""
 
-    max_wait_s: Annotated[float, Field(gt=0)] = 10.0  # who is expected to wait longer gets RESOURCE_EXHAUSTED at once
-    max_request_mib: Annotated[float, Field(gt=0)] = 256.0  # of all requests that wait or are computed, in memory
+    max_wait_s: PositiveSeconds = 10.0  # who is expected to wait longer gets RESOURCE_EXHAUSTED at once
+    max_request_mib: Mib = 256.0  # of all requests that wait or are computed, in memory
     # One client is one key, or one address where no keys are wanted.
     max_requests_per_client: Annotated[int, Field(ge=1)] | None = None  # in flight; unset: no limit but fairness
-    max_tokens_per_s_per_client: Annotated[float, Field(gt=0)] | None = None  # prompt and completion; unset: no limit
+    max_tokens_per_s_per_client: Annotated[float, Field(gt=0, le=1e12)] | None = None  # both ways; unset: no limit
 
 
 class GatewayConfig(StrictModel):
@@ -227,12 +228,12 @@ class GatewayConfig(StrictModel):
     )
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 1024  # over all workers; more get RESOURCE_EXHAUSTED
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
-    resume_timeout_s: Annotated[float, Field(ge=0)] = 60.0  # an answer that has begun waits so long for another worker
+    resume_timeout_s: Seconds = 60.0  # an answer that has begun waits so long for another worker
     # A worker that is asked whether it is there and says nothing for so long, and for longer than is usual for it, has
     # its calls handed to another one, though its connection stands. A busy machine may leave it without a core so long.
     # At most as long as a silent connection is kept.
     silence_timeout_s: Annotated[float, Field(ge=0.1, le=5.0)] = 0.5
-    read_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a client that takes nothing for so long is cut off
+    read_timeout_s: PositiveSeconds = 30.0  # a client that takes nothing for so long is cut off
     http_key: bool = False  # the HTTP port wants a key with the right `admin`: Bearer, or the password of Basic
     keys: str | None = None  # file of bearer keys, see `mobula keys`; unset: whoever reaches the port may do everything
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that its node must carry
@@ -297,7 +298,7 @@ class RayConfig(StrictModel):
     # HOST:PORT; "auto" for the cluster of this machine; unset or "local": start one and stop it at the end
     address: str | None = None
     namespace: str = "mobula"
-    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # until every process is ready; large checkpoints need more
+    start_timeout_s: PositiveSeconds = 600.0  # until every process is ready; large checkpoints need more
 
     @field_validator("address")
     @classmethod
@@ -325,7 +326,7 @@ class MobulaConfig(StrictModel):
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     tracing: TracingConfig = Field(default_factory=TracingConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
-    drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0  # at shutdown, for requests in flight
+    drain_timeout_s: Seconds = 30.0  # at shutdown, for requests in flight
     leave_file: str | None = None  # on a node that has it, processes hand over what they do: `mobula leave` writes it
 
     @model_validator(mode="after")

@@ -5,6 +5,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
+MAX_SECONDS = 366 * 86400  # of any time that is configured: as good as for ever, and no clock overflows
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+
 
 class CapacityPolicy(StrEnum):
     """Who is served where an expert or a device is asked for more than it may take; capacity.py defines them."""
@@ -23,18 +27,18 @@ class MissingExperts(StrEnum):
     RENORMALISE = "renormalise"  # the others get their weight
 
 
-class RouterConfig(BaseModel, frozen=True, strict=True, extra="forbid"):
+class RouterConfig(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
     """How long the router waits for shards, and whether it spares them work under overload."""
 
-    forward_timeout_s: Annotated[float, Field(gt=0)] = 120.0  # per layer, retries included; covers a shard's restart
-    attempt_timeout_s: Annotated[float, Field(gt=0)] = 20.0  # without an answer for so long, ask again or elsewhere
-    late_after_s: Annotated[float, Field(gt=0)] = (
+    forward_timeout_s: PositiveSeconds = 120.0  # per layer, retries included; covers a shard's restart
+    attempt_timeout_s: PositiveSeconds = 20.0  # without an answer for so long, ask again or elsewhere
+    late_after_s: PositiveSeconds = (
         0.05  # no answer is late sooner; when it is follows from measured times, and then replicas are asked too
     )
 
     # Degraded mode, for steps all of whose requests have set allow_missing_experts. Their usage says so.
     missing_experts: MissingExperts = Field(default=MissingExperts.WAIT, strict=False)
-    missing_after_s: Annotated[float, Field(ge=0)] = 2.0  # that a layer waits before it does without
+    missing_after_s: Seconds = 2.0  # that a layer waits before it does without
 
     shared_memory_mib: Annotated[int, Field(ge=0, le=65536)] = (
         256  # with each shard of this host; used as needed; 0: none

@@ -193,7 +193,9 @@ def check(config: MobulaConfig) -> ServingPlan:
             cache.num_blocks, decoder.max_position_embeddings
         )
         tokenizer = Tokenizer.read(model.tokenizer_folder())
-    except (CacheTooSmall, BadTokenizer) as error:
+    except CacheTooSmall as error:
+        raise ConfigError(f"attention_workers.engine: {error}") from error
+    except BadTokenizer as error:
         raise ConfigError(str(error)) from error
     if tokenizer.vocab_size > decoder.vocab_size:
         raise ConfigError(

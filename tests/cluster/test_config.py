@@ -1,11 +1,14 @@
 """The configuration: defaults, and what is refused with which words."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from cluster.config import ConfigError, DTypeName, parse_config, read_config
+from cluster.config import ConfigError, DTypeName, MobulaConfig, parse_config, read_config
 from cluster.yaml_file import MAX_FILE_BYTES
 from router.router_config import CapacityPolicy
 
@@ -41,7 +44,20 @@ def test_values_reach_the_part_that_reads_them() -> None:
         ({"gateway": {"port": 70000}}, "gateway.port: input should be less than or equal to 65535, got 70000"),
         ({"attention_workers": [1]}, "attention_workers: must be a mapping of keys to values, got [1]"),
         ({"dtype": "float16"}, "dtype: input should be 'auto', 'float32' or 'bfloat16', got 'float16'"),
-        ({"drain_timeout_s": float("nan")}, "drain_timeout_s: input should be greater than or equal to 0, got nan"),
+        ({"drain_timeout_s": float("nan")}, "drain_timeout_s: input should be a finite number, got nan"),
+        ({"drain_timeout_s": 1e300}, "drain_timeout_s: input should be less than or equal to 31622400, got 1e+300"),
+        (
+            {"expert_shards": {"rebalancing": {"half_life_s": float("inf")}}},
+            "expert_shards.rebalancing.half_life_s: input should be a finite number, got inf",
+        ),
+        (
+            {"attention_workers": {"engine": {"cache_gib": float("inf")}}},
+            "attention_workers.engine.cache_gib: input should be a finite number, got inf",
+        ),
+        (
+            {"attention_workers": {"engine": {"cache_gib": 1e300}}},
+            "attention_workers.engine.cache_gib: input should be less than or equal to 1048576, got 1e+300",
+        ),
         ({"attention_workers": {"router": {"forward_timeout_s": -1.0}}}, "attention_workers.router.forward_timeout_s"),
         ({"attention_workers": {"strategy": "NEAR"}}, "attention_workers.strategy"),
         (
@@ -80,6 +96,27 @@ def test_an_address_of_ray_is_taken_as_it_is(address: str) -> None:
 
 def test_a_local_ray_is_the_one_that_is_started_without_an_address() -> None:
     assert parse_config({"ray": {"address": "local"}}).ray.address is None
+
+
+def every_field(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of a configuration and its parts: each form that a value may have, as JSON Schema says it."""
+    schema = model.model_json_schema()
+
+    def forms(path: str, part: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        part = schema["$defs"][part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+        yield path, part
+        for name, inner in part.get("properties", {}).items():
+            yield from forms(f"{path}.{name}", inner)
+        for inner in (*part.get("anyOf", ()), *([part["items"]] if "items" in part else [])):
+            yield from forms(path, inner)
+
+    return forms(path, schema)
+
+
+def test_every_number_with_a_fraction_has_an_upper_limit() -> None:
+    numbers = {path: form for path, form in every_field(MobulaConfig) if form.get("type") == "number"}
+    assert ".expert_shards.groups.speed" in numbers
+    assert [path for path, form in numbers.items() if "maximum" not in form and "exclusiveMaximum" not in form] == []
 
 
 def test_every_fault_is_reported_at_once() -> None:

@@ -158,7 +158,7 @@ def test_a_float16_model_is_served_in_the_dtype_that_the_configuration_says(tmp_
 
 def test_a_context_longer_than_the_cache_is_refused(folder: Path) -> None:
     engine = {"max_model_len": 1000, "num_blocks": 2}
-    with pytest.raises(ConfigError, match=r"max_model_len is 1000, .*; lower max_model_len or raise cache_gib"):
+    with pytest.raises(ConfigError, match=r"^attention_workers\.engine: max_model_len is 1000, .*; lower max_model_len or raise cache_gib"):
         plan_of(folder, attention_workers={"engine": engine})
 
 
