@@ -21,6 +21,7 @@ from cluster.checkpoint.quantization import IntQuantization
 from cluster.config import BUNDLED_MODEL, ConfigError, DTypeName, MobulaConfig
 from cluster.controller.memory_budget import MemoryBudget
 from cluster.roles import cgroup
+from cluster.roles.torch_device import check_device
 from cluster.security.exposure import check_files
 from experts.kernels.library import native
 from experts.kernels.packed_matrix import GROUP_MULTIPLE, PANEL_OUTPUTS
@@ -164,6 +165,7 @@ def check(config: MobulaConfig) -> ServingPlan:
     """The plan. Raises ConfigError, InvalidCheckpoint, UnsupportedModel or PlacementError, naming what is wrong."""
     if config.ray.address is None:
         check_files(config)
+        check_device(config.attention_workers.device, "attention_workers.device")
     if config.expert_shards.device != "cpu":
         raise ConfigError(
             f"expert_shards.device is {config.expert_shards.device!r}: experts are computed on the CPU alone in this "

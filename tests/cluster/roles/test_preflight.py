@@ -44,6 +44,12 @@ def test_a_device_that_experts_cannot_use_is_refused(folder: Path) -> None:
         plan_of(folder, expert_shards={"device": "cuda"})
 
 
+def test_the_workers_device_is_looked_for_where_they_run_on_this_machine(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^attention_workers\.device is 'gpu': .* set it to cpu"):
+        plan_of(folder, attention_workers={"device": "gpu"})
+    plan_of(folder, attention_workers={"device": "cuda"}, ray={"address": "auto"})  # nodes may have what is not here
+
+
 def test_the_plan_counts_weights_by_role(folder: Path) -> None:
     plan = plan_of(folder, expert_shards={"count": 3})
     file_bytes = (folder / "model.safetensors").stat().st_size
@@ -158,7 +164,10 @@ def test_a_float16_model_is_served_in_the_dtype_that_the_configuration_says(tmp_
 
 def test_a_context_longer_than_the_cache_is_refused(folder: Path) -> None:
     engine = {"max_model_len": 1000, "num_blocks": 2}
-    with pytest.raises(ConfigError, match=r"^attention_workers\.engine: max_model_len is 1000, .*; lower max_model_len or raise cache_gib"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^attention_workers\.engine: max_model_len is 1000, .*; lower max_model_len or raise cache_gib",
+    ):
         plan_of(folder, attention_workers={"engine": engine})
 
 
