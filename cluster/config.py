@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from attention.engine_config import EngineConfig, Gib
 from attention.mla_form import MlaForm
+from cluster.fixed_ports import check_different_ports, fixed_ports
 from cluster.host_port import host_and_port
 from cluster.yaml_file import read_yaml
 from router.placement.members import ShardTraits
@@ -333,12 +334,18 @@ class MobulaConfig(StrictModel):
     def _check_ports(self) -> Self:
         for name, role in (("attention_workers", self.attention_workers), ("expert_shards", self.expert_shards)):
             has_own_nodes = role.count == 1 or role.strategy is PlacementStrategy.STRICT_SPREAD
-            fixed = {key: port for key in ("port", "metrics_port", "health_port") if (port := getattr(role, key))}
+            fixed = fixed_ports(name, role)
             if fixed and not has_own_nodes:
                 raise ValueError(
                     f"{name} has fixed ports {fixed}, but {role.count} processes may share a node (strategy "
                     f"{role.strategy}); leave them out, or set strategy STRICT_SPREAD"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_different_ports(self) -> Self:
+        parts = ("attention_workers", "expert_shards", "controller", "gateway")
+        check_different_ports({name: getattr(self, name) for name in parts}, is_one_machine=self.ray.address is None)
         return self
 
 
@@ -373,9 +380,11 @@ def read_config(path: Path) -> MobulaConfig:
 
 def _describe(fault: Any) -> str:
     path = ".".join(str(part) for part in fault["loc"]) or "the document"
+    if fault["type"] == "value_error" and not fault["loc"]:  # of our own checks, which name the keys
+        return str(fault["ctx"]["error"])
     if fault["type"] == "extra_forbidden":
         return f"{path}: unknown key"
-    if fault["type"] == "value_error":  # of our own checks, which name what was given
+    if fault["type"] == "value_error":
         return f"{path}: {fault['ctx']['error']}"
     if fault["type"] == "model_type":
         return f"{path}: must be a mapping of keys to values, got {reprlib.repr(fault['input'])}"

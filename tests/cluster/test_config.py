@@ -67,7 +67,7 @@ def test_values_reach_the_part_that_reads_them() -> None:
         ({"attention_workers": {"router": {"capacity_factor": 0.0}}}, "attention_workers.router.capacity_factor"),
         (
             {"expert_shards": {"count": 2, "port": 50061}},
-            "expert_shards has fixed ports {'port': 50061}, but 2 processes may share a node",
+            "expert_shards has fixed ports {'expert_shards.port': 50061}, but 2 processes may share a node",
         ),
         ({"expert_shards": {"groups": 2}}, "expert_shards.groups: must be a list, got 2"),
         ({"expert_shards": {"groups": {"count": 2}}}, "expert_shards.groups: must be a list, got {'count': 2}"),
@@ -139,9 +139,50 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_fixed_port_is_for_processes_that_have_nodes_of_their_own() -> None:
-    shards = {"count": 2, "port": 50061, "metrics_port": 9400}
+    shards = {"count": 2, "port": 50061, "metrics_port": 9401}
     assert parse_config({"expert_shards": shards | {"strategy": "STRICT_SPREAD"}}).expert_shards.port == 50061
-    assert parse_config({"expert_shards": shards | {"count": 1}}).expert_shards.metrics_port == 9400
+    assert parse_config({"expert_shards": shards | {"count": 1}}).expert_shards.metrics_port == 9401
+
+
+ALONE = {"count": 1, "port": 50061}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"gateway": {"port": 9400}}, "gateway.port and gateway.metrics_port are both 9400; set another port for one"),
+        ({"gateway": {"health_port": 50051}}, "gateway.port and gateway.health_port are both 50051"),
+        ({"gateway": {"port": 9400}, "ray": {"address": "auto"}}, "gateway.port and gateway.metrics_port are both"),
+        (
+            {"gateway": {"count": 2, "metrics_port": 50050}},
+            "gateway.port and gateway.metrics_port of gateway-1 are both 50051",
+        ),
+        ({"controller": {"port": 7000, "metrics_port": 7000}}, "controller.port and controller.metrics_port are both"),
+        ({"controller": {"port": 50051}}, "gateway.port and controller.port are both 50051"),
+        ({"attention_workers": ALONE, "expert_shards": ALONE}, "attention_workers.port and expert_shards.port are bo"),
+        (
+            {"expert_shards": {"count": 2, "strategy": "STRICT_SPREAD", "port": 7000, "health_port": 7000}},
+            "expert_shards.port and expert_shards.health_port are both 7000",
+        ),
+    ],
+)
+def test_two_servers_of_one_machine_cannot_have_one_port(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(data)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"gateway": {"port": 0, "metrics_port": 0}},
+        {"attention_workers": ALONE, "expert_shards": ALONE, "ray": {"address": "auto"}},
+        {"gateway": {"host": "10.0.0.1"}, "controller": {"port": 50051}},
+        {"gateway": {"count": 2, "metrics_port": 50050}, "ray": {"address": "auto"}},
+    ],
+)
+def test_servers_that_may_be_on_different_machines_or_addresses_may_have_one_port(data: dict[str, Any]) -> None:
+    parse_config(data)
 
 
 HOSTILE_YAML = {
