@@ -57,7 +57,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("name", "state", "address", "pid", "weight_bytes", "detail", "generation", "num_units", "quarantines")
+    __slots__ = ("name", "state", "address", "pid", "weight_bytes", "detail", "generation", "num_units", "quarantines", "is_leaving")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class ProcessStatus(_message.Message):
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     NUM_UNITS_FIELD_NUMBER: _ClassVar[int]
     QUARANTINES_FIELD_NUMBER: _ClassVar[int]
+    IS_LEAVING_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ProcessState
     address: str
@@ -76,7 +77,8 @@ class ProcessStatus(_message.Message):
     generation: str
     num_units: int
     quarantines: _containers.RepeatedCompositeFieldContainer[Quarantine]
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ProcessState, str]] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., detail: _Optional[str] = ..., generation: _Optional[str] = ..., num_units: _Optional[int] = ..., quarantines: _Optional[_Iterable[_Union[Quarantine, _Mapping]]] = ...) -> None: ...
+    is_leaving: bool
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ProcessState, str]] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., detail: _Optional[str] = ..., generation: _Optional[str] = ..., num_units: _Optional[int] = ..., quarantines: _Optional[_Iterable[_Union[Quarantine, _Mapping]]] = ..., is_leaving: _Optional[bool] = ...) -> None: ...
 
 class Quarantine(_message.Message):
     __slots__ = ("ep_rank", "layer_id", "unit_id", "reason")

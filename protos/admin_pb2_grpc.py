@@ -127,7 +127,7 @@ class AdminServicer:
         those that need a shard wait until it is back or ask a replica. Returns when it is decided; GetStatus shows another
         generation of the process when it is done.
 
-        FAILED_PRECONDITION while any process is not ready: one at a time.
+        FAILED_PRECONDITION while any process is not ready: one at a time. INVALID_ARGUMENT for one that is leaving.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

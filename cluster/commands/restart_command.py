@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Protocol
+from typing import Annotated, NamedTuple, Protocol, TypeVar
 
 import grpc
 import typer
@@ -15,6 +15,7 @@ from cluster.controller.process import RoleName
 from protos import admin_pb2
 
 POLL_S = 0.5
+T = TypeVar("T")
 RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED)
 ROLES = {
     RoleName.SHARD: admin_pb2.PROCESS_ROLE_SHARD,
@@ -62,45 +63,61 @@ def restart_all(
 ) -> None:
     """Raises RestartTimeout, and what a call fails with for another reason than that the system is not ready."""
 
-    def until(wanted: Callable[[], bool], name: str) -> None:
+    def until(wanted: Callable[[], T | None], name: str) -> T:
         deadline_s = clock() + timeout_s
-        while not wanted():
+        while (found := _answered(wanted)) is None:
             if clock() >= deadline_s:
                 raise RestartTimeout(f"{name} was not replaced within {timeout_s:g} s; see `mobula status`")
             sleep(POLL_S)
+        return found
 
-    for process in client.status().processes:
-        role = RoleName(process.name.rpartition("-")[0])
+    for name in [process.name for process in client.status().processes]:
+        role, _, rank = name.rpartition("-")
         if only in (None, role):
-            try:
-                until(partial(_asked_for, client, role, process), process.name)
-            except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
-                    raise
-                show(f"{process.name} has left meanwhile")
-                continue
-            until(partial(_is_replaced, client, process), process.name)
-            show(f"{process.name} is replaced")
+            before = until(partial(_look, client, name), name)
+            fate = before.fate or until(partial(_ask, client, RoleName(role), int(rank)), name)
+            fate = fate or until(partial(_look, client, name, before.generation), name).fate
+            show(f"{name} {fate}")
 
 
-def _asked_for(client: RestartClient, role: RoleName, process: admin_pb2.ProcessStatus) -> bool:
-    return _done(lambda: client.restart(ROLES[role], int(process.name.rpartition("-")[2])))
+class Look(NamedTuple):
+    """generation: the one that is there; fate: what became of the process, "" while there is more to do."""
+
+    generation: str = ""
+    fate: str = ""
 
 
-def _is_replaced(client: RestartClient, before: admin_pb2.ProcessStatus) -> bool:
-    def look() -> bool:
-        status = client.status()
-        generations = {process.name: process.generation for process in status.processes}
-        return status.is_serving and generations.get(before.name, "") not in ("", before.generation)
+def _look(client: RestartClient, name: str, before: str | None = None) -> Look | None:
+    """None: look again. before: the generation that is replaced; None before it is asked for."""
+    status = client.status()
+    process = next((process for process in status.processes if process.name == name), None)
+    if process is None:
+        return Look(fate="has left meanwhile")
+    if process.is_leaving:
+        return Look(fate="is leaving, left alone")
+    if not process.generation:
+        return None
+    if before is None:
+        return Look(process.generation)
+    return Look(fate="is replaced") if status.is_serving and process.generation != before else None
 
-    return _done(look)
 
-
-def _done(ask: Callable[[], bool | None]) -> bool:
-    """Whether it was done: not while the system is not ready, or its gateway is the process that is replaced."""
+def _ask(client: RestartClient, role: RoleName, rank: int) -> str:
+    """What became of it; "" when it is decided that it is replaced."""
     try:
-        return ask() is not False
+        client.restart(ROLES[role], rank)
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+            raise
+        return "has left or is leaving, left alone"
+    return ""
+
+
+def _answered(ask: Callable[[], T | None]) -> T | None:
+    """None while the system is not ready, or its gateway is the process that is replaced."""
+    try:
+        return ask()
     except grpc.RpcError as error:
         if error.code() not in RETRIED:
             raise
-        return False
+        return None

@@ -27,6 +27,7 @@ def status_message(status: ClusterStatus) -> admin_pb2.GetStatusResponse:
                 detail=health.detail,
                 generation=health.generation,
                 num_units=health.num_units,
+                is_leaving=health.is_leaving,
                 quarantines=[admin_pb2.Quarantine(**quarantine._asdict()) for quarantine in health.quarantines],
             )
             for name, health in status.processes
@@ -50,6 +51,7 @@ def cluster_status(message: admin_pb2.GetStatusResponse) -> ClusterStatus:
                 pid=process.pid,
                 weight_bytes=process.weight_bytes,
                 num_units=process.num_units,
+                is_leaving=process.is_leaving,
                 quarantines=tuple(_quarantine(quarantine) for quarantine in process.quarantines),
             ),
         )

@@ -359,12 +359,13 @@ class Controller:
 
 def _shown(process: ManagedProcess) -> ProcessHealth:
     """Its health, and what it cannot know itself."""
+    health = replace(process.health, is_leaving=process.is_leaving)
     if not (process.is_ending and (process.is_ready or process.health is DOWN)):
-        return process.health
+        return health
     if process.is_replaced:
-        return replace(process.health, detail=RESTARTS)
+        return replace(health, detail=RESTARTS)
     what = "its units move to the other shards" if process.role is RoleName.SHARD else "others go on with its requests"
-    return replace(process.health, detail=f"{DRAINS}{what}")
+    return replace(health, detail=f"{DRAINS}{what}")
 
 
 def _answer(process: ManagedProcess) -> ProcessHealth:

@@ -43,6 +43,8 @@ class Departures:
     def restart(self, role: RoleName, rank: int, *, is_serving: bool) -> None:
         """It ends, and another generation takes its place. Raises InvalidRequest, and NotServing: one at a time."""
         process = self._find(role, rank)
+        if process.is_leaving:
+            raise InvalidRequest(f"{process.name} is leaving; nothing takes its place", field="rank")
         if process.is_replaced:
             return
         waited_for = [other for other in self._processes if not other.is_joining]

@@ -22,6 +22,7 @@ class FakeAdmin:
         self.restarted: list[str] = []
         self.num_looks_until_back = 0
         self.comes_back = True
+        self.leaves_after: dict[str, int] = {}  # so many restarts
 
     def sleep(self, seconds: float) -> None:
         self.now_s += seconds
@@ -31,11 +32,16 @@ class FakeAdmin:
         is_back = self.num_looks_until_back <= 0
         processes = [
             admin_pb2.ProcessStatus(
-                name=name, generation="" if name in self.restarted[-1:] and not is_back else str(generation)
+                name=name,
+                generation="" if name in self.restarted[-1:] and not is_back else str(generation),
+                is_leaving=self.is_leaving(name),
             )
             for name, generation in self.generations.items()
         ]
         return admin_pb2.GetStatusResponse(processes=processes, is_serving=is_back)
+
+    def is_leaving(self, name: str) -> bool:
+        return len(self.restarted) >= self.leaves_after.get(name, 99)
 
     def restart(self, role: "admin_pb2.ProcessRole", rank: int) -> None:
         if self.num_looks_until_back > 0:
@@ -46,8 +52,11 @@ class FakeAdmin:
         self.num_looks_until_back = 2
 
 
-def run(admin: FakeAdmin, only: RoleName | None = None) -> None:
-    restart_all(admin, only, 10.0, lambda text: None, lambda: admin.now_s, admin.sleep)
+def run(admin: FakeAdmin, only: RoleName | None = None) -> list[str]:
+    """What is shown."""
+    shown: list[str] = []
+    restart_all(admin, only, 10.0, shown.append, lambda: admin.now_s, admin.sleep)
+    return shown
 
 
 def test_every_process_is_replaced_once_and_one_at_a_time() -> None:
@@ -62,7 +71,37 @@ class Gone(grpc.RpcError):
         return grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_process_that_has_left_meanwhile_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_leaves_before_its_turn_is_left_alone_and_that_is_said() -> None:
+    admin = FakeAdmin()
+    admin.leaves_after = {"shard-0": 0, "worker-1": 2}
+    assert run(admin) == [
+        "shard-0 is leaving, left alone",
+        "shard-1 is replaced",
+        "worker-0 is replaced",
+        "worker-1 is leaving, left alone",
+        "gateway-0 is replaced",
+    ]
+    assert admin.restarted == ["shard-1", "worker-0", "gateway-0"]
+
+
+def test_a_process_that_is_drained_while_it_is_replaced_is_not_waited_for() -> None:
+    admin = FakeAdmin()
+    admin.leaves_after = {"shard-1": 2}
+    assert run(admin)[1] == "shard-1 is leaving, left alone"
+
+
+def test_a_process_that_has_left_before_its_turn_is_passed_over() -> None:
+    admin = FakeAdmin()
+    first = admin.status()
+    del admin.generations["shard-1"]
+    looks = [first]
+    admin_status, admin.status = admin.status, lambda: looks.pop() if looks else admin_status()  # type: ignore[method-assign]
+    assert run(admin)[1] == "shard-1 has left meanwhile"
+
+
+def test_a_process_that_leaves_at_the_moment_when_it_is_asked_for_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     admin, restart = FakeAdmin(), FakeAdmin.restart
 
     def restart_others(self: FakeAdmin, role: "admin_pb2.ProcessRole", rank: int) -> None:
@@ -71,7 +110,7 @@ def test_a_process_that_has_left_meanwhile_is_passed_over(monkeypatch: pytest.Mo
         restart(self, role, rank)
 
     monkeypatch.setattr(FakeAdmin, "restart", restart_others)
-    run(admin)
+    assert run(admin)[1] == "shard-1 has left or is leaving, left alone"
     assert admin.restarted == ["shard-0", "worker-0", "worker-1", "gateway-0"]
 
 

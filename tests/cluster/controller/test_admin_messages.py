@@ -19,6 +19,7 @@ HEALTH = st.builds(
     detail=st.text(),
     pid=COUNTS,
     weight_bytes=COUNTS,
+    is_leaving=st.booleans(),
 )
 REBALANCE = st.builds(
     RebalanceStatus,

@@ -86,6 +86,18 @@ def test_a_worker_stays_while_no_other_one_is_ready() -> None:
     assert "worker-0" not in names(controller)
 
 
+def test_a_process_that_leaves_is_not_replaced_and_is_shown_as_leaving() -> None:
+    controller, _ = serving()
+    controller._departures.drain_worker(1)
+    controller._balance.membership.drain(1)
+    for role in (RoleName.WORKER, RoleName.SHARD):
+        with pytest.raises(InvalidRequest, match=f"{role}-1 is leaving; nothing takes its place"):
+            controller._departures.restart(role, 1, is_serving=True)
+    run(controller, 1)
+    leaving = {name for name, health in controller.status().processes if health.is_leaving}
+    assert leaving == {"worker-1", "shard-1"}
+
+
 @pytest.mark.parametrize("role", list(RoleName))
 def test_a_process_is_replaced_and_the_next_one_only_when_everything_serves_again(role: RoleName) -> None:
     controller, fakes = serving()
