@@ -57,7 +57,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("name", "state", "address", "pid", "weight_bytes", "detail", "generation", "num_units", "quarantines", "is_leaving")
+    __slots__ = ("name", "state", "address", "pid", "weight_bytes", "detail", "generation", "num_units", "quarantines", "is_leaving", "replaced_generation")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class ProcessStatus(_message.Message):
     NUM_UNITS_FIELD_NUMBER: _ClassVar[int]
     QUARANTINES_FIELD_NUMBER: _ClassVar[int]
     IS_LEAVING_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ProcessState
     address: str
@@ -78,7 +79,8 @@ class ProcessStatus(_message.Message):
     num_units: int
     quarantines: _containers.RepeatedCompositeFieldContainer[Quarantine]
     is_leaving: bool
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ProcessState, str]] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., detail: _Optional[str] = ..., generation: _Optional[str] = ..., num_units: _Optional[int] = ..., quarantines: _Optional[_Iterable[_Union[Quarantine, _Mapping]]] = ..., is_leaving: _Optional[bool] = ...) -> None: ...
+    replaced_generation: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ProcessState, str]] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., detail: _Optional[str] = ..., generation: _Optional[str] = ..., num_units: _Optional[int] = ..., quarantines: _Optional[_Iterable[_Union[Quarantine, _Mapping]]] = ..., is_leaving: _Optional[bool] = ..., replaced_generation: _Optional[str] = ...) -> None: ...
 
 class Quarantine(_message.Message):
     __slots__ = ("ep_rank", "layer_id", "unit_id", "reason")

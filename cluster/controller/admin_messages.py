@@ -28,6 +28,7 @@ def status_message(status: ClusterStatus) -> admin_pb2.GetStatusResponse:
                 generation=health.generation,
                 num_units=health.num_units,
                 is_leaving=health.is_leaving,
+                replaced_generation=health.replaced_generation,
                 quarantines=[admin_pb2.Quarantine(**quarantine._asdict()) for quarantine in health.quarantines],
             )
             for name, health in status.processes
@@ -52,6 +53,7 @@ def cluster_status(message: admin_pb2.GetStatusResponse) -> ClusterStatus:
                 weight_bytes=process.weight_bytes,
                 num_units=process.num_units,
                 is_leaving=process.is_leaving,
+                replaced_generation=process.replaced_generation,
                 quarantines=tuple(_quarantine(quarantine) for quarantine in process.quarantines),
             ),
         )

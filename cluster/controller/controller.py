@@ -359,7 +359,7 @@ class Controller:
 
 def _shown(process: ManagedProcess) -> ProcessHealth:
     """Its health, and what it cannot know itself."""
-    health = replace(process.health, is_leaving=process.is_leaving)
+    health = replace(process.health, is_leaving=process.is_leaving, replaced_generation=process.replaced_generation)
     if not (process.is_ending and (process.is_ready or process.health is DOWN)):
         return health
     if process.is_replaced:

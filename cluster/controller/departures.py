@@ -25,7 +25,7 @@ class Departures:
         self._clock = clock
         self._processes = processes
         self._drain_timeout_s = drain_timeout_s
-        self._killed: dict[str, str] = {}  # generations that others take the place of, by process
+        self._killed: set[str] = set()  # names of those whose next generation has not answered yet
 
     def drain_worker(self, dp_rank: int) -> None:
         """It ends and does not come back. Asking again changes nothing. Raises InvalidRequest, NotServing."""
@@ -59,16 +59,17 @@ class Departures:
         """Moves every departure on as far as it gets without waiting. Called when gateways have been told."""
         for process in [p for p in self._processes if p.is_replaced or _leaves(p)]:
             if process.name in self._killed:
-                if process.health.generation not in ("", self._killed[process.name]):
+                if process.health.generation not in ("", process.replaced_generation):
                     process.is_replaced = False
-                    del self._killed[process.name]
+                    self._killed.remove(process.name)
             elif process.has_stopped(self._drain_timeout_s, self._clock()):
                 self._end(process)
 
     def _end(self, process: ManagedProcess) -> None:
         process.stopping = None
         if process.is_replaced:
-            self._killed[process.name] = process.health.generation
+            self._killed.add(process.name)
+            process.replaced_generation = process.health.generation
             process.handle.restart()
         else:
             process.handle.kill()

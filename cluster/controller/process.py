@@ -47,6 +47,7 @@ class ProcessHealth:
 
     Attributes:
         generation: differs between a process and the one that replaced it.
+        replaced_generation: the latest before it that was told to end so that another one takes its place; "" if none.
         address: host:port of its gRPC server, once READY.
         metrics_address: host:port of its Prometheus endpoint, once READY.
         detail: what it is doing, or why it failed.
@@ -68,6 +69,7 @@ class ProcessHealth:
     address: str = ""
     metrics_address: str = ""
     detail: str = ""
+    replaced_generation: str = ""
     pid: int = 0
     must_leave: bool = False
     is_leaving: bool = False
@@ -150,6 +152,7 @@ class ManagedProcess:
     is_joining: bool = False  # a worker that was added while the system serves: nobody waits for it
     join_by_s: float | None = None  # else a joining worker is given up; a moment of the controller's clock
     is_replaced: bool = False  # it is to end, and another generation to take its place
+    replaced_generation: str = ""  # the latest that was ended for that
     stopping: Future[Any] | None = None  # once it was told to end
     stop_by_s: float = 0.0  # else it is killed; a moment of the controller's clock
 

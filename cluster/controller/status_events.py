@@ -81,7 +81,10 @@ class StatusEvents:
 
     def _process_changes(self, name: str, old: ProcessHealth, now: ProcessHealth) -> Iterator[StatusEvent]:
         is_ready, was_ready = now.state is ProcessState.READY, old.state is ProcessState.READY
-        is_another = self._generations.get(name, now.generation) != now.generation
+        known = self._generations.get(name, now.generation)
+        is_another = known != now.generation
+        # Other looks than this one saw that it was told to end: rounds of the controller may be faster than looks.
+        is_planned = now.generation not in ("", known) and now.replaced_generation == known
         away = self._after(name, "away") if is_ready and not was_ready else ""
         if is_ready and is_another:
             self._forget(name)  # what the one before it was told, and what was wrong with it
@@ -89,12 +92,13 @@ class StatusEvents:
             who = f", as another process, pid {now.pid}" if is_another else ""
             yield StatusEvent(Level.GOOD, name, f"is ready{away}{who}")
         elif is_ready and is_another:
-            level = Level.INFO if _is_told_to_end(old) else Level.BAD
+            level = Level.INFO if is_planned or _is_told_to_end(old) else Level.BAD
             yield StatusEvent(level, name, f"was replaced by another process, pid {now.pid}")
-        if _is_told_to_end(now) and self._told_to_end.get(name) != now.detail:
-            self._told_to_end[name] = now.detail
+        order = now.detail if _is_told_to_end(now) else RESTARTS if is_planned and not is_ready else ""
+        if order and self._told_to_end.get(name) != order:
+            self._told_to_end[name] = order
             self._begin(name, "leaving")
-            yield StatusEvent(Level.INFO, name, now.detail)
+            yield StatusEvent(Level.INFO, name, order)
         elif is_ready and not _is_told_to_end(now):  # it goes on: a controller that was lost took its word with it
             self._told_to_end.pop(name, None)
             self._began_s.pop((name, "leaving"), None)

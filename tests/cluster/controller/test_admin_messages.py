@@ -20,6 +20,7 @@ HEALTH = st.builds(
     pid=COUNTS,
     weight_bytes=COUNTS,
     is_leaving=st.booleans(),
+    replaced_generation=st.text(),
 )
 REBALANCE = st.builds(
     RebalanceStatus,

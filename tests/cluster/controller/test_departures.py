@@ -112,6 +112,7 @@ def test_a_process_is_replaced_and_the_next_one_only_when_everything_serves_agai
     run(controller, 6)
     controller._departures.restart(RoleName.WORKER, 1, is_serving=controller.status().is_serving)
     assert fakes[name].generation != generation
+    assert dict(controller.status().processes)[name].replaced_generation == generation
     assert controller.status().is_serving
     assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {0, 1}
     assert len(fakes[name].told("stop")) == 1

@@ -141,6 +141,30 @@ def test_a_planned_restart_that_is_first_seen_while_the_process_is_away_is_told_
     ]
 
 
+def test_a_planned_restart_that_is_first_seen_while_the_next_process_loads_is_told_as_one() -> None:
+    another = with_health(WELL, "shard-0", generation="new", pid=77, replaced_generation="shard-0.0")
+    loading = with_health(another, "shard-0", state=ProcessState.LOADING, detail="reading weights")
+    assert told(WELL, loading, another) == [
+        ("info", "shard-0", "ends, and is started again"),
+        ("info", "system", "not every process is ready, as planned: shard-0"),
+        ("good", "shard-0", "is ready after 1.0 s, as another process, pid 77"),
+        ("good", "system", "serves after 1.0 s"),
+    ]
+
+
+def test_a_planned_restart_between_two_looks_is_no_bad_news() -> None:
+    another = with_health(WELL, "shard-0", generation="new", pid=77, replaced_generation="shard-0.0")
+    assert told(WELL, another) == [("info", "shard-0", "was replaced by another process, pid 77")]
+
+
+def test_a_process_that_is_lost_after_a_planned_restart_is_bad_news() -> None:
+    another = with_health(WELL, "shard-0", generation="new", pid=77, replaced_generation="shard-0.0")
+    third = with_health(another, "shard-0", generation="newest", pid=78)
+    assert told(WELL, another, third)[1:] == [("bad", "shard-0", "was replaced by another process, pid 78")]
+    loading = with_health(third, "shard-0", state=ProcessState.LOADING)
+    assert told(WELL, another, loading)[1] == ("bad", "shard-0", "is loading")
+
+
 @pytest.mark.parametrize("state", [ProcessState.DOWN, ProcessState.FAILED])
 def test_the_next_process_of_a_planned_restart_that_cannot_load_is_bad_news(state: ProcessState) -> None:
     *before, loading, _ = replaced("shard-0")
