@@ -25,7 +25,6 @@ class Departures:
         self._clock = clock
         self._processes = processes
         self._drain_timeout_s = drain_timeout_s
-        self._killed: set[str] = set()  # names of those whose next generation has not answered yet
 
     def drain_worker(self, dp_rank: int) -> None:
         """It ends and does not come back. Asking again changes nothing. Raises InvalidRequest, NotServing."""
@@ -58,17 +57,16 @@ class Departures:
     def round(self) -> None:
         """Moves every departure on as far as it gets without waiting. Called when gateways have been told."""
         for process in [p for p in self._processes if p.is_replaced or _leaves(p)]:
-            if process.name in self._killed:
+            if process.is_next_awaited:
                 if process.health.generation not in ("", process.replaced_generation):
-                    process.is_replaced = False
-                    self._killed.remove(process.name)
+                    process.is_replaced = process.is_next_awaited = False
             elif process.has_stopped(self._drain_timeout_s, self._clock()):
                 self._end(process)
 
     def _end(self, process: ManagedProcess) -> None:
         process.stopping = None
         if process.is_replaced:
-            self._killed.add(process.name)
+            process.is_next_awaited = True
             process.replaced_generation = process.health.generation
             process.handle.restart()
         else:

@@ -152,6 +152,7 @@ class ManagedProcess:
     is_joining: bool = False  # a worker that was added while the system serves: nobody waits for it
     join_by_s: float | None = None  # else a joining worker is given up; a moment of the controller's clock
     is_replaced: bool = False  # it is to end, and another generation to take its place
+    is_next_awaited: bool = False  # it was ended for that, and the next one has not answered yet
     replaced_generation: str = ""  # the latest that was ended for that
     stopping: Future[Any] | None = None  # once it was told to end
     stop_by_s: float = 0.0  # else it is killed; a moment of the controller's clock

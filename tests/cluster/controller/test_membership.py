@@ -9,7 +9,7 @@ import pytest
 
 from cluster.controller.balance import Proposer
 from cluster.controller.controller import Controller
-from cluster.controller.process import ProcessState
+from cluster.controller.process import ProcessState, RoleName
 from cluster.controller.rebalance import RebalanceCause
 from cluster.controller.rebalancer import URGENT_BYTES_PER_S
 from protos.errors import InvalidRequest, RebalanceRefused
@@ -278,3 +278,25 @@ def test_a_shard_that_loads_is_waited_for_however_long_it_takes(cluster, now) ->
     now[0] += 500.0
     run(controller, 8)
     assert ranks_in_use(fakes) == ((0, 1, 2), [0, 1, 2])
+
+
+def test_a_shard_with_the_number_of_one_that_was_drained_while_it_was_replaced_is_replaced_in_its_turn(cluster) -> None:
+    controller, fakes = cluster
+    first, restart = fakes["shard-2"], partial(controller._departures.restart, RoleName.SHARD, 2, is_serving=True)
+    restart()
+    first.restart = first.die  # type: ignore[method-assign]
+    run(controller, 4)
+    controller._balance.membership.drain(2)
+    FakeProcess.restart(first)
+    run(controller, 20)
+    drained_under(fakes, 2)
+    run(controller, 20)
+    assert names(controller) == SHARDS[:2]
+    controller._balance.membership.scale(3)
+    run(controller, 8)
+    drained_under(fakes, 3)
+    run(controller, 8)
+    generation = fakes["shard-2"].generation
+    restart()
+    run(controller, 8)
+    assert fakes["shard-2"].generation != generation
