@@ -1,6 +1,6 @@
 """`mobula scale shards|workers`, `mobula drain shard|worker`: how many processes there are, while they serve."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import grpc
@@ -10,13 +10,20 @@ from cluster.client import DEFAULT_ADDRESS, AdminClient
 from cluster.commands.arguments import MAX_UINT32, Address, within
 from cluster.commands.terminal import console, fail_call
 from cluster.config import MAX_COUNT
+from cluster.process_names import listed
 from protos import admin_pb2
 
 SEE = "`mobula status` shows how far it is"
 COUNT = within(1, MAX_COUNT, "`mobula status` shows how many there are")
 RANK = within(0, MAX_UINT32, "`mobula status` shows the numbers that there are")
-COMING = {"shards": "start and are then given units", "workers": "start and are then given requests"}
-LEAVING = {"shards": "give up their units and then end", "workers": "hand their requests over and then end"}
+COMING = {  # what one does, and what several do
+    "shard": ("starts and is then given units", "start and are then given units"),
+    "worker": ("starts and is then given requests", "start and are then given requests"),
+}
+LEAVING = {
+    "shard": ("gives up its units and then ends", "give up their units and then end"),
+    "worker": ("hands its requests over and then ends", "hand their requests over and then end"),
+}
 
 scale_app = typer.Typer(no_args_is_help=True, help="Change how many processes there are, while requests run.")
 drain_app = typer.Typer(no_args_is_help=True, help="Let one process end without a request noticing.")
@@ -33,7 +40,7 @@ def scale_shards(
             change = client.scale_shards(count)
     except grpc.RpcError as error:
         fail_call(error, address)
-    _tell("shards", count, change.added_ep_ranks, change.drained_ep_ranks)
+    _tell("shard", count, change.added_ep_ranks, change.drained_ep_ranks)
 
 
 @scale_app.command("workers")
@@ -47,7 +54,7 @@ def scale_workers(
             change = client.scale_workers(count)
     except grpc.RpcError as error:
         fail_call(error, address)
-    _tell("workers", count, change.added_dp_ranks, change.drained_dp_ranks)
+    _tell("worker", count, change.added_dp_ranks, change.drained_dp_ranks)
 
 
 @drain_app.command("shard")
@@ -61,7 +68,7 @@ def drain_shard(
             client.drain(admin_pb2.PROCESS_ROLE_SHARD, ep_rank)
     except grpc.RpcError as error:
         fail_call(error, address)
-    console.print(f"shard {ep_rank} gives up its units and then ends; {SEE}", highlight=False)
+    _tell_change("shard", [ep_rank], LEAVING)
 
 
 @drain_app.command("worker")
@@ -75,12 +82,19 @@ def drain_worker(
             client.drain(admin_pb2.PROCESS_ROLE_WORKER, dp_rank)
     except grpc.RpcError as error:
         fail_call(error, address)
-    console.print(f"worker {dp_rank} hands its requests over and then ends; {SEE}", highlight=False)
+    _tell_change("worker", [dp_rank], LEAVING)
 
 
 def _tell(role: str, count: int, added: Sequence[int], drained: Sequence[int]) -> None:
     if not added and not drained:
-        console.print(f"there are {count} {role} already")
-    for ranks, what in ((added, COMING[role]), (drained, LEAVING[role])):
+        there_are = f"there are {count} {role}s" if count > 1 else f"there is 1 {role}"
+        console.print(f"{there_are} already", highlight=False)
+    for ranks, change in ((added, COMING), (drained, LEAVING)):
         if ranks:
-            console.print(f"{role} {', '.join(map(str, ranks))} {what}; {SEE}", highlight=False)
+            _tell_change(role, ranks, change)
+
+
+def _tell_change(role: str, ranks: Sequence[int], change: Mapping[str, tuple[str, str]]) -> None:
+    of_one, of_several = change[role]
+    does = of_one if len(ranks) == 1 else of_several
+    console.print(f"{listed(role, ranks)} {does}; {SEE}", highlight=False, soft_wrap=True)

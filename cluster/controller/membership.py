@@ -13,6 +13,7 @@ from typing import NamedTuple
 from cluster.config import MAX_COUNT
 from cluster.controller.process import ManagedProcess, ProcessState, RoleName
 from cluster.controller.rebalance import RebalanceCause
+from cluster.process_names import listed
 from protos.errors import InvalidRequest
 from router.expert_map import ExpertMap
 
@@ -167,9 +168,12 @@ class ShardMembership:
         came = sorted(self.members() - self._placed_on)
         lost = [shard.rank for shard in self.staying if shard.is_lost and shard.rank in self._placed_on]
         leave = sorted(self._placed_on - self.members() - set(lost))
-        changes = (("came", came), ("leave", leave), ("are lost", lost))
+        changes = (("came", "came", came), ("leaves", "leave", leave), ("is lost", "are lost", lost))
         cause = RebalanceCause.LOST if lost else RebalanceCause.DRAINED if leave else RebalanceCause.ADDED
-        return cause, ", ".join(f"shards {ranks} {what}" for what, ranks in changes if ranks)
+        words = (
+            f"{listed('shard', ranks)} {one if len(ranks) == 1 else many}" for one, many, ranks in changes if ranks
+        )
+        return cause, ", ".join(words)
 
     def remove_drained(self, expert_map: ExpertMap, drain_timeout_s: float, now_s: float) -> None:
         """Ends the shards that leave and hold nothing; call it while no rebalance is under way."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from cluster.controller.departures import Departures
 from cluster.controller.membership import MemberChange, free_ranks
 from cluster.controller.process import ManagedProcess, ProcessState, RoleName
+from cluster.process_names import listed
 from protos.errors import InvalidRequest, MobulaError, NotServing
 
 logger = logging.getLogger(__name__)
@@ -110,10 +111,8 @@ class WorkerMembership:
 
     def _drain(self, staying: list[ManagedProcess], leaving: list[ManagedProcess]) -> MemberChange:
         if not any(worker.is_ready and not worker.is_replaced for worker in staying):
-            ranks = [worker.rank for worker in staying]
-            raise NotServing(
-                f"none of the workers {ranks} that would stay is ready; ask again when one is", retry_after_s=5.0
-            )
+            names = listed("worker", [worker.rank for worker in staying])
+            raise NotServing(f"no worker that would stay is ready ({names}); ask again when one is", retry_after_s=5.0)
         for worker in leaving:
             self._departures.drain_worker(worker.rank)
         return MemberChange(drained=tuple(worker.rank for worker in leaving))

@@ -30,11 +30,12 @@ def run(gateway: GatewayHost, *arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("role", "count", "words"),
     [
-        ("shards", "4", "shards 2, 3 start"),
-        ("shards", "1", "shards 1 give up their units"),
+        ("shards", "4", "shards 2 and 3 start and are then given units; `mobula status`"),
+        ("shards", "3", "shard 2 starts and is then given units; `mobula status`"),
+        ("shards", "1", "shard 1 gives up its units and then ends; `mobula status`"),
         ("shards", "2", "there are 2 shards already"),
-        ("workers", "3", "workers 1, 2 start"),
-        ("workers", "1", "there are 1 workers already"),
+        ("workers", "3", "workers 1 and 2 start and are then given requests"),
+        ("workers", "1", "there is 1 worker already"),
     ],
 )
 def test_scaling_says_which_processes_come_or_go(gateway: GatewayHost, role: str, count: str, words: str) -> None:

@@ -78,7 +78,7 @@ def test_a_shard_that_is_added_starts_and_is_given_units(cluster) -> None:
     assert first[0].units_of(3) == ()
     assert fakes["shard-3"].told("stage")
     assert controller.status().is_serving
-    assert controller.status().rebalance.reason == "shards [3] came"
+    assert controller.status().rebalance.reason == "shard 3 came"
     assert controller.num_rebalances()[RebalanceCause.ADDED] == 1
 
 
@@ -90,7 +90,7 @@ def test_a_shard_that_is_drained_ends_when_the_others_have_its_units_and_they_ke
     run(controller, 12)
     assert names(controller) == SHARDS  # forwards to it are under way
     assert "is drained" in dict(controller.status().processes)["shard-1"].detail
-    assert controller.status().rebalance.reason == "shards [1] leave"
+    assert controller.status().rebalance.reason == "shard 1 leaves"
     assert controller.num_rebalances()[RebalanceCause.DRAINED] == 1
     assert fakes["shard-1"].told("stop") == []
     drained_under(fakes, 2)

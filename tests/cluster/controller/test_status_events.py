@@ -57,9 +57,9 @@ def test_a_rebalance_that_the_next_one_follows_between_two_looks_is_told_to_its_
     drained = RebalanceStatus(
         state=RebalanceState.STAGING, target_version=4, num_done=1, last_result="version 3 is served", reason="drain"
     )
-    grown = RebalanceStatus(state=RebalanceState.STAGING, target_version=3, reason="shards [4] came")
+    grown = RebalanceStatus(state=RebalanceState.STAGING, target_version=3, reason="shard 4 came")
     assert told(serving_status(2), serving_status(2, grown), serving_status(3, drained)) == [
-        ("info", "rebalance", "to version 3 began (shards [4] came): 0 B to read"),
+        ("info", "rebalance", "to version 3 began (shard 4 came): 0 B to read"),
         ("info", "placement", "workers are told version 3"),
         ("good", "rebalance", "version 3 is served"),
         ("info", "rebalance", "to version 4 began (drain): 0 B to read"),

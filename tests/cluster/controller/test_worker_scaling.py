@@ -211,7 +211,7 @@ def test_workers_leave_only_while_one_that_stays_is_ready() -> None:
     run(controller, 4)
     fakes["worker-0"].die()
     run(controller, 1)
-    with pytest.raises(NotServing, match=r"none of the workers \[0\] that would stay is ready"):
+    with pytest.raises(NotServing, match=r"no worker that would stay is ready \(worker 0\)"):
         answered(controller, lambda: controller.scale_workers(1))
     with pytest.raises(InvalidRequest, match="count is 0"):
         answered(controller, lambda: controller.scale_workers(0))
