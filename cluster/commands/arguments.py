@@ -4,7 +4,7 @@ Knows neither the commands nor what a server makes of the values.
 """
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from typer import CallbackParam
@@ -14,12 +14,18 @@ from cluster.commands.terminal import fail
 
 MAX_UINT32 = 2**32 - 1  # of a proto's uint32
 MAX_UINT64 = 2**64 - 1
+WEB_SCHEMES = ("http", "https", "grpc", "grpcs")
 
 
-def within(minimum: int, maximum: int, way_out: str) -> Callable[[CallbackParam, int | None], int | None]:
-    """Ends the command where the number is not `minimum` to `maximum`; way_out: what to do then."""
+NumberT = TypeVar("NumberT", int, float)
 
-    def checked(param: CallbackParam, value: int | None) -> int | None:
+
+def within(
+    minimum: NumberT, maximum: NumberT, way_out: str
+) -> Callable[[CallbackParam, NumberT | None], NumberT | None]:
+    """Ends the command where the number is not `minimum` to `maximum`, or none; way_out: what to do then."""
+
+    def checked(param: CallbackParam, value: NumberT | None) -> NumberT | None:
         if value is not None and not minimum <= value <= maximum:
             fail(f"{param.opts[0]} is {value}, must be {minimum} to {maximum}; {way_out}")
         return value
@@ -40,11 +46,17 @@ def unicode_text(param: CallbackParam, value: str) -> str:
     return value
 
 
-def _some_address(value: str) -> str:
-    """One that is wrong is told by who calls it (reachability.py); gRPC has no call for none."""
+def some_address(value: str | None) -> str | None:
+    """Ends the command for none, and for a page's. What else is wrong is told by who calls it (reachability.py)."""
+    if value is None:
+        return None
     if not value.strip():
         fail(f"--address is {value!r}, must be host:port, for example {DEFAULT_ADDRESS}")
+    scheme, is_url, rest = value.partition("://")
+    if is_url and scheme.lower() in WEB_SCHEMES:  # gRPC has others of its own: dns:///host:port
+        path = " and what follows host:port" if "/" in rest else ""
+        fail(f"--address is {value!r}, must be host:port; leave out {scheme}://{path}")
     return value
 
 
-Address = Annotated[str, typer.Option(callback=_some_address, help="The gateway's host:port.")]
+Address = Annotated[str, typer.Option(callback=some_address, help="The gateway's host:port.")]

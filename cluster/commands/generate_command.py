@@ -17,6 +17,7 @@ from cluster.host_port import host_and_port
 from protos import generation_pb2
 
 MAX_TOKENS = within(1, MAX_UINT32, "the model's context ends an answer in any case")
+WAIT = within(0.0, 86400.0, "0 fails at once where nothing is there yet")
 SEED = within(0, MAX_UINT64, "leave it out for one that is drawn")
 MIN_RETRY_S = 0.1  # whatever a gateway hints at
 MAX_REFUSED_S = 30.0  # a system that starts listens by then; nothing may be starting at all
@@ -37,7 +38,7 @@ def generate(
     wait: Annotated[
         float,
         typer.Option(
-            min=0,
+            callback=WAIT,
             help="Seconds to wait for a system that is starting; at most 30 while nobody listens at the address.",
         ),
     ] = 60.0,

@@ -9,12 +9,13 @@ import grpc
 import typer
 
 from cluster.client import DEFAULT_ADDRESS, AdminClient
-from cluster.commands.arguments import Address
+from cluster.commands.arguments import Address, within
 from cluster.commands.terminal import console, fail, fail_call
 from cluster.controller.process import RoleName
 from protos import admin_pb2
 
 POLL_S = 0.5
+TIMEOUT = within(0.0, 86400.0, "large checkpoints load for minutes")
 T = TypeVar("T")
 RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED)
 ROLES = {
@@ -40,7 +41,9 @@ class RestartClient(Protocol):
 
 def restart(
     only: Annotated[RoleName | None, typer.Argument(help="Replace only these; unset: every process.")] = None,
-    timeout_s: Annotated[float, typer.Option(help="For one process to be replaced and ready, in seconds.")] = 600.0,
+    timeout_s: Annotated[
+        float, typer.Option(callback=TIMEOUT, help="For one process to be replaced and ready, in seconds.")
+    ] = 600.0,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Replace the processes one after another while requests run: shards, workers, gateways."""

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from cluster.commands.arguments import some_address
 from cluster.commands.terminal import console, errors, fail, fail_call
 from cluster.commands.trace_views import (
     VIEW_WIDTH,
@@ -58,7 +59,10 @@ def record(
     ] = None,
     model: Annotated[str, typer.Option(help='Folder, Hugging Face id, or "bundled".')] = "bundled",
     address: Annotated[
-        str | None, typer.Option(help="Gateway of a running system: sample its traffic instead of running a model.")
+        str | None,
+        typer.Option(
+            callback=some_address, help="Gateway of a running system: sample its traffic instead of running a model."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of texts and of continuations.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file at OUT.")] = False,

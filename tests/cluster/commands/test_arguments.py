@@ -16,6 +16,18 @@ from cluster.commands.cli import app
         ("scale workers 0", "count is 0, must be 1 to 4096"),
         ("drain shard 5000000000", "ep_rank is 5000000000, must be 0 to 4294967295; `mobula status`"),
         ("drain worker 5000000000", "dp_rank is 5000000000, must be 0 to 4294967295"),
+        ("generate x --wait nan", "--wait is nan, must be 0.0 to 86400.0; 0 fails at once"),
+        ("generate x --wait inf", "--wait is inf, must be 0.0 to 86400.0; 0 fails at once"),
+        ("generate x --wait=-1", "--wait is -1.0, must be 0.0 to 86400.0; 0 fails at once"),
+        ("restart --timeout-s nan", "--timeout-s is nan, must be 0.0 to 86400.0; large"),
+        (
+            "status --address http://127.0.0.1:50051",
+            "--address is 'http://127.0.0.1:50051', must be host:port; leave out http://",
+        ),
+        (
+            "generate x --address grpc://host:1/",
+            "--address is 'grpc://host:1/', must be host:port; leave out grpc:// and what follows host:port",
+        ),
         ("experts --address=", "--address is '', must be host:port, for example 127.0.0.1:50051"),
         ("generate a\udcff", "prompt has byte 0xff at character 2, which is not UTF-8; convert"),
     ],
