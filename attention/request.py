@@ -225,9 +225,13 @@ class RequestReader:
 
 def _request_id(request_id: str) -> str:
     """The client's id, or a new one. Raises InvalidRequest for what would spoil a log line."""
-    if len(request_id) > MAX_REQUEST_ID_CHARS or not request_id.isprintable():
+    if len(request_id) > MAX_REQUEST_ID_CHARS:
         raise errors.InvalidRequest(
-            f"request_id has {len(request_id)} characters, must be at most {MAX_REQUEST_ID_CHARS} printable ones",
-            field="request_id",
+            f"request_id has {len(request_id)} characters, must be at most {MAX_REQUEST_ID_CHARS}", field="request_id"
         )
+    for i, character in enumerate(request_id):
+        if not character.isprintable():
+            raise errors.InvalidRequest(
+                f"request_id has U+{ord(character):04X} at index {i}, must be printable characters", field="request_id"
+            )
     return request_id or secrets.token_hex(8)

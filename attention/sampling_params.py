@@ -22,8 +22,9 @@ class InvalidSamplingParams(ValueError):
         limit: what is allowed, in words.
     """
 
-    def __init__(self, field: str, value: object, limit: str) -> None:
-        super().__init__(f"{field} is {value!r}, must be {limit}")
+    def __init__(self, field: str, value: object, limit: str, what: str = "") -> None:
+        """what: is wrong with a value that is too long to show."""
+        super().__init__(f"{field} {what or f'is {value!r}'}, must be {limit}")
         self.field = field
         self.value = value
         self.limit = limit
@@ -58,18 +59,29 @@ class SamplingParams:
 
     def _check_stops(self) -> None:
         count = len(self.stop)
-        _require(count <= MAX_NUM_STOP_STRINGS, "stop", f"{count} strings", f"at most {MAX_NUM_STOP_STRINGS} strings")
+        _require(
+            count <= MAX_NUM_STOP_STRINGS,
+            "stop",
+            self.stop,
+            f"at most {MAX_NUM_STOP_STRINGS} strings",
+            f"has {count} strings",
+        )
         for text in self.stop:
             _require(text != "", "stop", text, "texts of at least one character")
             _require(
                 len(text) <= MAX_STOP_STRING_CHARS,
                 "stop",
-                f"a text of {len(text)} characters",
+                text,
                 f"texts of at most {MAX_STOP_STRING_CHARS} characters",
+                f"has a text of {len(text)} characters",
             )
         count = len(self.stop_token_ids)
         _require(
-            count <= MAX_NUM_STOP_TOKEN_IDS, "stop_token_ids", f"{count} ids", f"at most {MAX_NUM_STOP_TOKEN_IDS} ids"
+            count <= MAX_NUM_STOP_TOKEN_IDS,
+            "stop_token_ids",
+            self.stop_token_ids,
+            f"at most {MAX_NUM_STOP_TOKEN_IDS} ids",
+            f"has {count} ids",
         )
         for token_id in self.stop_token_ids:
             _require(token_id >= 0, "stop_token_ids", token_id, "ids of 0 or more")
@@ -79,6 +91,6 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
-def _require(is_valid: bool, field: str, value: object, limit: str) -> None:
+def _require(is_valid: bool, field: str, value: object, limit: str, what: str = "") -> None:
     if not is_valid:
-        raise InvalidSamplingParams(field, value, limit)
+        raise InvalidSamplingParams(field, value, limit, what)
