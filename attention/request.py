@@ -15,7 +15,7 @@ from attention.sampling_params import InvalidSamplingParams, SamplingParams
 from attention.sequence import Sequence
 from attention.tokenizer import MAX_FILE_BYTES, BadTokenizer, ChatMessages, Tokenizer
 from protos import errors, generation_pb2, rpc, worker_pb2
-from protos.bounded_file import read_bounded
+from protos.bounded_file import read_bounded, why_unreadable
 
 MAX_REQUEST_ID_CHARS = 128  # it is repeated in every answer and log line
 CHAT_ROLES = ("system", "user", "assistant")
@@ -51,7 +51,7 @@ class GenerationDefaults:
                 values["temperature"] = 0.0
             return cls(**values)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise BadTokenizer(f"{path} cannot be used: {error}") from error
+            raise BadTokenizer(f"{path} cannot be used: {why_unreadable(error)}") from error
 
 
 def draw_seed() -> int:

@@ -13,7 +13,7 @@ import tokenizers
 
 from attention.chat_template import ChatTemplate
 from protos import errors
-from protos.bounded_file import read_bounded
+from protos.bounded_file import read_bounded, why_unreadable
 
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024  # of tokenizer.json; published ones have up to 40 MB
 MAX_FILE_BYTES = 16 * 1024 * 1024  # of each other file
@@ -165,7 +165,7 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         try:
             return read_bounded(path, MAX_FILE_BYTES).decode("utf-8")
         except (OSError, ValueError) as error:
-            raise BadTokenizer(f"{path} cannot be read: {error}") from error
+            raise BadTokenizer(f"{path} cannot be read: {why_unreadable(error)}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
@@ -199,7 +199,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_bounded(path, MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise BadTokenizer(f"{path} is not JSON: {error}") from error
+        raise BadTokenizer(f"{path} is not JSON: {why_unreadable(error)}") from error
     if not isinstance(value, dict):
         raise BadTokenizer(f"{path} holds a {type(value).__name__}, not an object")
     return value

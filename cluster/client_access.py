@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from protos.bounded_file import FileTooLarge, read_bounded
+from protos.bounded_file import FileTooLarge, read_bounded, why_unreadable
 
 TLS, TLS_CA, TLS_CERT, TLS_KEY = "MOBULA_TLS", "MOBULA_TLS_CA", "MOBULA_TLS_CERT", "MOBULA_TLS_KEY"
 API_KEY, API_KEY_FILE = "MOBULA_API_KEY", "MOBULA_API_KEY_FILE"
@@ -101,4 +101,4 @@ def _read(path: str | None) -> bytes | None:
     try:
         return read_bounded(Path(path), MAX_FILE_BYTES)
     except (OSError, FileTooLarge) as error:
-        raise AccessError(f"cannot read {path}: {error}") from error
+        raise AccessError(f"cannot read {path}: {why_unreadable(error)}") from error

@@ -16,6 +16,7 @@ from attention.mla_form import MlaForm
 from cluster.fixed_ports import check_different_ports, fixed_ports
 from cluster.host_port import host_and_port
 from cluster.yaml_file import read_yaml
+from protos.bounded_file import why_unreadable
 from router.placement.members import ShardTraits
 from router.router_config import PositiveSeconds, RouterConfig, Seconds
 
@@ -371,7 +372,7 @@ def read_config(path: Path) -> MobulaConfig:
     try:
         data = read_yaml(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+        raise ConfigError(f"cannot read the configuration {path}: {why_unreadable(error)}") from error
     try:
         return parse_config(data)
     except ConfigError as error:

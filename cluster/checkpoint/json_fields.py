@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint.safetensors_file import InvalidCheckpoint
-from protos.bounded_file import read_bounded
+from protos.bounded_file import read_bounded, why_unreadable
 
 MAX_SIZE = 2**31 - 1
 MAX_FILE_BYTES = 64 * 1024 * 1024  # the index of a model of 671B parameters has 9 MB
@@ -29,7 +29,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_bounded(path, MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise InvalidModelConfig(f"{path}: not readable as JSON: {error}") from error
+        raise InvalidModelConfig(f"{path}: not readable as JSON: {why_unreadable(error)}") from error
     if not isinstance(content, dict):
         raise InvalidModelConfig(f"{path}: holds a {type(content).__name__}, expected a JSON object")
     return content

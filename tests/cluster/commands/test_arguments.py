@@ -3,6 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
+from cluster.client_access import API_KEY_FILE, TLS_CA
 from cluster.commands.cli import app
 
 
@@ -44,3 +45,21 @@ def test_so_is_a_negative_one() -> None:
     result = CliRunner().invoke(app, ["generate", "x", "--seed", "-1"])
     assert (result.exit_code, result.output.splitlines()[1:]) == (1, [])
     assert "--seed is -1, must be 0 to" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--tls-ca /no/such status", "cannot read /no/such: No such file or directory"),
+        ("--api-key-file /no/such status", "cannot read /no/such: No such file or directory"),
+        ("serve -c /no/such", "cannot read the configuration /no/such: No such file or directory"),
+        ("serve -c /", "cannot read the configuration /: Is a directory"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_once_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    for name in (TLS_CA, API_KEY_FILE):
+        monkeypatch.setenv(name, "")  # put back after the test: the command writes to its environment
+    result = CliRunner().invoke(app, arguments.split())
+    assert (result.exit_code, result.output) == (1, f"error: {message}\n")
