@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attention.decoder_weights import DecoderConfig
 from cluster.checkpoint.hub import HubFiles
-from cluster.checkpoint.json_fields import JsonFields, read_json_object
+from cluster.checkpoint.json_fields import JsonFields, naming, read_json_object
 from cluster.checkpoint.model_config import ModelConfig, eos_token_ids
 from cluster.checkpoint.quantization import Fp8Quantization, IntLayout, IntQuantization, Quantization, read_quantization
 from cluster.checkpoint.quantized_tensors import (
@@ -141,7 +141,8 @@ class Checkpoint:
         generation_path = self.optional_file("generation_config.json")
         if generation_path is not None:
             generation = read_json_object(generation_path)
-            config = config.with_eos_token_ids(eos_token_ids(generation, config.decoder.vocab_size))
+            with naming(generation_path):
+                config = config.with_eos_token_ids(eos_token_ids(generation, config.decoder.vocab_size))
         self._refuse_unread_shared_experts(config.decoder)
         # transformers writes no lm_head that is the embedding: one that is stored is meant, whatever config.json says.
         if config.decoder.tie_word_embeddings and self.has(LM_HEAD):
@@ -260,8 +261,10 @@ class Checkpoint:
         if found is None:
             return None
         if not self._has_read_quantization:
-            path = self.optional_file("config.json")
-            self._quantization = None if path is None else read_quantization(JsonFields(read_json_object(path)))
+            if (path := self.optional_file("config.json")) is not None:
+                fields = JsonFields(read_json_object(path))
+                with naming(path):
+                    self._quantization = read_quantization(fields)
             self._has_read_quantization = True
         quantization = self._quantization
         expected = FP8_SCALE if isinstance(quantization, Fp8Quantization) else SCALE

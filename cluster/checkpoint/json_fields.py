@@ -5,7 +5,8 @@ Knows no field by name.
 
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidModelConfig(f"{path}: holds a {type(content).__name__}, expected a JSON object")
     return content
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the file's fields raise within has its path in front."""
+    try:
+        yield
+    except (InvalidModelConfig, UnsupportedModel) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 class JsonFields:
@@ -105,7 +115,7 @@ class JsonFields:
         if value is not None:
             return value
         if default is None:
-            what = "null" if name in self.values else "missing from config.json"
+            what = "null" if name in self.values else "missing"
             raise InvalidModelConfig(f"{self._path}{name} is {what}, expected {expected}")
         return default
 

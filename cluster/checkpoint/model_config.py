@@ -15,7 +15,14 @@ import torch
 from attention.decoder import DecoderConfig
 from attention.mla_config import MlaConfig
 from cluster.checkpoint.config_defaults import DEFAULTS, V2, V3
-from cluster.checkpoint.json_fields import MAX_SIZE, InvalidModelConfig, JsonFields, UnsupportedModel, read_json_object
+from cluster.checkpoint.json_fields import (
+    MAX_SIZE,
+    InvalidModelConfig,
+    JsonFields,
+    UnsupportedModel,
+    naming,
+    read_json_object,
+)
 from cluster.checkpoint.quantization import Quantization, read_quantization
 from cluster.checkpoint.rotary_fields import read_rotary
 from router.gate_config import GateConfig, ScoringFunc, TopkMethod
@@ -49,7 +56,9 @@ class ModelConfig:
     @classmethod
     def read(cls, path: Path) -> "ModelConfig":
         """Raises InvalidModelConfig or UnsupportedModel."""
-        return cls.from_json(read_json_object(path))
+        config = read_json_object(path)
+        with naming(path):
+            return cls.from_json(config)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -65,7 +74,7 @@ class ModelConfig:
         except (UnsupportedModel, InvalidModelConfig):
             raise
         except ValueError as error:  # a config dataclass refused its values
-            raise InvalidModelConfig(f"config.json: {error}") from error
+            raise InvalidModelConfig(str(error)) from error
         return cls(
             model_type=model_type,
             decoder=decoder,

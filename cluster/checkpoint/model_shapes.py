@@ -31,6 +31,6 @@ def read_model_shape(path: Path) -> ModelShape:
     try:
         config = ModelConfig.read(file)
     except (InvalidCheckpoint, UnsupportedModel) as error:
-        raise TraceError(f"model {path}: {error}") from error
+        raise TraceError(str(error)) from error
     name = file.parent.name if file.name == "config.json" else file.stem
     return model_shape(name, config, config.dtype.itemsize)

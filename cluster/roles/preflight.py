@@ -201,8 +201,8 @@ def check(config: MobulaConfig) -> ServingPlan:
         raise ConfigError(str(error)) from error
     if tokenizer.vocab_size > decoder.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.vocab_size}: "
-            "they are not of one checkpoint"
+            f"{model.checkpoint.location}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{decoder.vocab_size}: they are not of one checkpoint"
         )
     if model.checkpoint.is_local:
         _check_tensors(model)

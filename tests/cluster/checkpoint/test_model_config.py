@@ -244,6 +244,36 @@ def test_a_config_that_is_no_json_object_is_refused_with_its_path(tmp_path: Path
         ModelConfig.read(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', supported are"),
+        ({"vocab_size": "many"}, "vocab_size is 'many', expected an integer"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported is 'silu'"),
+        ({"num_experts_per_tok": 99}, "num_experts_per_tok"),
+        ({"rope_scaling": {"type": "linear"}}, "rope type is 'linear'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method is 'awq'"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+    ],
+)
+def test_a_fault_of_a_config_is_told_with_the_path_of_its_file(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    path = write_checkpoint(tmp_path, "v2") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises((InvalidModelConfig, UnsupportedModel)) as raised:
+        Checkpoint.open(tmp_path).model_config()
+    assert str(raised.value).startswith(f"{path}: {message}")
+
+
+def test_so_is_one_of_the_generation_config(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, "v2")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
+    with pytest.raises(InvalidModelConfig) as raised:
+        Checkpoint.open(folder).model_config()
+    assert str(raised.value).startswith(f"{folder / 'generation_config.json'}: eos_token_id is 'x'")
+
+
 def test_end_tokens_of_the_generation_config_are_added(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "v2", eos_token_id=[1, 5])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
