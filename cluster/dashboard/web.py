@@ -64,7 +64,8 @@ class GatewayApp:
             return self._state(self._dashboard, environ, respond)
         name = "/index.html" if path == "/" else path
         if name not in self._files:
-            return respond("404 Not Found", "text/plain", b"here are /, /metrics and /sd\n")
+            of_dashboard = "/, /api/state, " if self._dashboard else ""
+            return respond("404 Not Found", "text/plain", f"here are {of_dashboard}/metrics and /sd\n".encode())
         return respond("200 OK", _content_type(name), self._files[name])
 
     def _state(self, dashboard: DashboardState, environ: WSGIEnvironment, respond: "Respond") -> Iterable[bytes]:
