@@ -16,10 +16,12 @@ WAY_OUT = (
 
 def check_answers(address: str) -> None:
     """address: as the configuration takes it. Raises ConnectionError with the reason and the way out."""
-    found = address
+    found, whose = address, ""
     if address == RAY_AUTO:
-        found = os.environ.get("RAY_ADDRESS") or services.canonicalize_bootstrap_address(RAY_AUTO) or RAY_AUTO
-    if found == RAY_AUTO:
+        found, whose = os.environ.get("RAY_ADDRESS", RAY_AUTO), "RAY_ADDRESS"
+    if found in ("", RAY_AUTO):
+        found, whose = services.canonicalize_bootstrap_address(RAY_AUTO), "the latest that was started here"
+    if found is None:
         return  # Ray looks for processes of its own, and says at once that there are none
     where = ray_host_and_port(found)
     if where is None:
@@ -29,5 +31,5 @@ def check_answers(address: str) -> None:
     except OSError as error:
         is_late = isinstance(error, TimeoutError)
         reason = f"no answer in {TIMEOUT_S:g} s" if is_late else (error.strerror or str(error)).lower()
-        who = "" if found == address else f"it is {found}: "
+        who = f"{found} ({whose}): " if whose else ""
         raise ConnectionError(f"{who}{reason}; {WAY_OUT}") from error

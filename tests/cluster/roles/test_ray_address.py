@@ -59,10 +59,12 @@ def test_auto_is_what_the_environment_says_before_what_this_machine_remembers(mo
     remembered: list[str | None] = ["10.0.0.2:6379"]
     monkeypatch.setattr(ray_address.services, "canonicalize_bootstrap_address", lambda address: remembered[0])
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6399")
-    with pytest.raises(ConnectionError, match=r"^it is 10\.0\.0\.1:6399: connection refused; "):
+    with pytest.raises(ConnectionError, match=r"^10\.0\.0\.1:6399 \(RAY_ADDRESS\): connection refused; "):
         check_answers("auto")
     monkeypatch.delenv("RAY_ADDRESS")
-    with pytest.raises(ConnectionError, match=r"^it is 10\.0\.0\.2:6379: connection refused; "):
+    with pytest.raises(
+        ConnectionError, match=r"^10\.0\.0\.2:6379 \(the latest that was started here\): connection refused"
+    ):
         check_answers("auto")
     assert tried == [("10.0.0.1", 6399), ("10.0.0.2", 6379)]
     remembered[0] = None
