@@ -16,7 +16,8 @@ WAY_OUT = (
 
 def check_answers(address: str) -> None:
     """address: as the configuration takes it. Raises ConnectionError with the reason and the way out."""
-    found, whose = address, ""
+    found: str | None = address
+    whose = ""
     if address == RAY_AUTO:
         found, whose = os.environ.get("RAY_ADDRESS", RAY_AUTO), "RAY_ADDRESS"
     if found in ("", RAY_AUTO):
