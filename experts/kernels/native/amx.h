@@ -153,14 +153,19 @@ inline void amx_store(Number* to, size_t stride) {
   }
 }
 
-// The same of up to two, into the registers.
+// The same into the registers.
 template <int kBlocks>
 inline void amx_load(const float* from, size_t stride) {
   Amx::load<0>(from, stride * 4);
   Amx::load<1>(from + 16, stride * 4);
-  if constexpr (kBlocks < 2) return;
-  Amx::load<2>(from + kTileRows * stride, stride * 4);
-  Amx::load<3>(from + kTileRows * stride + 16, stride * 4);
+  if constexpr (kBlocks > 1) {
+    Amx::load<2>(from + kTileRows * stride, stride * 4);
+    Amx::load<3>(from + kTileRows * stride + 16, stride * 4);
+  }
+  if constexpr (kBlocks > 2) {
+    Amx::load<4>(from + 2 * kTileRows * stride, stride * 4);
+    Amx::load<5>(from + 2 * kTileRows * stride + 16, stride * 4);
+  }
 }
 
 }  // namespace

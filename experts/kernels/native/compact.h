@@ -40,8 +40,11 @@ inline const Exception* exceptions_of(const Matrix& m, int panel) {
 struct Exceptions {
   const Exception *at = nullptr, *end = nullptr;
   Exceptions() = default;
-  Exceptions(const Matrix& m, int panel)
-      : at(exceptions_of(m, panel)), end(at + m.dictionaries[panel].num_exceptions) {}
+  // From a step on.
+  Exceptions(const Matrix& m, int panel, int first_step = 0)
+      : at(exceptions_of(m, panel)), end(at + m.dictionaries[panel].num_exceptions) {
+    while (at < end && at->step < first_step) at++;
+  }
   int next(int none) const { return at < end ? at->step : none; }
   // The numbers of a step that is one; null for others. Steps are asked for in ascending order.
   const uint16_t* take(int step) { return next(-1) == step ? at++->numbers : nullptr; }

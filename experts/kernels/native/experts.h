@@ -2,7 +2,9 @@
 //
 // Experts are taken in ascending order in groups whose intermediate rows stay in cache. For each group, first every
 // (expert, panel) of gate and up is a task; then every column block of the output is a task, which goes through the
-// group's experts in order. So each number of a partial sum is added up by one thread in the order of the experts.
+// group's experts in order. So each number of a partial sum is added up by one thread in the order of the experts. With
+// AMX an expert's rows are cut into parts, each a tile; where a part's inputs do not stay in cache, each of the two
+// products is done for some inputs of all rows, then the next ones.
 #pragma once
 
 #include "activations.h"
@@ -11,15 +13,16 @@
 namespace {
 
 constexpr size_t kGroupBytes = 2 << 20;  // of intermediate rows
+constexpr int kCachedPartRows = 48;  // on average: from here on a part should stay in cache from panel to panel
 
 template <class T>
 struct ExpertsWork {
   const ExpertsCall* call;
   const typename T::Row* x;       // [assignments of the group], in their order
   const int32_t* order;           // [num_assignments], ascending by expert
-  const int32_t* starts;          // [num_experts + 1], into `order`
-  const int32_t* present;         // [num_present], experts with rows, ascending
-  int first, last;                // of `present`: the group
+  const int32_t* experts;         // [num_parts], ascending: an expert has one part, with AMX one for each tile of its rows
+  const int32_t* starts;          // [num_parts + 1], into `order`
+  int first, last;                // of the parts: the group
   int group_start;                // first assignment of the group
   int inner_panels;               // of gate, and of up
   int hidden_stride;              // elements of a row of `hidden`
@@ -28,17 +31,28 @@ struct ExpertsWork {
   const typename T::Row* hidden_rows;
   float* sums;                    // [num_partial_sums][hidden_size]
   bool is_first_group, is_last_group;
+  InputRange inputs;              // that are multiplied now
+  float* products;                // sums of all parts and panels, if inputs are not multiplied at once
+  int pairs_per_task;             // of the output's panels
+
+  int num_rows(int part) const { return starts[part + 1] - starts[part]; }
+  // The sums of a part's rows with one pair of so many.
+  float* product(int part, int pair, int num_pairs) const {
+    if (!products) return nullptr;
+    const int rows_before = starts[part] - starts[first] + kRowsBehind * (part - first);  // each part's are rounded up
+    return products + ((size_t)rows_before * num_pairs + pair * (num_rows(part) + kRowsBehind)) * 2 * kPanelColumns;
+  }
 };
 
 // Panel `panel` of gate and up, and the one that a thread is likely to take next.
 template <class T>
-Panels gate_up_panels(const ExpertsWork<T>& work, const Matrix& matrix, int place, int panel) {
+Panels gate_up_panels(const ExpertsWork<T>& work, const Matrix& matrix, int part, int panel) {
   Panels panels = {&matrix, panel, work.inner_panels + panel};
   const Matrix* next = &matrix;
   int next_panel = panel + num_threads();  // the panels between are the other threads'
   if (next_panel >= work.inner_panels) {
-    if (place + 1 >= work.last) return panels;
-    next = &work.call->experts[work.present[place + 1]].w13;
+    if (part + 1 >= work.last) return panels;
+    next = &work.call->experts[work.experts[part + 1]].w13;
     next_panel -= work.inner_panels;
   }
   if (next_panel >= work.inner_panels) return panels;
@@ -59,22 +73,21 @@ inline size_t hidden_place(const ExpertsWork<T>& work, int first_row, int m, int
 template <class T>
 void gate_up_task(void* context, int task, int) {
   const ExpertsWork<T>& work = *(const ExpertsWork<T>*)context;
-  const int place = work.first + task / work.inner_panels, panel = task % work.inner_panels;
-  const int expert = work.present[place];
-  const Matrix& matrix = work.call->experts[expert].w13;
-  const int start = work.starts[expert], num_rows = work.starts[expert + 1] - start;
-  const Panels panels = gate_up_panels(work, matrix, place, panel);
-  for_tiles<T>(num_rows, [&](int tile, int num_tiles, int first, int height) {
-    alignas(64) float product[kMaxRows * 2 * kPanelColumns];
-    const int first_row = start - work.group_start + first;
-    multiply_tile<T>(work.x + first_row, tile, num_tiles, height, panels, 2, product);
-    for (int m = 0; m < height; m++) {
-      const float* row = product + m * 2 * kPanelColumns;
-      const size_t at = hidden_place(work, first_row, m, height, panel * kPanelColumns);
-      for (int i = 0; i < kPanelColumns; i += 16)
-        store_as(work.hidden, work.hidden_format, at + i,
-                 swiglu(Simd::load(row + i), Simd::load(row + kPanelColumns + i)));
-    }
+  const int part = work.first + task / work.inner_panels, panel = task % work.inner_panels;
+  const Matrix& matrix = work.call->experts[work.experts[part]].w13;
+  const Panels panels = gate_up_panels(work, matrix, part, panel);
+  for_tiles<T>(work.num_rows(part), [&](int tile, int num_tiles, int first, int height) {
+    const int first_row = work.starts[part] - work.group_start + first;
+    const auto activate = [&](int row, int rows, const float* product) {
+      for (int m = row; m < row + rows; m++, product += 2 * kPanelColumns) {
+        const size_t at = hidden_place(work, first_row, m, height, panel * kPanelColumns);
+        for (int i = 0; i < kPanelColumns; i += 16)
+          store_as(work.hidden, work.hidden_format, at + i,
+                   swiglu(Simd::load(product + i), Simd::load(product + kPanelColumns + i)));
+      }
+    };
+    float* sums = work.product(part, panel, work.inner_panels);
+    multiply_tile<T>(work.x + first_row, tile, num_tiles, height, panels, 2, work.inputs, sums, activate);
   });
 }
 
@@ -89,47 +102,57 @@ inline void add_weighted(const float* product, float weight, float* sums, int co
   }
 }
 
+// A part's rows times a pair of panels of the output, added to the sums.
+template <class T>
+void add_down(const ExpertsWork<T>& work, int part, int pair, const Panels& panels) {
+  const ExpertsCall& call = *work.call;
+  const int hidden_size = call.hidden_size, num_pairs = (num_panels(hidden_size) + 1) / 2;
+  const int count = num_panels(hidden_size) - 2 * pair < 2 ? 1 : 2, width = count * kPanelColumns;
+  const int first_column = 2 * pair * kPanelColumns, columns = smaller(width, hidden_size - first_column);
+  const int start = work.starts[part];
+  for_tiles<T>(work.num_rows(part), [&](int tile, int num_tiles, int first, int height) {
+    const auto add = [&](int row, int rows, const float* product) {
+      for (int m = row; m < row + rows; m++, product += width) {
+        const int assignment = work.order[start + first + m];
+        const int sum = call.partial_sum(assignment);
+        add_weighted(product, call.weight(assignment), work.sums + (size_t)sum * hidden_size + first_column, columns);
+      }
+    };
+    const typename T::Row* x = work.hidden_rows + (start - work.group_start + first);
+    multiply_tile<T>(x, tile, num_tiles, height, panels, count, work.inputs, work.product(part, pair, num_pairs), add);
+  });
+}
+
 template <class T>
 void down_task(void* context, int task, int) {
   const ExpertsWork<T>& work = *(const ExpertsWork<T>*)context;
   const ExpertsCall& call = *work.call;
-  const int hidden_size = call.hidden_size, panel = 2 * task;
-  const int count = num_panels(hidden_size) - panel < 2 ? 1 : 2, width = count * kPanelColumns;
-  const int first_column = panel * kPanelColumns;
-  const int columns = hidden_size - first_column < width ? hidden_size - first_column : width;
-  if (work.is_first_group)
+  const int hidden_size = call.hidden_size, panels = num_panels(hidden_size), num_pairs = (panels + 1) / 2;
+  const int first_pair = task * work.pairs_per_task, last_pair = smaller(first_pair + work.pairs_per_task, num_pairs);
+  const int first_column = 2 * first_pair * kPanelColumns;
+  const int columns = smaller(2 * last_pair * kPanelColumns, hidden_size) - first_column;
+  if (work.is_first_group && work.inputs.first == 0)
     for (int i = 0; i < call.num_partial_sums; i++)
       memset(work.sums + (size_t)i * hidden_size + first_column, 0, sizeof(float) * columns);
-  for (int i = work.first; i < work.last; i++) {
-    const int expert = work.present[i], start = work.starts[expert], num_rows = work.starts[expert + 1] - start;
-    Panels panels = {&call.experts[expert].w2, panel, panel + 1};
-    if (i + 1 < work.last) {
-      const Matrix& next = call.experts[work.present[i + 1]].w2;
-      panels.next_first = panel_data(next, panel);
-      panels.next_second = count == 2 ? panel_data(next, panel + 1) : nullptr;
-    }
-    for_tiles<T>(num_rows, [&](int tile, int num_tiles, int first, int height) {
-      alignas(64) float product[kMaxRows * 2 * kPanelColumns];
-      const typename T::Row* x = work.hidden_rows + (start - work.group_start + first);
-      multiply_tile<T>(x, tile, num_tiles, height, panels, count, product);
-      for (int m = 0; m < height; m++) {
-        const int assignment = work.order[start + first + m];
-        const int sum = call.partial_sum(assignment);
-        add_weighted(product + m * width, call.weight(assignment),
-                     work.sums + (size_t)sum * hidden_size + first_column, columns);
+  for (int part = work.first; part < work.last; part++)
+    for (int pair = first_pair; pair < last_pair; pair++) {
+      const Matrix& matrix = call.experts[work.experts[part]].w2;
+      Panels pair_panels = {&matrix, 2 * pair, 2 * pair + 1};
+      const bool is_last = pair + 1 == last_pair;
+      if (!is_last || part + 1 < work.last) {
+        const Matrix& next = is_last ? call.experts[work.experts[part + 1]].w2 : matrix;
+        const int next_pair = is_last ? first_pair : pair + 1;
+        pair_panels.next_first = panel_data(next, 2 * next_pair);
+        pair_panels.next_second = 2 * next_pair + 1 < panels ? panel_data(next, 2 * next_pair + 1) : nullptr;
       }
-    });
+      add_down(work, part, pair, pair_panels);
+    }
+  if (!work.is_last_group || work.inputs.end < call.experts[work.experts[work.first]].w2.num_inputs) return;
+  for (int i = 0; i < call.num_partial_sums; i++) {
+    const size_t at = (size_t)i * hidden_size + first_column;
+    if (call.residual) add_row(work.sums + at, call.residual, call.x_format, at, columns);
+    if (call.out_format == kBfloat16) convert_row(work.sums, kFloat32, at, call.out, kBfloat16, at, columns);
   }
-  if (work.is_last_group && call.residual)
-    for (int i = 0; i < call.num_partial_sums; i++) {
-      const size_t at = (size_t)i * hidden_size + first_column;
-      add_row(work.sums + at, call.residual, call.x_format, at, columns);
-    }
-  if (work.is_last_group && call.out_format == kBfloat16)
-    for (int i = 0; i < call.num_partial_sums; i++) {
-      const size_t at = (size_t)i * hidden_size + first_column;
-      convert_row(work.sums, kFloat32, at, call.out, kBfloat16, at, columns);
-    }
 }
 
 // Assignments in ascending order of their expert, stable; starts [num_experts + 1]; present: the experts with any.
@@ -147,14 +170,43 @@ inline int sort_by_expert(const ExpertsCall& call, int32_t* order, int32_t* star
   return num_present;
 }
 
-// Makes the rows of a group of experts ready for tiles. starts: of all experts, into all assignments.
+// Cuts experts' rows into parts. starts: [num_experts + 1]. part_experts, part_starts: as in ExpertsWork.
 template <class T>
-inline void arrange_group(typename T::Row* rows, const int32_t* starts, const int32_t* present, int num_present, int k) {
-  if constexpr (T::kUsesAmx) {
-    int32_t* parts = (int32_t*)scratch(kPartsSlot, sizeof(int32_t) * (num_present + 1));
-    parts[0] = 0;
-    for (int i = 0; i < num_present; i++) parts[i + 1] = starts[present[i] + 1] - starts[present[0]];
-    arrange_parts<T>(rows, parts, num_present, k);
+inline int cut_parts(const int32_t* starts, const int32_t* present, int num_present, int32_t* part_experts,
+                     int32_t* part_starts) {
+  int num_parts = 0;
+  for (int i = 0; i < num_present; i++) {
+    const int expert = present[i], start = starts[expert], num_rows = starts[expert + 1] - start;
+    const int height = T::kUsesAmx ? rows_a_task<T>(num_rows) : num_rows;
+    for (int first = 0; first < num_rows; first += height) {
+      part_experts[num_parts] = expert;
+      part_starts[num_parts++] = start + first;
+    }
+  }
+  part_starts[num_parts] = starts[present[num_present - 1] + 1];
+  return num_parts;
+}
+
+// Of panels of the output: several where a part's rows stay in cache from one pair to the next.
+template <class T>
+inline int pairs_a_task(int num_pairs, int num_rows, int num_parts) {
+  if (!T::kUsesAmx || num_rows < kCachedPartRows * num_parts) return 1;
+  const int pairs = num_pairs / (4 * num_threads());
+  return pairs < 1 ? 1 : pairs;
+}
+
+// Calls task for each of num_tasks and, one after another, ranges of a matrix' inputs. columns: of all products.
+template <class T>
+void over_inputs(ExpertsWork<T>& work, const Matrix& matrix, int columns, int num_tasks, Task task) {
+  int most_rows = 0;
+  for (int part = work.first; part < work.last; part++)
+    if (work.num_rows(part) > most_rows) most_rows = work.num_rows(part);
+  const int at_once = inputs_at_once<T>(matrix, most_rows);
+  const size_t padded_rows = work.starts[work.last] - work.group_start + kRowsBehind * (work.last - work.first);
+  work.products = at_once < matrix.num_inputs ? (float*)scratch(kProductsSlot, sizeof(float) * padded_rows * columns) : nullptr;
+  for (work.inputs = {}; work.inputs.end < matrix.num_inputs; work.inputs.first = work.inputs.end) {
+    work.inputs.end = smaller(work.inputs.first + at_once, matrix.num_inputs);
+    parallel_for(num_tasks, task, &work);
   }
 }
 
@@ -166,8 +218,11 @@ void experts_as(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_
   ExpertsWork<T> work = {};
   work.call = &call;
   work.order = order;
-  work.starts = starts;
-  work.present = present;
+  int32_t* part_experts = (int32_t*)scratch(kPartsSlot, sizeof(int32_t) * (2 * call.num_assignments + 1));
+  int32_t* part_starts = part_experts + call.num_assignments;
+  const int num_parts = cut_parts<T>(starts, present, num_present, part_experts, part_starts);
+  work.experts = part_experts;
+  work.starts = part_starts;
   const typename T::Row* rows = RowReader<T>::prepare(call.x, call.x_format, call.num_rows, call.hidden_size, w13.num_inputs,
                                                       w13.group_size, kRowsSlot, kPointersSlot);
   work.inner_panels = num_panels(call.intermediate_size);
@@ -178,27 +233,30 @@ void experts_as(const ExpertsCall& call, int32_t* order, int32_t* starts, int32_
                   ? (float*)call.out
                   : (float*)scratch(kSumsSlot, sizeof(float) * (size_t)call.num_partial_sums * call.hidden_size);
   const size_t row_bytes = work.hidden_stride * element_bytes(work.hidden_format);
-  for (int first = 0; first < num_present;) {
+  const int num_pairs = (num_panels(call.hidden_size) + 1) / 2;
+  for (int first = 0; first < num_parts;) {
     int last = first;
-    work.group_start = starts[present[first]];
+    work.group_start = part_starts[first];
     do last++;
-    while (last < num_present && (starts[present[last] + 1] - work.group_start) * row_bytes <= kGroupBytes);
-    const int num_assignments = starts[present[last - 1] + 1] - work.group_start;
+    while (last < num_parts && (part_starts[last + 1] - work.group_start) * row_bytes <= kGroupBytes);
+    const int num_assignments = part_starts[last] - work.group_start;
     work.first = first;
     work.last = last;
     work.is_first_group = first == 0;
-    work.is_last_group = last == num_present;
+    work.is_last_group = last == num_parts;
     typename T::Row* x = (typename T::Row*)scratch(kGroupSlot, sizeof(typename T::Row) * num_assignments);
     for (int i = 0; i < num_assignments; i++) x[i] = rows[call.row(order[work.group_start + i])];
-    arrange_group<T>(x, starts, present + first, last - first, w13.num_inputs);
+    arrange_parts<T>(x, part_starts + first, last - first, w13.num_inputs);
     work.x = x;
     work.hidden = scratch(kHiddenSlot, num_assignments * row_bytes + kBytesBehind);
-    parallel_for((last - first) * work.inner_panels, gate_up_task<T>, &work);
+    over_inputs(work, w13, 2 * work.hidden_stride, (last - first) * work.inner_panels, gate_up_task<T>);
     work.hidden_rows = RowReader<T>::prepare(work.hidden, work.hidden_format, num_assignments, work.hidden_stride,
                                              w2.num_inputs, w2.group_size, kHiddenRowsSlot, kHiddenPointersSlot);
     if constexpr (kIsQuantized)
-      arrange_group<T>((typename T::Row*)work.hidden_rows, starts, present + first, last - first, w2.num_inputs);
-    parallel_for((num_panels(call.hidden_size) + 1) / 2, down_task<T>, &work);
+      arrange_parts<T>((typename T::Row*)work.hidden_rows, part_starts + first, last - first, w2.num_inputs);
+    work.pairs_per_task = pairs_a_task<T>(num_pairs, num_assignments, last - first);
+    const int num_tasks = (num_pairs + work.pairs_per_task - 1) / work.pairs_per_task;
+    over_inputs(work, w2, 2 * num_pairs * kPanelColumns, num_tasks, down_task<T>);
     first = last;
   }
 }
@@ -233,7 +291,10 @@ int multiply_often(const Panels& panels, typename T::Row row, float* product) {
   typename T::Row x[kRows];
   for (auto& each : x) each = row;
   __asm__ volatile("" : : "r"(x) : "memory");  // else the compiler sees that all rows are one, and sums row by row
-  for (int i = 0; i < 16; i++) multiply<T, kNothing>(x, kRows, panels, 2, product);
+  for (int i = 0; i < 16; i++) {
+    multiply<T, kNothing>(x, kRows, panels, 2, product);
+    __asm__ volatile("" : : "r"(product) : "memory");  // else it computes one product of 16 equal ones
+  }
   return kRows;
 }
 

@@ -31,6 +31,9 @@ struct LinearWork {
   const LinearCall* call;
   const typename T::Row* rows;
   int panels_per_task, num_panel_tasks, rows_per_task;
+  int first_row, end_row;  // of those that are multiplied now
+  InputRange inputs;
+  float* sums;  // of all tasks, if inputs are not multiplied at once; a task's is one tile then
 };
 
 template <class T>
@@ -39,8 +42,8 @@ void linear_task(void* context, int task, int) {
   const LinearCall& call = *work.call;
   const Matrix& matrix = *call.matrix;
   const int panel = task % work.num_panel_tasks * work.panels_per_task;
-  const int first_row = task / work.num_panel_tasks * work.rows_per_task;
-  const int num_rows = first_row + work.rows_per_task < call.num_rows ? work.rows_per_task : call.num_rows - first_row;
+  const int first_row = work.first_row + task / work.num_panel_tasks * work.rows_per_task;
+  const int num_rows = first_row + work.rows_per_task < work.end_row ? work.rows_per_task : work.end_row - first_row;
   const int left = num_panels(matrix.num_outputs) - panel;
   const int count = left < work.panels_per_task ? left : work.panels_per_task;
   const int first_column = panel * kPanelColumns, width = count * kPanelColumns;
@@ -48,12 +51,22 @@ void linear_task(void* context, int task, int) {
   const int next = count * num_threads();  // from here: the panels between are the other threads'
   const Panels panels = {&matrix, panel, panel + 1, left > next ? panel_data(matrix, panel + next) : nullptr,
                          left > next + 1 ? panel_data(matrix, panel + next + 1) : nullptr};
+  const size_t padded_columns = (size_t)num_panels(matrix.num_outputs) * kPanelColumns;
+  const size_t sums_before = task / work.num_panel_tasks * padded_columns + first_column;
+  float* sums = work.sums ? work.sums + sums_before * work.rows_per_task : nullptr;
   for_tiles<T>(num_rows, [&](int tile, int num_tiles, int first, int height) {
-    alignas(64) float product[kMaxRows * 2 * kPanelColumns];
-    multiply_tile<T>(work.rows + first_row + first, tile, num_tiles, height, panels, count, product);
-    store_product(product, width, height, call.out, call.out_format,
-                  (size_t)(first_row + first) * call.out_stride + first_column, call.out_stride, columns, call.residual);
+    const auto store = [&](int row, int rows, const float* product) {
+      const size_t at = (size_t)(first_row + first + row) * call.out_stride + first_column;
+      store_product(product, width, rows, call.out, call.out_format, at, call.out_stride, columns, call.residual);
+    };
+    multiply_tile<T>(work.rows + first_row + first, tile, num_tiles, height, panels, count, work.inputs, sums, store);
   });
+}
+
+template <class T>
+inline int rows_a_task(int num_rows) {
+  if constexpr (T::kUsesAmx) return T::tile_height(num_rows);
+  return kRowsPerTask;
 }
 
 template <class T>
@@ -61,7 +74,7 @@ void linear_as(const LinearCall& call) {
   const Matrix& matrix = *call.matrix;
   LinearWork<T> work = {&call, RowReader<T>::prepare(call.x, call.x_format, call.num_rows, call.x_stride,
                                                      matrix.num_inputs, matrix.group_size, kRowsSlot, kPointersSlot),
-                        2, 0, T::kUsesAmx ? kMaxRows : kRowsPerTask};
+                        2, 0, rows_a_task<T>(call.num_rows), 0, call.num_rows, {0, matrix.num_inputs}, nullptr};
   arrange_rows<T>((typename T::Row*)work.rows, call.num_rows, matrix.num_inputs);
   const int panels = num_panels(matrix.num_outputs);
   if (panels < 16 * num_threads()) work.panels_per_task = 1;  // better shared out
@@ -69,7 +82,20 @@ void linear_as(const LinearCall& call) {
   if (!T::kUsesAmx && (call.num_rows <= 2 * kRowsPerTask || work.num_panel_tasks >= 32 * num_threads()))
     work.rows_per_task = call.num_rows;
   const int row_tasks = (call.num_rows + work.rows_per_task - 1) / work.rows_per_task;
-  parallel_for(work.num_panel_tasks * row_tasks, linear_task<T>, &work);
+  const int at_once = inputs_at_once<T>(matrix, smaller(work.rows_per_task, call.num_rows));
+  if (at_once == matrix.num_inputs) return parallel_for(work.num_panel_tasks * row_tasks, linear_task<T>, &work);
+  // Rows are multiplied one task's after another's, as many as keep all threads busy.
+  const int tasks_at_once = smaller(row_tasks, 1 + 4 * num_threads() / work.num_panel_tasks);
+  const size_t sums = (size_t)tasks_at_once * work.rows_per_task * panels * kPanelColumns;
+  work.sums = (float*)scratch(kProductsSlot, sizeof(float) * sums);
+  for (; work.first_row < call.num_rows; work.first_row = work.end_row) {
+    work.end_row = smaller(work.first_row + tasks_at_once * work.rows_per_task, call.num_rows);
+    const int num_tasks = (work.end_row - work.first_row + work.rows_per_task - 1) / work.rows_per_task * work.num_panel_tasks;
+    for (work.inputs = {}; work.inputs.end < matrix.num_inputs; work.inputs.first = work.inputs.end) {
+      work.inputs.end = smaller(work.inputs.first + at_once, matrix.num_inputs);
+      parallel_for(num_tasks, linear_task<T>, &work);
+    }
+  }
 }
 
 template <int kFormat>
@@ -121,14 +147,19 @@ void heads_task(void* context, int task, int thread) {
     const int width = count * kPanelColumns;
     const int columns = matrix.num_outputs - first_column < width ? matrix.num_outputs - first_column : width;
     for_tiles<T>(num_rows, [&](int, int, int first, int height) {
-      alignas(64) float product[kMaxRows * 2 * kPanelColumns];
-      if constexpr (T::kUsesAmx)
-        multiply_tile<T>(rows + first, 0, 1, height, {&matrix, panel, panel + 1}, count, product);
-      else
-        multiply<T, kNothing>(rows + first, height, {&matrix, panel, panel + 1}, count, product);
-      store_product(product, width, height, call.out, call.out_format,
-                    (size_t)(first_row + first) * call.out_stride + head * call.out_head_stride + first_column,
-                    call.out_stride, columns, nullptr);
+      const Panels pair = {&matrix, panel, panel + 1};
+      const size_t at = (size_t)(first_row + first) * call.out_stride + head * call.out_head_stride + first_column;
+      const auto store = [&](int row, int rows, const float* product) {
+        store_product(product, width, rows, call.out, call.out_format, at + (size_t)row * call.out_stride, call.out_stride,
+                      columns, nullptr);
+      };
+      if constexpr (T::kUsesAmx) {
+        multiply_tile<T>(rows + first, 0, 1, height, pair, count, {0, k}, nullptr, store);
+      } else {
+        alignas(64) float product[kMaxRows * 2 * kPanelColumns];
+        multiply<T, kNothing>(rows + first, height, pair, count, product);
+        store(0, height, product);
+      }
     });
   }
 }

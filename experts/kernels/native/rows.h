@@ -161,27 +161,32 @@ template <>
 struct RowReader<Tiles<kInt4>> : QuantizedRows {};
 
 // Calls `body(tile, num_tiles, first, count)` for tiles of nearly equal height that cover num_rows: one where one can be
-// high enough, else broad ones, which read the rows less often. Those of AMX are all as high as they can be but the last.
+// high enough, else broad ones, which read the rows less often. Those of AMX are multiples of what it takes at once.
 template <class T, class Body>
 inline void for_tiles(int num_rows, Body body) {
   if constexpr (T::kUsesAmx) {
-    constexpr int kHeight = T::kRows.highest();
-    for (int first = 0; first < num_rows; first += kHeight)
-      body(first / kHeight, (num_rows + kHeight - 1) / kHeight, first, num_rows - first < kHeight ? num_rows - first : kHeight);
-    return;
-  }
-  const int max_rows = num_rows <= T::kRows.highest() ? T::kRows.highest() : T::kRows.of_many();
-  const int tiles = (num_rows + max_rows - 1) / max_rows;
-  for (int i = 0, first = 0; i < tiles; i++) {
-    const int count = (num_rows - first + tiles - i - 1) / (tiles - i);
-    body(i, tiles, first, count);
-    first += count;
+    const int height = T::tile_height(num_rows);
+    for (int first = 0; first < num_rows; first += height)
+      body(first / height, (num_rows + height - 1) / height, first, smaller(height, num_rows - first));
+  } else {
+    const int max_rows = num_rows <= T::kRows.highest() ? T::kRows.highest() : T::kRows.of_many();
+    const int tiles = (num_rows + max_rows - 1) / max_rows;
+    for (int i = 0, first = 0; i < tiles; i++) {
+      const int count = (num_rows - first + tiles - i - 1) / (tiles - i);
+      body(i, tiles, first, count);
+      first += count;
+    }
   }
 }
 
 inline const void* panel_data(const Matrix& matrix, int panel) {
   return (const char*)matrix.data + panel * panel_bytes(matrix);
 }
+
+// Some of a matrix' inputs, whose products are added to those of the inputs before. AMX alone takes others than all.
+struct InputRange {
+  int first = 0, end;
+};
 
 }  // namespace
 
@@ -201,7 +206,36 @@ inline void with_tiles(const Matrix& first, const Matrix& second, int num_rows, 
   body(Tiles<kFormat>());
 }
 
-// Makes rows of k inputs ready for the tiles that for_tiles cuts each part of them into. starts: [num_parts + 1].
+// One tile of the num_tiles that cover one panel or two (count); num_rows: its own. done(row, rows, product [rows][32 * count])
+// is called for some rows from `row` on after others, once with the last inputs, with what all inputs gave. sums: memory for
+// [num_rows, with AMX rounded up to 16][32 * count], kept from some inputs to the next, of this tile alone; null where all
+// inputs are multiplied at once.
+template <class T, class Done>
+inline void multiply_tile(const typename T::Row* x, int tile, int num_tiles, int num_rows, const Panels& p, int count,
+                          InputRange inputs, float* sums, Done done) {
+  if constexpr (T::kUsesAmx) {
+    T::multiply(x, num_rows, p, count, inputs, sums, done);
+  } else {
+    alignas(64) float product[kMaxRows * 2 * kPanelColumns];
+    if constexpr (T::kRows.half == 0)
+      multiply_by_panels<T>(x, tile, num_tiles, num_rows, p, count, product);
+    else if (num_tiles > 1 || num_rows > T::kRows.panel)
+      multiply_by_halves<T>(x, tile, num_tiles, num_rows, p, count, product);
+    else
+      multiply<T, kAhead>(x, num_rows, p, count, product);
+    done(0, num_rows, product);
+  }
+}
+
+// How many inputs are multiplied, with all panels, before the next ones are.
+template <class T>
+inline int inputs_at_once(const Matrix& matrix, int num_rows) {
+  if constexpr (T::kUsesAmx) return T::inputs_at_once(matrix, num_rows);
+  return matrix.num_inputs;
+}
+
+// Makes rows of k inputs ready for the tiles that for_tiles cuts each part of them into. starts: [num_parts + 1], of which the
+// first is the first row's.
 template <class T>
 inline void arrange_parts(typename T::Row* rows, const int32_t* starts, int num_parts, int k) {
   if constexpr (T::kUsesAmx) T::arrange(rows, starts, num_parts, k);

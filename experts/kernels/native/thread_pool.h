@@ -23,7 +23,7 @@ struct StayAwake {
 // Memory that a call may use until it returns; `slot` tells the buffers of one call apart. Kept for the next call.
 enum ScratchSlot {
   kRowsSlot, kPointersSlot, kHiddenSlot, kHiddenRowsSlot, kHiddenPointersSlot, kSumsSlot, kOrderSlot, kGroupSlot, kPartsSlot,
-  kTilesSlot, kMlaSlot, kLayerSlot,
+  kTilesSlot, kProductsSlot, kMlaSlot, kLayerSlot,
   kNumSlots
 };
 void* scratch(int slot, size_t num_bytes);

@@ -7,8 +7,9 @@
 
 namespace {
 
-constexpr int kMaxRows = Simd::kHasAmx ? 144 : 12;  // of a tile, in any format
+constexpr int kMaxRows = 12;  // of a tile, in any format, but for AMX's
 
+constexpr int kRowsBehind = Simd::kHasAmx ? 16 : 0;  // so many more rows of sums a tile may write
 constexpr size_t kBytesBehind = Simd::kHasAmx ? 1024 : 0;  // of the last row, which a tile may read though it does not count
 
 // Rows as int8 with one scale a group, as an int8 or int4 product reads them.
@@ -17,6 +18,8 @@ struct QuantizedRow {
   const float* scales;     // [K / group_size]
   const int32_t* sums;     // [K / group_size], of the group's numbers
 };
+
+inline int smaller(int a, int b) { return a < b ? a : b; }  // std::min would be one function for all instruction sets
 
 // The panels of a tile, which need not be neighbours, and where those lie that are wanted after them.
 struct Panels {
@@ -40,8 +43,9 @@ enum Prefetch {
 constexpr int kFetchingTiles = 8;  // at most so many of a pair's tiles share out the fetching of the next one
 constexpr ptrdiff_t kAheadBytes = 4096;  // what a core computes with while memory answers
 
-inline size_t panel_bytes(const Matrix& m) {
-  const size_t k = (size_t)m.num_inputs;
+// Of a panel's first inputs; all if not said.
+inline size_t panel_bytes(const Matrix& m, int num_inputs = -1) {
+  const size_t k = (size_t)(num_inputs < 0 ? m.num_inputs : num_inputs);
   switch (m.format) {
     case kFloat32: return k * kPanelColumns * 4;
     case kBfloat16: return k * kPanelColumns * 2;
@@ -57,8 +61,8 @@ inline int num_panels(int num_outputs) { return (num_outputs + kPanelColumns - 1
 struct OwnPanel {
   const char *end, *next;
   OwnPanel(const Matrix& matrix, int panel, const void* next_panel)
-      : end((const char*)matrix.data + (panel + 1) * panel_bytes(matrix)),
-        next(next_panel ? (const char*)next_panel : end) {}
+      : OwnPanel((const char*)matrix.data + (panel + 1) * panel_bytes(matrix), (const char*)next_panel) {}
+  OwnPanel(const char* own_end, const char* next_panel) : end(own_end), next(next_panel ? next_panel : own_end) {}
   void fetch(const void* at) const {
     const char* ahead = (const char*)at + kAheadBytes;
     Simd::prefetch(ahead < end ? ahead : ahead + (next - end));
@@ -370,22 +374,6 @@ inline void multiply_by_panels(const typename T::Row* x, int tile, int num_tiles
   if (!next) return multiply<T, kNothing>(x, num_rows, panels, count, out);
   if (panels.fetched_a_step > 64) return multiply<T, kNextFast>(x, num_rows, panels, count, out);
   multiply<T, kNext>(x, num_rows, panels, count, out);
-}
-
-// One tile of the num_tiles that cover a pair of panels; num_rows: its own.
-template <class T>
-inline void multiply_tile(const typename T::Row* x, int tile, int num_tiles, int num_rows, const Panels& p, int count,
-                          float* out) {
-  if constexpr (T::kUsesAmx) {
-    T::multiply(x, tile, num_tiles, num_rows, p, count, out);
-  } else if constexpr (T::kRows.half > 0) {
-    if (num_tiles > 1 || num_rows > T::kRows.panel)
-      multiply_by_halves<T>(x, tile, num_tiles, num_rows, p, count, out);
-    else
-      multiply<T, kAhead>(x, num_rows, p, count, out);
-  } else {
-    multiply_by_panels<T>(x, tile, num_tiles, num_rows, p, count, out);
-  }
 }
 
 }  // namespace

@@ -125,6 +125,41 @@ def test_many_rows_go_through_in_groups_of_experts_with_the_same_bits(each_instr
     assert torch.equal(experts.run(x[:10], few, torch.float32), found[:20])
 
 
+ROWS_OF_EXPERTS = (300, 40, 17, 16, 1)  # with AMX: two tiles, and one of each kind
+WIDE = [("bfloat16", 8224, 96), ("bfloat16", 96, 4160), ("int8", 13696, 64), ("int4", 64, 13696)]  # ranges of inputs
+
+
+@pytest.mark.parametrize(("kind", "hidden_size", "intermediate_size"), WIDE)
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_rows_that_fill_a_cache_meet_the_inputs_range_by_range_with_the_same_bits(
+    each_instruction_set: str, kind: str, hidden_size: int, intermediate_size: int, num_threads: int
+) -> None:
+    experts = Experts(kind, hidden_size, intermediate_size, group_size=64)
+    expert_ids = torch.repeat_interleave(torch.arange(NUM_EXPERTS), torch.tensor(ROWS_OF_EXPERTS)).int()
+    rows, weights = torch.arange(len(expert_ids), dtype=torch.int32), torch.rand(len(expert_ids))
+    x = torch.randn(len(expert_ids), hidden_size).bfloat16()
+    set_num_threads(num_threads)
+    together = experts.run(x, Assignments(weights, rows, expert_ids, rows, len(rows)), torch.float32)
+    set_num_threads(1)
+    zero = torch.zeros(1, dtype=torch.int32)
+    for row in (0, 191, 192, 299, 300, 339, 340, 356, 357, 372, 373):
+        mine = Assignments(weights[row : row + 1], zero, expert_ids[row : row + 1], zero, 1)
+        alone = experts.run(x[row : row + 1], mine, torch.float32)
+        assert torch.equal(alone[0], together[row])
+        expected = experts.expected(x[row : row + 1], mine)
+        assert float((alone.double() - expected).abs().max() / expected.abs().max()) < 0.05
+
+
+@pytest.mark.parametrize(("kind", "hidden_size", "intermediate_size"), WIDE)
+def test_a_wide_dense_mlp_adds_its_residual_once(
+    each_instruction_set: str, kind: str, hidden_size: int, intermediate_size: int
+) -> None:
+    experts = Experts(kind, hidden_size, intermediate_size, group_size=64)
+    x, residual = torch.randn(2, 300, hidden_size).bfloat16()
+    expected = experts.set.forward_dense(x, torch.float32) + residual.float()
+    assert torch.equal(experts.set.forward_dense(x, torch.bfloat16, residual), expected.bfloat16())
+
+
 @needs_kernels
 def test_a_dense_mlp_is_one_expert_over_every_row() -> None:
     experts, x = Experts("float32"), torch.randn(20, 96)

@@ -115,6 +115,25 @@ def test_a_row_has_the_same_bits_beside_any_others_with_any_number_of_threads(
     assert torch.equal(alone, together)
 
 
+@pytest.mark.parametrize(("kind", "num_inputs"), [("compact", 8224), ("plain", 8224), ("int8", 13696), ("int4", 13696)])
+@pytest.mark.parametrize(("num_outputs", "num_threads"), [(70, 2), (528, 1), (33, 5)])
+def test_rows_that_fill_a_cache_meet_the_inputs_range_by_range_with_the_same_bits(
+    each_instruction_set: str, kind: str, num_inputs: int, num_outputs: int, num_threads: int
+) -> None:
+    weight = torch.randn(num_outputs, num_inputs)
+    matrix = QuantizedMatrix.quantize(weight, int(kind[3:]), 64) if kind.startswith("int") else weight.bfloat16()
+    linear = KernelLinear(pack_plain([matrix]) if kind == "plain" else pack([matrix]))
+    x = torch.randn(600, num_inputs).bfloat16()
+    set_num_threads(num_threads)
+    found = linear(x, out_dtype=torch.float32)
+    exact = matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix
+    few = torch.tensor([0, 191, 192, 239, 240, 599])
+    tolerance = 0.03 if kind.startswith("int") else 0.001
+    assert relative_error(found[few], x[few].double() @ exact.double().T) < tolerance
+    for row in few.tolist():
+        assert torch.equal(linear(x[row : row + 1], out_dtype=torch.float32)[0], found[row])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_residual_is_added_before_rounding(each_instruction_set: str, dtype: torch.dtype) -> None:
     weight, x = torch.randn(45, 64).to(dtype), torch.randn(9, 64).to(dtype)
