@@ -76,9 +76,12 @@ def compare(
     """reference, candidate: folders, Hugging Face ids or "bundled". text: None for held_out_text.
 
     on_progress is told what is being done and how much of it is. Both are computed in the dtype in which the reference
-    is served. Raises CannotCompare and what cluster.roles.preflight.check raises.
+    is served, or in float32 where nothing is served in its own. Raises CannotCompare and what
+    cluster.roles.preflight.check raises.
     """
-    model = open_model(_config(reference, DTypeName.AUTO))
+    model = open_model(_config(reference, DTypeName.FLOAT32))
+    if model.config.dtype is not torch.float16:
+        model = open_model(_config(reference, DTypeName.AUTO))
     dtype = DTypeName(str(model.dtype).removeprefix("torch."))
     vocab_size = model.config.decoder.vocab_size
     other_size = open_model(_config(candidate, dtype)).config.decoder.vocab_size

@@ -1,5 +1,6 @@
 """One process's logits, and what two checkpoints' comparison says of them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,14 @@ def test_a_checkpoint_agrees_with_itself_and_int8_more_than_int4(tmp_path: Path)
     assert 0.0 < int8.median_logit_error < 0.05 < int4.median_logit_error < 0.5
     assert int8.greedy_agreement > int4.greedy_agreement
     assert int8.reference_perplexity == same.reference_perplexity
+
+
+def test_a_checkpoint_of_float16_is_compared_in_float32(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", seed=3)
+    config_path = source / "config.json"
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"torch_dtype": "float16"}))
+    int8 = compare(str(source), converted(source, tmp_path / "int8", 8), text="The manta glides over the reef. " * 9)
+    assert 0.0 < int8.median_logit_error < 0.05
 
 
 def test_a_position_is_compared_with_its_own_largest_logit() -> None:

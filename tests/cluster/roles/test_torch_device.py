@@ -19,7 +19,7 @@ def test_the_cpu_is_there() -> None:
     check_device("cpu", "key")
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta"])
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta", "cpu:0"])
 def test_a_device_that_torch_cannot_compute_on_is_told_with_what_there_is(name: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"^key is '{name}': torch computes on no such device; set it to cpu, or to "
