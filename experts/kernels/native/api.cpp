@@ -80,9 +80,18 @@ const KernelTable* table_of(const char* name) {
 
 const char* const kNames[] = {"amx", "avx512bf16", "avx512vnni", "avx2", "portable"};
 
+// Intel's processors take more time for products of bfloat16 by AVX-512 than for those of fp32, which AVX512-VNNI's use.
+bool is_slow(const char* name) {
+#if defined(__x86_64__)
+  return !strcmp(name, "avx512bf16") && __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 Choice best() {
   for (const char* name : kNames)
-    if (is_supported(name)) return {name, table_of(name)};
+    if (is_supported(name) && !is_slow(name)) return {name, table_of(name)};
   abort();
 }
 
