@@ -47,6 +47,9 @@ class ClientAccess:
         authority, certificate, private_key, key_file = (
             _read(environment.get(name)) for name in (TLS_CA, TLS_CERT, TLS_KEY, API_KEY_FILE)
         )
+        for name, content in ((TLS_CA, authority), (TLS_CERT, certificate)):
+            if content is not None and b"-----BEGIN CERTIFICATE-----" not in content:
+                raise AccessError(f"{environment[name]} holds no certificate in PEM form")
         if (certificate is None) != (private_key is None):
             raise AccessError(f"a certificate and its key go together: set both {TLS_CERT} and {TLS_KEY}, or neither")
         return cls(

@@ -174,7 +174,7 @@ class Balance:
                 f"a rebalance to version {status.target_version} is {status.state}; ask again when it is done",
                 retry_after_s=5.0,
             )
-        if not is_serving:
+        if not is_serving or self._is_one_replaced():
             raise RebalanceRefused("not every process is ready; ask again when the system serves", retry_after_s=5.0)
         for ep_rank, needed in weight_bytes_while_moving(plan, self._proposer.expert_bytes).items():
             limit = self._proposer.traits(ep_rank).max_weight_bytes
@@ -214,7 +214,7 @@ class Balance:
         if not self.is_idle:
             return
         if self.membership.is_due():
-            if self._clock() < self._change_at_s:
+            if self._clock() < self._change_at_s or self._is_one_replaced():
                 return
             members = self.membership.members()
             try:
@@ -230,6 +230,10 @@ class Balance:
                 self.membership.are_placed_on(members)
         else:
             self.membership.remove_drained(self._expert_map, self._drain_timeout_s, self._clock())
+
+    def _is_one_replaced(self) -> bool:
+        """Whether a shard ends as asked, and is to come back: what it reads meanwhile would be lost with it."""
+        return any(shard.is_replaced and not shard.is_lost for shard in self.membership.shards)
 
     def _check_members(self, ep_ranks: Collection[int]) -> None:
         """Raises RebalanceRefused where no placement on these shards satisfies the configuration."""

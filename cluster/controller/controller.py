@@ -46,7 +46,7 @@ from cluster.controller.replica_check import ReplicaCheck
 from cluster.controller.shard_usage import shards_by_load
 from cluster.controller.worker_membership import WorkerMembership
 from cluster.controller.worker_usage import workers_by_load
-from protos.errors import MobulaError, Unavailable
+from protos.errors import MobulaError, NotServing, Unavailable
 from router.balance_terms import Traffic
 from router.expert_map import ExpertMap
 from router.trace.trace import ExpertIds
@@ -170,7 +170,7 @@ class Controller:
 
     def restart(self, role: RoleName, rank: int) -> None:
         """Another generation takes the process's place. From any other thread. Raises InvalidRequest, NotServing."""
-        self._inbox.ask(lambda: self._departures.restart(role, rank, is_serving=self._status.is_serving))
+        self._inbox.ask(lambda: self._restart(role, rank))
 
     def sample_choices(self) -> tuple[bytes, list[tuple[int, ExpertIds]]]:
         """A trace's header as JSON, and by dp_rank which experts tokens chose since this was asked last.
@@ -239,6 +239,11 @@ class Controller:
         self._departures.round()
         self._replica_check.round()
         self._publish_status({rank for rank, shard in shards.items() if shard.is_ready})
+
+    def _restart(self, role: RoleName, rank: int) -> None:
+        if role is RoleName.SHARD and not self._balance.is_idle:
+            raise NotServing(f"experts move, so {role}-{rank} stays; ask again when they have", retry_after_s=5.0)
+        self._departures.restart(role, rank, is_serving=self._status.is_serving)
 
     def _begin_rebalance(self) -> RebalancePlan:
         plan = self._balance.plan()

@@ -72,10 +72,14 @@ class StatusEvents:
             yield StatusEvent(Level.GOOD, "system", f"serves{self._after('system', 'away')}")
 
     def _stops_serving(self, now: ClusterStatus) -> StatusEvent:
-        away = [name for name, health in now.processes if health.state is not ProcessState.READY]
+        after = dict(now.processes)
+        away = [name for name, health in after.items() if health.state is not ProcessState.READY]
         if not away:
             return StatusEvent(Level.INFO, "system", "not every process knows the others yet")
-        if self._told_to_end.keys() >= set(away):
+        joining = [
+            name for name in away if name not in self._generations and after[name].state is not ProcessState.FAILED
+        ]
+        if self._told_to_end.keys() | set(joining) >= set(away):
             return StatusEvent(Level.INFO, "system", f"not every process is ready, as planned: {', '.join(away)}")
         return StatusEvent(Level.BAD, "system", "not every process is ready")
 

@@ -164,6 +164,7 @@ def cache_config(config: MobulaConfig, model: ServedModel) -> LatentCacheConfig:
 def check(config: MobulaConfig) -> ServingPlan:
     """The plan. Raises ConfigError, InvalidCheckpoint, UnsupportedModel or PlacementError, naming what is wrong."""
     if config.ray.address is None:
+        _refuse_labels(config)
         check_files(config)
         check_device(config.attention_workers.device, "attention_workers.device")
     if config.expert_shards.device != "cpu":
@@ -235,6 +236,19 @@ def memory_budget(config: MobulaConfig, plan: ServingPlan) -> MemoryBudget | Non
 
 def _shares_one_memory(config: MobulaConfig) -> bool:
     return config.ray.address is None and config.attention_workers.device == "cpu"
+
+
+def _refuse_labels(config: MobulaConfig) -> None:
+    """Nodes carry the labels that they were started with: the one of a cluster that `mobula serve` starts has none."""
+    parts = ("attention_workers", "expert_shards", "controller", "gateway")
+    wanted = {name: getattr(config, name).labels for name in parts}
+    wanted |= {f"expert_shards.groups.{i}": group.labels for i, group in enumerate(config.expert_shards.groups)}
+    for key, labels in wanted.items():
+        if labels:
+            raise ConfigError(
+                f"{key}.labels is {labels}: no node of a Ray cluster that starts with the command carries labels; "
+                "leave them out, or set ray.address to a cluster whose nodes have them"
+            )
 
 
 def _spared_cache_bytes(config: MobulaConfig, cache: LatentCacheConfig) -> int:

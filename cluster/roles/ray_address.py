@@ -23,7 +23,7 @@ def check_answers(address: str) -> None:
     if found in ("", RAY_AUTO):
         found, whose = services.canonicalize_bootstrap_address(RAY_AUTO), "the latest that was started here"
     if found is None:
-        return  # Ray looks for processes of its own, and says at once that there are none
+        raise ConnectionError("no Ray runs on this machine: `ray start --head` starts one; or leave ray.address out")
     where = ray_host_and_port(found)
     if where is None:
         raise ConnectionError(f"RAY_ADDRESS is {found!r}, must be HOST:PORT or ray://HOST:PORT; unset it or set it so")

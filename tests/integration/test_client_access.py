@@ -120,6 +120,13 @@ def test_a_file_that_is_not_there_is_named(address: str, tmp_path: Path) -> None
     assert "nothing.crt" in result.output
 
 
+def test_a_file_that_holds_no_certificate_is_named(address: str, tmp_path: Path) -> None:
+    (tmp_path / "hostname").write_text("gateway")
+    result = status(address, tls_ca=tmp_path / "hostname")
+    assert result.exit_code == 1
+    assert "hostname holds no certificate in PEM form" in result.output
+
+
 def test_secrets_are_not_printed() -> None:
     access = ClientAccess(api_key="user.SECRET", private_key=b"PRIVATE")
     assert "SECRET" not in repr(access)

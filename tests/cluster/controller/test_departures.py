@@ -6,6 +6,7 @@ import pytest
 
 from cluster.controller.controller import Controller
 from cluster.controller.process import RESTARTS, ProcessState, RoleName
+from cluster.controller.rebalancer import Rebalancer
 from protos.errors import InvalidRequest, NotServing
 from tests.cluster.fake_processes import FakeProcess, run, system
 
@@ -96,6 +97,14 @@ def test_a_process_that_leaves_is_not_replaced_and_is_shown_as_leaving() -> None
     run(controller, 1)
     leaving = {name for name, health in controller.status().processes if health.is_leaving}
     assert leaving == {"worker-1", "shard-1"}
+
+
+def test_a_shard_is_not_replaced_while_experts_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, _ = serving()
+    monkeypatch.setattr(Rebalancer, "is_idle", False)
+    with pytest.raises(NotServing, match="experts move, so shard-1 stays; ask again when they have"):
+        controller._restart(RoleName.SHARD, 1)
+    controller._restart(RoleName.WORKER, 1)
 
 
 @pytest.mark.parametrize("role", list(RoleName))

@@ -105,6 +105,21 @@ def test_a_shard_that_is_drained_ends_when_the_others_have_its_units_and_they_ke
     assert ranks_in_use(fakes) == ((0, 1, 2), [0, 1, 2])  # the free number is taken again
 
 
+def test_experts_do_not_begin_to_move_while_a_shard_is_being_replaced(cluster) -> None:
+    controller, fakes = cluster
+    drained_under(fakes, 1)
+    generation = fakes["shard-0"].generation
+    controller._restart(RoleName.SHARD, 0)
+    controller._balance.membership.drain(1)
+    with pytest.raises(RebalanceRefused, match="not every process is ready"):
+        controller._begin_rebalance()
+    while fakes["shard-0"].generation == generation:
+        run(controller, 1)
+        assert not any(controller.num_rebalances().values())
+    run(controller, 20)
+    assert controller.num_rebalances()[RebalanceCause.DRAINED] == 1
+
+
 def test_the_last_shard_is_not_drained_and_the_message_says_why(cluster) -> None:
     controller, _ = cluster
     answered(controller, lambda: controller.scale_shards(1))

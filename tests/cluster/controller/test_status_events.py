@@ -133,6 +133,15 @@ def test_a_planned_restart_is_no_bad_news() -> None:
     ]
 
 
+def test_a_planned_restart_while_another_process_joins_is_no_bad_news() -> None:
+    _, ending, away, *_ = replaced("shard-0")
+    (_, health), *_ = WELL.processes
+    joining = ("shard-9", replace(health, state=ProcessState.STARTING, generation=""))
+    lines = told(WELL, ending, replace(away, processes=(*away.processes, joining)))
+    assert lines[-1] == ("info", "system", "not every process is ready, as planned: shard-0, shard-9")
+    assert "bad" not in {level for level, *_ in lines}
+
+
 def test_a_planned_restart_that_is_first_seen_while_the_process_is_away_is_told_as_one() -> None:
     first, _, away, *_ = replaced("shard-0")
     assert told(first, away) == [

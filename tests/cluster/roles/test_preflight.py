@@ -75,6 +75,15 @@ def test_policy_and_redundancy_of_the_configuration_decide_the_placement(folder:
     assert max(plan.shard_weight_bytes) == plan.model.expert_bytes * 5 * 4  # of 30 units of 4 experts on 6 shards
 
 
+def test_labels_are_refused_where_no_node_can_carry_them(folder: Path) -> None:
+    groups = [{"count": 1}, {"count": 2, "labels": {"accelerator": "h100"}}]
+    with pytest.raises(
+        ConfigError, match=r"expert_shards\.groups\.1\.labels is .*h100.*: no node of a Ray cluster that"
+    ):
+        plan_of(folder, expert_shards={"count": 3, "groups": groups})
+    check(parse_config({"model": str(folder), "expert_shards": {"groups": groups}, "ray": {"address": "auto"}}))
+
+
 def test_more_shards_than_units_are_refused_with_the_numbers(folder: Path) -> None:
     with pytest.raises(PlacementError, match="ep_size is 25, but there are only 24 units"):
         plan_of(folder, expert_shards={"count": 25})
