@@ -54,6 +54,6 @@ def _words(file: Path) -> list[str]:
 def _lines(file: Path) -> list[str]:
     """None of a file that is not there."""
     try:
-        return file.read_text(encoding="ascii").splitlines()
+        return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # groups may have any name
     except OSError:
         return []

@@ -119,19 +119,9 @@ def test_what_was_fetched_serves_without_the_hub(hub: Hub, tmp_path: Path) -> No
     assert hub.run(REPO_ID, "role", cache=tmp_path / "cache", HF_HUB_OFFLINE="1") == ""
 
 
-def test_a_repository_with_a_single_file_serves_without_index(hub: Hub, tmp_path: Path) -> None:
-    for path in hub.folder.glob("model*"):
-        path.unlink()
-    write_checkpoint(hub.folder, "v2")
-    assert hub.run(REPO_ID, cache=tmp_path / "cache") == ""
-    assert "model.safetensors" not in hub.fetched
-    assert hub.run(REPO_ID, "role", cache=tmp_path / "cache") == ""
-    assert hub.fetched.count("model.safetensors") == 1
-    assert hub.run(REPO_ID, "role", cache=tmp_path / "cache", HF_HUB_OFFLINE="1") == ""
-
-
-def test_a_repository_with_a_single_file_and_an_old_index_serves_the_single_file(hub: Hub, tmp_path: Path) -> None:
-    for path in hub.folder.glob("model-*"):
+@pytest.mark.parametrize("replaced", ["model*", "model-*"], ids=["without an index", "beside an old index"])
+def test_a_repository_with_a_single_file_serves_it(hub: Hub, tmp_path: Path, replaced: str) -> None:
+    for path in hub.folder.glob(replaced):
         path.unlink()
     write_checkpoint(hub.folder, "v2")
     assert hub.run(REPO_ID, cache=tmp_path / "cache") == ""

@@ -82,6 +82,12 @@ def test_version_1_in_a_container_names_a_path_outside_and_shows_its_group_at_th
     assert memory_left(root, membership(root, "4:memory:/docker/0123\n")) == GIB
 
 
+def test_a_group_may_have_any_name(root: Path) -> None:
+    write(root / "caf\xe9", memory_v2(2 * GIB, GIB))
+    (root.parent / "membership").write_bytes("0::/caf\xe9\n".encode())
+    assert memory_left(root, root.parent / "membership") == GIB
+
+
 def test_a_group_that_is_over_its_limit_has_nothing_left(root: Path) -> None:
     write(root, memory_v2(GIB, 2 * GIB))
     assert memory_left(root, membership(root, "0::/\n")) == 0
