@@ -210,7 +210,7 @@ struct AmxTilesOf {
 
   // x: a tile's rows, their numbers at the first one's. sums, done: as in multiply_tile.
   template <class Done>
-  static void multiply(const Row* x, int num_rows, const Panels& p, int count, InputRange inputs, float* sums, Done done) {
+  static void multiply(const Row* x, int num_rows, const Panels& p, int count, InputRange inputs, float* sums, const Done& done) {
     const Matrix& matrix = *p.matrix;
     const int num_blocks = (num_rows + kTileRows - 1) / kTileRows, num_passes = (num_blocks + kMostBlocks - 1) / kMostBlocks;
     const bool keeps_all = num_passes > 1;

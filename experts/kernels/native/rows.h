@@ -212,7 +212,7 @@ inline void with_tiles(const Matrix& first, const Matrix& second, int num_rows, 
 // inputs are multiplied at once.
 template <class T, class Done>
 inline void multiply_tile(const typename T::Row* x, int tile, int num_tiles, int num_rows, const Panels& p, int count,
-                          InputRange inputs, float* sums, Done done) {
+                          InputRange inputs, float* sums, const Done& done) {
   if constexpr (T::kUsesAmx) {
     T::multiply(x, num_rows, p, count, inputs, sums, done);
   } else {
