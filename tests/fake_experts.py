@@ -20,6 +20,7 @@ from experts.weight_store import ExpertModel, Unit, WeightStore
 from protos import expert_pb2
 from protos.codec import decode_frame, dtype_from_wire
 from protos.errors import MobulaError, ShardUnavailable
+from protos.memory import as_tensor
 from protos.poller import Poller
 from router.expert_map import ExpertMap
 from router.gate import select_experts
@@ -176,7 +177,7 @@ class RandomReader:
         self.names_read.append(name)
         seed = int.from_bytes(name.encode()) % (2**61)
         values = torch.randn(self.shape(name), generator=torch.Generator().manual_seed(seed))
-        return values / self.shape(name)[1] ** 0.5
+        return values.div(self.shape(name)[1] ** 0.5)
 
 
 def small_model(dtype: torch.dtype = torch.float32, hidden_size: int = 48) -> ExpertModel:
@@ -189,7 +190,8 @@ def reference_sums(rows: Rows, layer_id: int, expert_to_unit: np.ndarray, model:
     """One row and one unit at a time: what every placement must give to the bit. [num_tokens, hidden_size] fp32."""
     store = WeightStore(model, RandomReader(model))
     store.activate(1, [Unit(layer_id, 0, tuple(range(model.n_routed_experts)))])
-    experts = store.layer(1, layer_id).experts
+    layer = store.layer(1, layer_id)
+    assert layer is not None
     total = torch.zeros(rows.hidden_states.shape)
     for row, (weights, expert_ids) in enumerate(zip(rows.topk_weights, rows.topk_ids, strict=True)):
         units = expert_to_unit[expert_ids]
@@ -201,7 +203,7 @@ def reference_sums(rows: Rows, layer_id: int, expert_to_unit: np.ndarray, model:
                 assignment_bytes=wire_assignments(weights[places], zeros, expert_ids[places], zeros),
                 num_partial_sums=1,
             )
-            total[row] += grouped_ffn(forward, experts)[0].float()
+            total[row] += as_tensor(grouped_ffn(forward, layer.experts))[0].float()
     return total
 
 

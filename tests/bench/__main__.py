@@ -14,11 +14,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from tests.bench import checkpoints
 from tests.bench.row import FORMATS, Options, Row, Unmeasurable, dump
@@ -114,7 +115,7 @@ def main() -> int:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(options.only))
         for part in options.only:
-            shown = options.showing(lambda text, part=part: progress.update(task, description=f"{part}: {text}"))
+            shown = options.showing(partial(_show, progress, task, part))
             shown.show("")
             for row in measure(part, shown):
                 rows.append(row)
@@ -123,6 +124,10 @@ def main() -> int:
             progress.advance(task)
     console.print(table_of(rows))
     return int(any(row.is_missing for row in rows))
+
+
+def _show(progress: Progress, task: TaskID, part: str, text: str) -> None:
+    progress.update(task, description=f"{part}: {text}")
 
 
 def _names(text: str) -> tuple[str, ...]:

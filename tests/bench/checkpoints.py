@@ -27,6 +27,7 @@ from rich.progress import track
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster import bundled_model
+from protos.codec import raw_bytes
 from tests.bench.row import FORMATS, PLAIN, Unmeasurable
 
 FOLDER_VARIABLE = "MOBULA_BENCH_DIR"
@@ -300,7 +301,7 @@ def _write_tensors(path: Path, specs: list[TensorSpec], console: Console) -> Non
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for spec in track(specs, description="weights", console=console, transient=True):
-            file.write(memoryview(spec.make().view(torch.uint8).numpy()).cast("B"))
+            file.write(raw_bytes(spec.make()))
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from attention.sampler import SampleRow, sample
 from attention.sampling_params import SamplingParams
-from protos import expert_pb2
+from protos import expert_pb2, tensor_pb2
 from protos.memory import Memory, RawMatrix
 from router import plan
 from router.plan_kernels import UnitAddresses, plan_layer
@@ -88,13 +88,13 @@ def operations() -> dict[str, tuple[Operation, Operation | None]]:
 
 
 class _Fields(ctypes.Structure):
-    _fields_ = tuple((f"field{i}", kind) for i, kind in enumerate([*[ctypes.c_void_p] * 7, *[ctypes.c_int32] * 8]))
+    _fields_ = (*((f"at{i}", ctypes.c_void_p) for i in range(7)), *((f"count{i}", ctypes.c_int32) for i in range(8)))
 
 
 def _header() -> bytes:
     return expert_pb2.ForwardHeader(
         sequence_number=123_456, layer_id=3, placement_version=1, num_rows=1, num_assignments=TOP_K, num_partial_sums=1,
-        dtype=2, timeout_ms=30_000,
+        dtype=tensor_pb2.DTYPE_BFLOAT16, timeout_ms=30_000,
     ).SerializeToString()  # fmt: skip
 
 

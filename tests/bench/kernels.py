@@ -4,7 +4,7 @@ Experts have DeepSeek-V2-Lite's dimensions, each its own memory, all the same nu
 linear products in bf16; "16 bits" are the same kernels with bf16 weights as they are published.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experts.kernels.expert_set import ExpertSet, PackedExpert
 from experts.kernels.library import instruction_set
-from experts.kernels.packed_matrix import PackedMatrix, pack, pack_plain
+from experts.kernels.packed_matrix import Matrix, PackedMatrix, pack, pack_plain
 from experts.quantized_matrix import QuantizedMatrix
 from tests.bench import attention_kernels
 from tests.bench.kernel_cell import Cell, measure
@@ -24,7 +24,7 @@ GROUP_SIZE = 128
 ROWS, QUICK_ROWS = (1, 4, 16, 64, 256), (1, 16)
 NUM_BITS = {"int8": 8, "int4": 4}
 
-Pack = Callable[[list[Tensor] | list[QuantizedMatrix]], PackedMatrix]
+Pack = Callable[[Sequence[Matrix]], PackedMatrix]
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -43,7 +43,7 @@ def rows(options: Options) -> Iterator[Row]:
 
 def packed_experts(matrices: list[Tensor], number_format: str, pack: Pack = pack) -> dict[int, PackedExpert]:
     """The same weights for every expert, in memory of each one's own."""
-    kept = [
+    kept: list[Matrix] = [
         matrix.bfloat16()
         if number_format == PLAIN
         else QuantizedMatrix.quantize(matrix, NUM_BITS[number_format], GROUP_SIZE)

@@ -6,8 +6,9 @@ Sends prompts of random tokens, ignores end tokens, and notes when each message 
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -15,6 +16,8 @@ import grpc.aio
 from protos import generation_pb2 as pb
 from protos import rpc
 from tests.bench.row import Unmeasurable
+
+T = TypeVar("T")
 
 SERVICE = "/mobula.v1.Inference/"
 CALL_TIMEOUT_S = 600.0
@@ -85,7 +88,7 @@ class LoadClient:
     async def _connect(self) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(self._address, options=rpc.client_options())
 
-    def _call(self, coroutine):
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         try:
             return self._loop.run_until_complete(coroutine)
         except grpc.aio.AioRpcError as error:

@@ -13,7 +13,7 @@ from tests.bench import checkpoints
 from tests.bench.limits import ModelShape
 from tests.bench.load_client import LoadClient
 from tests.bench.peers.peer import Peer, installed_peers
-from tests.bench.row import Options, Param, Unmeasurable
+from tests.bench.row import PLAIN, Options, Param, Unmeasurable
 from tests.bench.served_system import ServedSystem
 
 
@@ -76,6 +76,6 @@ def _open(options: Options, name: str, kind: str) -> MeasuredModel:
     return MeasuredModel(
         name=Path(name).name,
         folder=folder,
-        kind="float32" if is_float32 and kind == checkpoints.PLAIN else kind,
+        kind="float32" if is_float32 and kind == PLAIN else kind,
         shape=ModelShape.read(config),
     )

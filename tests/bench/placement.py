@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from router.completions import ForwardCall
 from router.expert_map import ExpertMap
 from router.gate_config import GateConfig, TopkMethod
 from router.placement import POLICIES, PlacementRequest, moved_bytes, place_units
@@ -121,8 +122,8 @@ def _replica_choice_rows(options: Options) -> Iterator[Row]:
             plan_layer(topk_ids, topk_weights, units, alone, CHOICE_SHARDS, None)
 
         def plan_choosing(units: np.ndarray = units, routing: Routing = routing) -> None:
-            usable, queues = candidates.to_plan(routing, 0)
-            plan_layer(topk_ids, topk_weights, units, usable, CHOICE_SHARDS, queues)
+            usable, queues, addresses = candidates.to_plan(routing, 0)
+            plan_layer(topk_ids, topk_weights, units, usable, CHOICE_SHARDS, queues, addresses)
 
         added = [
             1e6 * (min(timeit.repeat(plan_choosing, number=20, repeat=20)) / 20)
@@ -139,9 +140,18 @@ def _replica_choice_rows(options: Options) -> Iterator[Row]:
 
 
 class _Connected:
-    """As much of a transport as a choice looks at."""
+    """A transport that is only looked at."""
 
-    is_connected = True
+    address, is_connected = "", True
+
+    def forward(self, call: ForwardCall) -> None:
+        """Never called."""
+
+    def cancel(self, call: ForwardCall) -> None:
+        """Never called."""
+
+    def close(self) -> None:
+        """Never called."""
 
 
 def _timed(options: Options, request: PlacementRequest, policy: str) -> tuple[ExpertMap, list[float]]:

@@ -137,7 +137,7 @@ class Stopwatch:
 
 def _find(module: str, name: str) -> tuple[Any, str] | None:
     try:
-        owner = importlib.import_module(module)
+        owner: Any = importlib.import_module(module)
     except ModuleNotFoundError:
         return None
     *path, attribute = name.split(".")

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from rich.console import RenderableType
+from rich import box
+from rich.console import JustifyMethod, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -12,39 +13,46 @@ NAMED = ("against", "peer")  # params of words that need their name beside them
 
 
 def table_of(rows: Sequence[Row]) -> RenderableType:
-    """Every row in its order; a missing one says why. A column for each peer that any row was compared with."""
-    peers = list(dict.fromkeys(peer for row in rows for peer in row.ratios))
+    """Every row in its order; a missing one says why. Columns of which no row has anything are left out."""
     table = Table(title="bench", title_justify="left", caption=_CAPTION, caption_justify="left")
-    for heading in ("what", "of"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("median", "spread", *PROBES, "of limit", *(f"x {peer}" for peer in peers)):
-        table.add_column(heading, justify="right")
+    table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 1), False
+    cells = [_cells(row) for row in rows]
+    used = [i for i, heading in enumerate(_HEADINGS) if i < NUM_ALWAYS or any(texts[i] for texts in cells)]
+    for i in used:
+        is_words = i < NUM_WORDS or i == len(_HEADINGS) - 1
+        justify: JustifyMethod = "left" if is_words else "right"
+        table.add_column(_HEADINGS[i], justify=justify, overflow="fold", min_width=MIN_WIDTH if is_words else None)
     last = ""
-    for row in rows:
+    for row, texts in zip(rows, cells, strict=True):
         if last and row.name.split(",")[0] != last.split(",")[0]:
             table.add_section()
-        table.add_row(row.name if row.name != last else "", *_cells(row, peers))
+        table.add_row(*(texts[i] if i or row.name != last else "" for i in used))
         last = row.name
     return table
 
 
+_HEADINGS = ("what", "of", "median", *PROBES, "of limit", "against peers")
+NUM_WORDS, NUM_ALWAYS = 2, 3  # columns: of words, and that are there whatever the rows say
+MIN_WIDTH = 12  # of words, in a narrow terminal
 _CAPTION = (
-    "spread: half of p90 - p10 over the median. read, peak: what the machine gave in the same minutes. of limit: of "
-    "what these allow. x: times better than the peer, measured in turn."
+    "+-: half of p90 - p10 over the median. read, peak: what the machine gave in the same minutes. of limit: of "
+    "what these allow. against peers: how many times better than each, measured in turn."
 )
 
 
-def _cells(row: Row, peers: Sequence[str]) -> list[str]:
+def _cells(row: Row) -> list[str]:
+    """One for each heading."""
     text = escape(label_of(row))
     if row.is_missing:
-        return [f"{text}\n[yellow]{escape(str(row.params.get(WHY, 'not measured')))}[/yellow]", "[yellow]-[/yellow]"]
+        why = escape(str(row.params.get(WHY, "not measured")))
+        return [row.name, f"{text}\n[yellow]{why}[/yellow]", "[yellow]-[/yellow]", *[""] * (len(_HEADINGS) - 3)]
     return [
+        row.name,
         text,
-        f"{format_number(row.value)} {row.unit}",
-        f"{row.spread:.0%}" if row.spread else "",
+        f"{format_number(row.value)} {row.unit}" + (f" +- {row.spread:.0%}" if row.spread else ""),
         *(_probe(row.params.get(probe)) for probe in PROBES),
         "" if row.limit_fraction is None else f"{row.limit_fraction:.0%}",
-        *(f"{row.ratios[peer]:.2f}" if peer in row.ratios else "" for peer in peers),
+        "\n".join(f"{ratio:.2f} x {escape(peer)}" for peer, ratio in row.ratios.items()),
     ]
 
 

@@ -4,14 +4,14 @@
 
 Shards are processes of their own whose computation is next to nothing; what they say that it took is subtracted. Calls
 are back to back ("hot"), in blocks of each way in turn. "frame" is one call to one shard, from its rows to its sums,
-also under mutual TLS; "layer" is dispatch and combine of the router over two shards; "echo" is a bare stream of
-grpc.aio that sends the same bytes to and fro, which has no other thread to wake on either side; "doorbell" is a message
-of no content to another process and back, each asleep until it comes: the machine's own price of waking two processes,
-below which nothing goes that does not spin.
+also under mutual TLS, beyond the shard's computation; "layer" is dispatch and combine of the router over two shards;
+"echo" is a bare stream of grpc.aio that sends the same bytes to and fro, which has no other thread to wake on either
+side, and "relay" one that wakes as many threads as a frame and does nothing else; "doorbell" is a message of no content
+to another process and back, each asleep until it comes: the machine's own price of waking two processes, below which
+nothing goes that does not spin.
 """
 
 import argparse
-import asyncio
 import json
 import os
 import socket
@@ -21,25 +21,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
 import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
+from experts.grouped_ffn import ForwardInput
 from experts.metrics import ShardMetrics
 from experts.servicer import ExpertServer
 from experts.shard import ExpertShard, ShardConfig
 from experts.weight_store import ExpertModel, Unit
-from protos import expert_pb2, ring, rpc, tensor_pb2
+from protos import expert_pb2, ring, tensor_pb2
 from protos.certificates import CertificateFolder
 from protos.credentials import Credentials, PeerRole
 from protos.loop_thread import LoopThread
+from protos.memory import Matrix, as_tensor
 from protos.mutual_tls import MutualTls, role_name
 from protos.poller import Poller
 from router.completions import Completions, ForwardAnswer, ForwardCall
@@ -48,7 +49,8 @@ from router.plan import plan_layer
 from router.ring_transport import RingTransport
 from router.router import Router
 from router.transport import ShardTransport
-from tests.bench.row import Options, Row, Unmeasurable
+from tests.bench.echo import Call, echo_call, relay_call, start_echo
+from tests.bench.row import Options, Param, Row, Unmeasurable
 from tests.bench.table import table_of
 from tests.certificates import make_authority
 from tests.fake_experts import MOE_LAYER_IDS, RandomReader, grouped_gate, placed, random_rows, router_to
@@ -58,12 +60,9 @@ HIDDEN_SIZE = 2048
 NUM_SHARDS = 2
 RING_BYTES = 256 * 2**20
 CALLS_IN_A_BLOCK, CALLS_BEFORE = 100, 10
-ECHO_METHOD = "/bench/Echo"
 GATE = grouped_gate()
 NO_EVENT_ENGINE = {"GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener"}
 TIMEOUT_S = 60.0
-
-Call = Callable[[], float]  # one round trip; its seconds beyond the shard's computation
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -81,10 +80,10 @@ def measure(num_rows: int, num_blocks: int) -> Iterator[Row]:
     if result.returncode != 0:
         raise Unmeasurable(f"the measuring process ended with {result.returncode}: {result.stderr[-300:]}")
     blocks: dict[str, list[float]] = json.loads(result.stdout.splitlines()[-1])
-    params = {"rows": num_rows, "of": HIDDEN_SIZE, "dtype": "bf16"}
+    params: dict[str, Param] = {"rows": num_rows, "of": HIDDEN_SIZE, "dtype": "bf16"}
     for name, samples in blocks.items():
         against = {
-            "frame grpc": ("frame echo",),
+            "frame grpc": ("frame echo", "frame relay"),
             "frame grpc tls": ("frame grpc",),
             "frame ring": ("frame grpc", "frame doorbell"),
             "layer ring": ("layer grpc",),
@@ -123,13 +122,16 @@ def blocks_in_turn(num_rows: int, num_blocks: int) -> dict[str, list[float]]:
         )
         transports: list[ShardTransport] = [shared_memory(addresses[0]), stream(addresses[0]), secured]
         wait_until_connected(transports, ring_router, grpc_router)
+        echo_address = f"127.0.0.1:{ports[0]['echo']}"
+        frame = bytes(num_rows * HIDDEN_SIZE * 2 + 2 * num_rows * 16 + 30)
         example = frame_call(transports[0], poller, num_rows)
         ways = {
             "frame doorbell": doorbell_call(ports[0]["doorbell"]),
             "frame ring": example,
             "frame grpc": frame_call(transports[1], poller, num_rows),
             "frame grpc tls": frame_call(secured, poller, num_rows),
-            "frame echo": echo_call(f"127.0.0.1:{ports[0]['echo']}", num_rows),
+            "frame echo": echo_call(echo_address, frame),
+            "frame relay": relay_call(echo_address, frame, loop),
             "layer ring": layer_call(ring_router, num_rows),
             "layer grpc": layer_call(grpc_router, num_rows),
         }
@@ -221,28 +223,6 @@ def doorbell_call(name: str) -> Call:
     return call
 
 
-def echo_call(address: str, num_rows: int) -> Call:
-    """In a loop of its own that this thread runs."""
-    loop = asyncio.new_event_loop()
-    frame = bytes(num_rows * HIDDEN_SIZE * 2 + 2 * num_rows * 16 + 30)
-
-    async def connect() -> grpc.aio.StreamStreamCall:
-        return grpc.aio.insecure_channel(address, options=rpc.frame_options()).stream_stream(ECHO_METHOD)()
-
-    async def round_trip() -> float:
-        started_s = time.perf_counter()
-        await stream.write(frame)
-        await stream.read()
-        return time.perf_counter() - started_s
-
-    stream = loop.run_until_complete(connect())
-
-    def call() -> float:
-        return loop.run_until_complete(round_trip())
-
-    return call
-
-
 def role_credentials(certificates: Path, role: PeerRole) -> Credentials:
     return MutualTls(CertificateFolder(certificates / role.value, role_name(role)))
 
@@ -279,11 +259,12 @@ def serve(ep_rank: int, certificates: Path) -> None:
     del echo
 
 
-def nothing(forward: Any, experts: Any, out: torch.Tensor | None) -> torch.Tensor:
+def nothing(forward: ForwardInput, experts: object, out: Matrix | None) -> Matrix:
     """In the place of grouped_ffn: memory is written, and nothing is computed."""
     if out is None:
-        out = torch.empty(forward.num_partial_sums, HIDDEN_SIZE, dtype=torch.bfloat16)
-    return out.zero_()
+        return torch.zeros(forward.num_partial_sums, HIDDEN_SIZE, dtype=torch.bfloat16)
+    as_tensor(out).zero_()
+    return out
 
 
 def start_doorbell() -> str:
@@ -293,25 +274,12 @@ def start_doorbell() -> str:
 
     def answer() -> None:
         sock, _ = listener.accept()
-        poller.register(sock.fileno(), lambda: sock.send(sock.recv(ring.MAX_DOORBELL_BYTES)))
+        poller.register(sock.fileno(), lambda: sock.sendall(sock.recv(ring.MAX_DOORBELL_BYTES)))
         while True:
             poller.poll(None)
 
     threading.Thread(target=answer, name="doorbell", daemon=True).start()
     return name
-
-
-async def start_echo() -> tuple[grpc.aio.Server, int]:
-    async def echo(request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
-        async for frame in request_iterator:
-            await context.write(frame)
-
-    server = grpc.aio.server(options=rpc.frame_options())
-    handler = grpc.method_handlers_generic_handler("bench", {"Echo": grpc.stream_stream_rpc_method_handler(echo)})
-    server.add_generic_rpc_handlers((handler,))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    return server, port
 
 
 def main() -> None:
