@@ -4,6 +4,7 @@ Nothing in a frame is trusted: indices, order and sizes are checked before anyth
 goes through, it is the sender's.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,9 @@ from experts.grouped_ffn import ForwardInput, Int32Array
 from experts.kernels.assignments import kernel_accepts
 from experts.weight_store import ExpertModel, LayerWeights
 from protos import expert_pb2
-from protos.codec import dtype_from_wire, dtype_to_wire, encode_frame
+from protos.codec import dtype_from_wire, dtype_to_wire, join_frame, write_frame
 from protos.errors import InvalidRequest, MobulaError, StalePlacement, UnitQuarantined, code_number
-from protos.memory import Memory, RawMatrix, as_tensor
+from protos.memory import Memory, RawMatrix
 
 MAX_UNIT_IDS = 64  # of an error; a forward that asks for more quarantined units learns of the others by asking again
 MAX_COUNT = 2**31 - 1  # of rows, and of assignments: indices are int32
@@ -168,5 +169,10 @@ def answer_header(sequence_number: int, outcome: ForwardOutput | MobulaError) ->
 
 def answer_frame(sequence_number: int, outcome: ForwardOutput | MobulaError) -> bytes:
     """The ForwardResponse frame of a forward."""
-    payload = () if isinstance(outcome, MobulaError) else (as_tensor(outcome.partial_sums),)
-    return encode_frame(answer_header(sequence_number, outcome), payload)
+    header = answer_header(sequence_number, outcome).SerializeToString()
+    if isinstance(outcome, MobulaError):
+        return join_frame(header, ())
+    sums = outcome.partial_sums
+    assert sums.is_contiguous()
+    num_bytes = sums.shape[0] * sums.shape[1] * sums.dtype.itemsize
+    return write_frame(header, num_bytes, lambda address: ctypes.memmove(address, sums.data_ptr(), num_bytes))

@@ -5,9 +5,10 @@ reading gives views into the received bytes. The header's last field is a checks
 segment in 65,536, and proxies compute it anew. Knows nothing of what the tensors mean.
 """
 
+import ctypes
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -26,6 +27,14 @@ MAX_HEADER_BYTES = 64 * 1024  # an error with its message is the longest
 
 _TO_WIRE = {torch.float32: tensor_pb2.DTYPE_FLOAT32, torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16}
 _FROM_WIRE: dict[int, torch.dtype] = {wire: dtype for dtype, wire in _TO_WIRE.items()}
+
+# Bytes without content, to be written before anybody sees them: what PyBytes_FromStringAndSize is for.
+_new_bytes: Callable[[None, int], bytes] = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
+_address_of: Callable[[bytes], int] = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(
+    ("PyBytes_AsString", ctypes.pythonapi)
+)
 
 HeaderT = TypeVar("HeaderT", bound=Message)
 
@@ -58,6 +67,20 @@ def join_frame(header: bytes, parts: Sequence[memoryview]) -> bytes:
     checksum = _CHECKSUM.pack(_CHECKSUM_TAG, crc)
     length = _varint(len(header) + len(checksum))
     return b"".join((_HEADER_KEY, length, header, checksum, _PAYLOAD_KEY, _varint(payload_bytes), *parts))
+
+
+def write_frame(header: bytes, payload_bytes: int, write_payload: Callable[[int], object]) -> bytes:
+    """The same, of a payload that `write_payload` puts to the address it is given: it is written once, in place."""
+    length = _varint(len(header) + _CHECKSUM.size)
+    payload_key = _PAYLOAD_KEY + _varint(payload_bytes)
+    start = len(_HEADER_KEY) + len(length) + len(header) + _CHECKSUM.size + len(payload_key)
+    frame = _new_bytes(None, start + payload_bytes)
+    address = _address_of(frame)
+    write_payload(address + start)
+    checksum = _CHECKSUM.pack(_CHECKSUM_TAG, zlib.crc32(memoryview(frame)[start:], zlib.crc32(header)))
+    before = (ctypes.c_char * start).from_address(address)
+    before.raw = b"".join((_HEADER_KEY, length, header, checksum, payload_key))
+    return frame
 
 
 def decode_frame(header_class: type[HeaderT], frame: bytes) -> tuple[HeaderT, memoryview]:

@@ -4,6 +4,7 @@ A forward's end: an answer, or the error for which there is none. It may come up
 thread alone. Knows nothing of what is retried or added.
 """
 
+import ctypes
 from collections import deque
 from collections.abc import Callable
 from enum import StrEnum
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from protos import expert_pb2
-from protos.codec import join_frame
+from protos.codec import write_frame
 from protos.errors import MobulaError
 from protos.memory import Memory
 from protos.poller import Poller
@@ -127,22 +128,19 @@ class ForwardCall:
 
     def frame(self) -> bytes:
         """As a ForwardRequest."""
-        rows = self._hidden_bytes()
-        if self.message.num_rows < len(rows):
-            rows = rows.take(self.message.row_ids, axis=0)
-        return join_frame(self.header, (rows.data, self.message.assignments.data))
+        return write_frame(self.header, self.payload_bytes, self.write_payload)
 
     def cancellation(self) -> bytes:
         """The serialised header that takes the call back."""
         header = expert_pb2.ForwardHeader(sequence_number=self.sequence_number, is_cancellation=True)
         return header.SerializeToString()
 
-    def write_payload(self, memory: Memory) -> None:
-        """Puts the payload into memory of its size."""
+    def write_payload(self, address: int) -> None:
+        """Puts the payload to memory of its size."""
         message = self.message
-        if write_payload(self.hidden_states, message, memory.address):
+        if write_payload(self.hidden_states, message, address):
             return
-        to = np.frombuffer(memory.view, dtype=np.uint8)
+        to = np.ctypeslib.as_array((ctypes.c_uint8 * self.payload_bytes).from_address(address))
         rows = self._hidden_bytes()
         num_bytes = message.num_rows * rows.shape[1]
         # The row ids are right; "raise" would copy twice.

@@ -145,7 +145,7 @@ class Ring:
         offset = self._arena.allocate(answer_start + call.answer_bytes)
         if offset is None:
             return False
-        call.write_payload(self._memory.part(offset, payload_bytes))
+        call.write_payload(self._memory.part(offset, payload_bytes).address)
         answer = Region(offset + answer_start, call.answer_bytes)
         try:
             self._sock.send(pack_forward(call.header, Region(offset, payload_bytes), answer))

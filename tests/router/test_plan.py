@@ -212,11 +212,11 @@ def test_a_payload_is_written_as_a_frame_has_it(num_tokens, ep_size, seed):
             completions=Completions(Poller()), tell=lambda _: None,
         )  # fmt: skip
         memory = Memory.of(memoryview(bytearray(call.payload_bytes + 2))).part(1, call.payload_bytes)
-        call.write_payload(memory)
+        call.write_payload(memory.address)
         _, payload = decode_frame(expert_pb2.ForwardHeader, call.frame())
         assert memory.view == payload
         with mock.patch("router.plan_kernels.native", return_value=None):
             memory.view[:] = bytes(memory.num_bytes)
-            call.write_payload(memory)
+            call.write_payload(memory.address)
         assert memory.view == payload
         assert (memory.buffer[0], memory.buffer[-1]) == (0, 0)
