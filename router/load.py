@@ -6,7 +6,6 @@ a fixed number of [num_moe_layers, n_routed_experts] arrays, whatever the traffi
 of who polls them; the clock is the caller's.
 """
 
-from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -23,22 +22,19 @@ class LoadError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadConfig:
-    """How far back load reaches. One more array of 8 bytes per (layer, expert) is kept for each slice and estimate."""
+    """How far back load reaches. One more array of 8 bytes per (layer, expert) is kept for each slice."""
 
     half_life_s: float = 60.0  # an assignment counts half after this; longer is calmer, shorter follows drift
     window_s: float = 60.0  # the windowed sum covers the last so many seconds, give or take a slice
     num_slices: int = 12  # of the window; it moves on by one slice at a time
-    max_estimates: int = 4  # by placement version; the oldest goes first
 
     def __post_init__(self) -> None:
         for name in ("half_life_s", "window_s"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise LoadError(f"{name} is {value}, must be more than 0 seconds and finite")
-        for name in ("num_slices", "max_estimates"):
-            value = getattr(self, name)
-            if not 1 <= value <= 1024:
-                raise LoadError(f"{name} is {value}, must be 1 to 1024: each is an array that is kept")
+        if not 1 <= self.num_slices <= 1024:
+            raise LoadError(f"num_slices is {self.num_slices}, must be 1 to 1024: each is an array that is kept")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,7 +63,6 @@ class LoadTracker:
         self._slice_number = 0  # of the newest; slice n covers n to n + 1 times window_s / num_slices
         self._now_s = float("-inf")
         self._counters: dict[str, npt.NDArray[np.int64]] = {}
-        self._estimates: OrderedDict[int, LoadEstimate] = OrderedDict()
 
     def add(self, num_assignments: Counts, now_s: float) -> None:
         """num_assignments: [num_moe_layers, n_routed_experts], since the last call. Raises LoadError."""
@@ -97,7 +92,7 @@ class LoadTracker:
         self._counters = {source: counters for source, counters in self._counters.items() if source in sources}
 
     def estimate(self, placement_version: int, now_s: float) -> LoadEstimate:
-        """The load now; kept as the newest of this placement version."""
+        """The load now."""
         self._move_on(now_s)
         estimate = LoadEstimate(
             placement_version=placement_version,
@@ -107,21 +102,12 @@ class LoadTracker:
         )
         for array in (estimate.decayed, estimate.windowed):
             array.setflags(write=False)
-        self._estimates.pop(placement_version, None)
-        self._estimates[placement_version] = estimate
-        while len(self._estimates) > self._config.max_estimates:
-            self._estimates.popitem(last=False)
         return estimate
-
-    def latest(self, placement_version: int) -> LoadEstimate | None:
-        """The last estimate under a placement; None if there was none or it is too long ago to be kept."""
-        return self._estimates.get(placement_version)
 
     @property
     def nbytes(self) -> int:
         """Of all arrays."""
-        kept = [array for estimate in self._estimates.values() for array in (estimate.decayed, estimate.windowed)]
-        return sum(array.nbytes for array in (self._decayed, self._slices, *self._counters.values(), *kept))
+        return sum(array.nbytes for array in (self._decayed, self._slices, *self._counters.values()))
 
     def _check(self, counts: Counts) -> None:
         if counts.shape != self._shape:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from router.load import LoadConfig, LoadError, LoadTracker
 
-CONFIG = LoadConfig(half_life_s=10.0, window_s=12.0, num_slices=4, max_estimates=2)
+CONFIG = LoadConfig(half_life_s=10.0, window_s=12.0, num_slices=4)
 
 
 def counts(*values: int) -> npt.NDArray[np.int64]:
@@ -61,16 +61,14 @@ def test_counters_of_a_source_are_counted_from_its_first_look_and_anew_after_its
     assert load.estimate(1, now_s=1.0).windowed.tolist() == [[5.0, 5.0]]
 
 
-def test_estimates_are_kept_by_placement_version_and_only_so_many() -> None:
+def test_an_estimate_stays_as_it_was_made() -> None:
     load = LoadTracker(1, 1, CONFIG)
-    for version in (1, 2, 2, 3):
-        load.add(counts(1), now_s=float(version))
-        newest = load.estimate(version, now_s=float(version))
-    assert load.latest(3) is newest
-    assert load.latest(2) is not None
-    assert load.latest(1) is None
+    load.add(counts(1), now_s=1.0)
+    estimate = load.estimate(7, now_s=1.0)
+    load.add(counts(1), now_s=2.0)
+    assert (estimate.placement_version, estimate.time_s, estimate.windowed.tolist()) == (7, 1.0, [[1.0]])
     with pytest.raises(ValueError, match="read-only"):
-        newest.decayed[0, 0] = 1.0
+        estimate.decayed[0, 0] = 1.0
 
 
 def test_memory_does_not_grow_with_time_or_with_sources_that_have_gone() -> None:
@@ -81,7 +79,7 @@ def test_memory_does_not_grow_with_time_or_with_sources_that_have_gone() -> None
         load.keep_sources([source])
         load.estimate(number, now_s=float(number))
         sizes.append(load.nbytes)
-    assert max(sizes) == sizes[-1] == 3 * 8 * 8 * (1 + CONFIG.num_slices + 2 * CONFIG.max_estimates + 1)
+    assert max(sizes) == sizes[-1] == 3 * 8 * 8 * (1 + CONFIG.num_slices + 1)
 
 
 def test_time_that_goes_back_ages_nothing() -> None:
@@ -97,7 +95,7 @@ def test_time_that_goes_back_ages_nothing() -> None:
         ({"half_life_s": 0.0}, "half_life_s is 0.0, must be more than 0"),
         ({"window_s": float("nan")}, "window_s is nan"),
         ({"num_slices": 0}, "num_slices is 0, must be 1 to 1024"),
-        ({"max_estimates": 5000}, "max_estimates is 5000"),
+        ({"num_slices": 5000}, "num_slices is 5000"),
     ],
 )
 def test_settings_that_make_no_load_are_refused(settings: dict[str, float], message: str) -> None:
