@@ -62,7 +62,6 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: deque[Sequence] = deque()  # by arrival: whatever was preempted is older than the rest
         self._running: list[Sequence] = []  # by arrival
-        self._num_arrivals = 0
         self._num_preemptions = 0
 
     @property
@@ -90,8 +89,6 @@ class Scheduler:
         """Puts a new sequence at the end of the queue; `can_ever_run` must be true."""
         assert self.can_ever_run(sequence), f"{sequence.request_id} needs more blocks than there are"
         assert sequence.status is SequenceStatus.WAITING, f"{sequence.request_id} is {sequence.status}"
-        sequence.arrival_number = self._num_arrivals
-        self._num_arrivals += 1
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:

@@ -87,7 +87,6 @@ class Sequence:
     is_abandoned: bool = False  # its client has left; set from any thread
     num_computed_tokens: int = 0  # leading tokens whose latents are in the cache
     status: SequenceStatus = SequenceStatus.WAITING
-    arrival_number: int = -1  # order of arrival, set by the scheduler
     num_preemptions: int = 0
     num_degraded_steps: int = 0  # in which experts were missing, of its own tokens or of others'
     num_dropped_assignments: int = 0  # left out by the overload valve, in all layers; recomputed tokens count again
