@@ -78,8 +78,7 @@ class _OnlineSoftmax:
         """
         scores = self._query[seqs] @ latents.transpose(1, 2)  # [n, rows, tile_tokens]
         if is_hidden is not None:
-            num_rows = self._shape[1] * self._shape[2]
-            scores[:, :num_rows].masked_fill_(is_hidden.repeat_interleave(self._shape[2], dim=1), float("-inf"))
+            scores.masked_fill_(is_hidden.repeat_interleave(self._shape[2], dim=1), float("-inf"))
         maximum = torch.maximum(self._maximum[seqs], scores.amax(dim=-1))
         weights = (scores - maximum.unsqueeze(-1)).exp_()
         decay = (self._maximum[seqs] - maximum).exp_()
@@ -91,8 +90,7 @@ class _OnlineSoftmax:
     def result(self) -> Tensor:
         """[num_seqs, query_len, num_heads, kv_lora_rank]."""
         output = self._numerator / self._denominator.unsqueeze(-1)
-        num_seqs, query_len, num_heads, _ = self._shape
-        return output[:, : query_len * num_heads].view(num_seqs, query_len, num_heads, self._kv_lora_rank)
+        return output.view(*self._shape[:3], self._kv_lora_rank)
 
 
 def _padded_to_multiple(block_tables: Tensor, blocks_per_tile: int) -> Tensor:
