@@ -54,9 +54,6 @@ class LatentCache:
             (config.num_layers, config.num_blocks, config.block_size, config.row_width), config.dtype, config.device
         )
 
-    def bytes_per_block(self) -> int:
-        return self.config.bytes_per_block
-
     def write(self, layer_id: int, slot_mapping: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
         """Writes one latent row a slot, in place.
 

@@ -48,7 +48,7 @@ def test_a_block_of_deepseek_v2_in_bf16_costs_69120_bytes_a_token() -> None:
         num_layers=60, num_blocks=1, block_size=64, kv_lora_rank=512, qk_rope_head_dim=64, dtype=torch.bfloat16
     )
     assert config.bytes_per_block == 64 * 69120
-    assert LatentCache(CONFIG).bytes_per_block() == LatentCache(CONFIG).tensor.nbytes // 5
+    assert CONFIG.bytes_per_block == LatentCache(CONFIG).tensor.nbytes // 5
 
 
 @pytest.mark.parametrize("name", ["num_layers", "num_blocks", "block_size", "kv_lora_rank", "qk_rope_head_dim"])
