@@ -6,6 +6,7 @@ A copy costs neither the reading of a checkpoint nor its packing. Where it fails
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 
 import grpc
 import grpc.aio
@@ -80,7 +81,8 @@ class PeerWeights:
                 if on_read:
                     on_read(num_bytes)
         finally:
-            self._loop.loop.call_soon_threadsafe(call.cancel)  # the call belongs to the loop's thread
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.loop.call_soon_threadsafe(call.cancel)  # the call belongs to the loop's thread
         return whole.expert()
 
     async def _call(self, address: str, layer_id: int, expert_id: int) -> grpc.aio.UnaryStreamCall:

@@ -9,6 +9,7 @@ still wait are dropped.
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import grpc
 import grpc.aio
@@ -118,8 +119,8 @@ class _Answers:
 
     def _on_done(self, number: int, outcome: ForwardOutput | MobulaError) -> None:
         """In the compute thread, or at once when it is refused."""
-        if not self._loop.is_closed():
-            frame = answer_frame(number, outcome)
+        frame = answer_frame(number, outcome)
+        with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._ready.put_nowait, (number, frame))
 
     async def write_to(self, context: grpc.aio.ServicerContext) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -60,3 +60,31 @@ def test_a_loop_that_has_ended_takes_nothing(thread: LoopThread) -> None:
     thread.stop()
     with pytest.raises(LoopEnded, match="has ended"):
         thread.run(seven())
+
+
+def test_a_loop_that_has_ended_refuses_calls_instead_of_keeping_them_for_ever(thread: LoopThread) -> None:
+    thread.stop()
+    assert thread.loop.is_closed()
+    with pytest.raises(RuntimeError):
+        thread.loop.call_soon_threadsafe(print)
+
+
+def test_a_generator_that_nobody_reads_to_its_end_gives_back_what_it_holds(thread: LoopThread) -> None:
+    was_given_back = threading.Event()
+
+    async def numbers() -> AsyncIterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            await asyncio.sleep(0)
+            was_given_back.set()
+
+    held = numbers()
+
+    async def first() -> int:
+        return await anext(held)
+
+    assert thread.run(first()) == 1
+    thread.stop()
+    assert was_given_back.is_set()
