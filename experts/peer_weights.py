@@ -3,9 +3,9 @@
 A copy costs neither the reading of a checkpoint nor its packing. Where it fails, the checkpoint still has the weights.
 """
 
-import asyncio
 import logging
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from contextlib import suppress
 
 import grpc
@@ -59,7 +59,7 @@ class PeerWeights:
             return None
         try:
             return self._copy(address, unit.layer_id, expert_id, on_read)
-        except (CopyError, grpc.RpcError, TimeoutError, asyncio.CancelledError) as error:
+        except (CopyError, grpc.RpcError, TimeoutError, CancelledError) as error:
             reason = error.code().name if isinstance(error, grpc.aio.AioRpcError) else repr(error)
             logger.warning(
                 "layer %d expert %d could not be copied from %s: %s; it is read from the checkpoint, as all that was "

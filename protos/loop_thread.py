@@ -51,7 +51,11 @@ class LoopThread:
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """The coroutine's result. Raises TimeoutError after `timeout_s`, having cancelled it; LoopEnded."""
+        """The coroutine's result.
+
+        Raises TimeoutError after `timeout_s`, having cancelled it; concurrent.futures.CancelledError where something on
+        the loop cancelled it; LoopEnded.
+        """
         future = self.submit(coroutine)
         try:
             return future.result(timeout_s)

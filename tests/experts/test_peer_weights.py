@@ -45,6 +45,13 @@ class FakeChannel:
         await asyncio.Event().wait()
 
 
+class CancelledCall(FakeCall):
+    """Is cancelled on its loop while it is read."""
+
+    async def read(self) -> object:
+        raise asyncio.CancelledError
+
+
 @pytest.fixture
 def loop() -> Iterator[LoopThread]:
     thread = LoopThread("copies")
@@ -62,3 +69,12 @@ def test_a_call_is_cancelled_where_it_lives_and_a_connection_that_does_not_close
         assert peers.copy(UNIT, 3, None) is None  # not whole
         assert call.is_cancelled.wait(5.0)
     assert call.cancelled_in == "copies"
+
+
+def test_a_copy_that_is_cancelled_on_its_loop_leaves_the_expert_to_the_checkpoint(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_weights, "FRAME_TIMEOUT_S", 0.2)
+    with PeerWeights(loop, PLAINTEXT, small_model(), {UNIT: "peer:1"}, 1e9) as peers:
+        peers._channels["peer:1"] = FakeChannel(CancelledCall())  # type: ignore[assignment]
+        assert peers.copy(UNIT, 3, None) is None
