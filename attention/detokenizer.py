@@ -12,6 +12,10 @@ from typing import Protocol
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_INCOMPLETE_CHARS = 3  # the bytes of an unfinished character show as up to this many replacement characters
+_MAX_WINDOW_IDS = 24  # beyond, a window is cut though its text ends in no whole character
+# What stays then. Each of the replacement characters is of 3 bytes at most, in which a decoder that begins within a
+# character finds the next one, and a token with text has a byte or more.
+_CUT_WINDOW_IDS = 3 * _MAX_INCOMPLETE_CHARS + 3
 
 
 class TokenDecoder(Protocol):
@@ -47,6 +51,7 @@ class Detokenizer:
 class _IncrementalText:
     """Decodes a window of tokens that begins at a whole character, so that the work a token is constant.
 
+    Where no character becomes whole for long it begins anywhere; tokens without text are not kept in it.
     The window keeps the tokens of the piece before, since some decoders treat the beginning of a text differently.
     """
 
@@ -54,25 +59,43 @@ class _IncrementalText:
         self._token_decoder = token_decoder
         self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []
+        self._text = ""  # of the window
         self._num_context_ids = 0  # tokens at the window's start whose text was given out before
         self._num_given_chars = 0  # characters of the window's text that were given out
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._decode(self._window)
+        if text == self._text and self._is_left_out(token_id):
+            self._window.pop()
+            return ""
+        self._text = text
         num_incomplete = len(text) - len(text.rstrip(_REPLACEMENT))
         piece = text[self._num_given_chars : len(text) - min(num_incomplete, _MAX_INCOMPLETE_CHARS)]
         self._num_given_chars += len(piece)
         if piece and num_incomplete == 0:
             self._window = self._window[self._num_context_ids :]
             self._num_context_ids = len(self._window)
-            self._num_given_chars = len(self._decode(self._window))
+            self._text = self._decode(self._window)
+            self._num_given_chars = len(self._text)
+        elif len(self._window) > _MAX_WINDOW_IDS:
+            num_held_chars = len(text) - self._num_given_chars
+            self._window = self._window[-_CUT_WINDOW_IDS:]
+            self._num_context_ids = 0
+            self._text = self._decode(self._window)
+            self._num_given_chars = len(self._text) - num_held_chars
         return piece
 
     def flush(self) -> str:
-        piece = self._decode(self._window)[self._num_given_chars :]
+        piece = self._text[self._num_given_chars :]
         self._num_given_chars += len(piece)
         return piece
+
+    def _is_left_out(self, token_id: int) -> bool:
+        """Whether a token that added nothing never will: a text's first space adds nothing, but the next one does."""
+        if self._decode([token_id]):  # more bytes of a character
+            return False
+        return bool(self._text or self._token_decoder.decode([token_id], skip_special_tokens=False))
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._token_decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

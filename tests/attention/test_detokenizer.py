@@ -38,6 +38,43 @@ def test_pieces_of_any_tokens_join_to_what_the_tokenizer_decodes(skips, token_id
     assert "".join(texts) == TOKENIZER.decode(token_ids, skip_special_tokens=skips)
 
 
+class LongestDecode:
+    """Remembers of how many tokens at once text was made."""
+
+    def __init__(self):
+        self.num_token_ids = 0
+
+    def decode(self, token_ids, *, skip_special_tokens):
+        self.num_token_ids = max(self.num_token_ids, len(token_ids))
+        return TOKENIZER.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+EOS, UNKNOWN = 257, 299
+
+
+@pytest.mark.parametrize("repeated", [[EOS], [UNKNOWN], [0xFF], [0x80], [0xEF, 0xBF, 0xBD], [0xF0, 0x9F], [0xE2, EOS]])
+@pytest.mark.parametrize("before", [b"", b"a", b"\xe2"])
+def test_the_work_for_a_token_is_constant_whatever_is_repeated(repeated, before):
+    decoder = LongestDecode()
+    detokenizer = Detokenizer(decoder)
+    token_ids = [*before, *(repeated * 100), *"€".encode()]
+    texts = [detokenizer.push(token_id) for token_id in token_ids]
+    assert "".join([*texts, detokenizer.flush()]) == TOKENIZER.decode(token_ids, skip_special_tokens=True)
+    assert decoder.num_token_ids <= 32
+
+
+def test_a_first_token_without_text_of_its_own_still_counts_for_the_next_one():
+    class Stripping:
+        """As sentencepiece: one space at the beginning of a text is left out; token 0 is special."""
+
+        def decode(self, token_ids, *, skip_special_tokens):
+            texts = ["" if skip_special_tokens else "<s>", " ", " word"]
+            return "".join(texts[token_id] for token_id in token_ids).removeprefix(" ")
+
+    detokenizer = Detokenizer(Stripping())
+    assert [detokenizer.push(token_id) for token_id in (0, 1, 0, 2, 0, 2)] == ["", "", "", " word", "", " word"]
+
+
 def test_text_comes_as_soon_as_its_character_is_whole():
     texts, _ = pieces(list("a€b".encode()))
     assert texts == ["a", "", "", "€", "b", ""]
