@@ -39,7 +39,7 @@ class SelfCheck:
         self._known = known
         self._metrics = metrics
         self._on_wrong = on_wrong
-        self._sweep: Iterator[tuple[LayerWeights, int]] = iter(())
+        self._sweep: Iterator[tuple[int, int]] = iter(())  # layers and experts; weights may be released meanwhile
         self._wrong: dict[tuple[int, int], str] = {}  # reasons, by layer and unit
 
     def wrong_units(self) -> list[WrongUnit]:
@@ -55,12 +55,15 @@ class SelfCheck:
         """Asks the next expert; its layer if its unit turned out to be wrong. The compute thread's."""
         following = next(self._sweep, None)
         if following is None:
-            self._sweep = self._experts()
+            self._sweep = iter([(layer.layer_id, expert_id) for layer, expert_id in self._experts()])
             following = next(self._sweep, None)
         if following is None:
             return None
-        layer, expert_id = following
-        unit = (layer.layer_id, int(layer.expert_to_unit[expert_id]))
+        layer_id, expert_id = following
+        layer = self._store.newest_layer(layer_id)
+        if layer is None or layer.expert_to_unit[expert_id] < 0:  # it has gone since the sweep began
+            return None
+        unit = (layer_id, int(layer.expert_to_unit[expert_id]))
         self._metrics.num_self_checks += 1
         if unit in self._wrong or (fault := self._known.fault(layer, expert_id)) is None:
             return None

@@ -148,6 +148,11 @@ class WeightStore:
         """What is held under a version; nothing under one that is not served."""
         return list(self._served.get(placement_version, {}).values())
 
+    def newest_layer(self, layer_id: int) -> LayerWeights | None:
+        """What is held of a layer under the newest version served; None without one."""
+        served = self._served
+        return served[max(served)].get(layer_id) if served else None
+
     def read_again(self, layer_id: int, unit_id: int) -> list[tuple[LayerWeights, tuple[int, ...]]]:
         """Replaces a unit's weights, under every version, by what the checkpoint has.
 

@@ -1,5 +1,8 @@
 """A shard finds out that its weights changed, refuses the unit, reads it again. Nothing here starts a thread."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -85,6 +88,32 @@ def answer_bits(shard: ExpertShard) -> dict[tuple[int, int], int]:
         for expert_id in range(16):
             assert shard._self_check._known.fault(layer, expert_id) is None
     return dict(shard._self_check._known._answers)
+
+
+def test_a_unit_with_two_damaged_experts_is_read_again_once(shard):
+    told: list[None] = []
+    shard._self_check._on_wrong = lambda: told.append(None)
+    damage(shard, layer_id=2, expert_id=4)
+    damage(shard, layer_id=2, expert_id=5)
+    while not shard.wrong_units():
+        shard._check_next()
+    shard.repair()
+    check_all(shard)
+    assert shard.wrong_units() == []
+    assert len(told) == 1
+
+
+def test_weights_that_are_released_during_a_sweep_are_given_back(shard):
+    w2 = shard._store._experts[1, 0].w2
+    held = weakref.ref(w2 if isinstance(w2, torch.Tensor) else w2.data)
+    shard._check_next()
+    shard._store.activate(2, ())
+    shard._store.release(1)
+    del w2
+    gc.collect()
+    assert held() is None
+    check_all(shard)  # of experts that have gone nothing is asked
+    assert shard._metrics.num_self_checks == 1
 
 
 def test_a_unit_that_the_checkpoint_gives_otherwise_now_stays_quarantined(shard, monkeypatch):
