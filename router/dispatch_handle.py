@@ -57,6 +57,7 @@ class DispatchHandle:
         self.device = device
         self.started_s = context.clock()
         self.is_combined = False
+        self.max_ranks_per_token = 0  # by the placement of the newest start
         self.timings: list[ShardTiming] = []
         self._layer = layer
         self._context = context
@@ -85,6 +86,7 @@ class DispatchHandle:
         self.abandon()
         routing = self._context.routing()
         self._hold_version(routing.expert_map.placement_version)
+        self.max_ranks_per_token = routing.max_ranks_per_token
         row = routing.expert_map.row(self._layer.layer_id)
         self._expert_to_unit = routing.expert_map.expert_to_unit[row]
         layer, ep_size = self._layer, routing.expert_map.ep_size

@@ -94,13 +94,16 @@ class RouterMetrics(Collector):
         self._placement_version = placement_version
         self._max_ranks_per_token = max_ranks_per_token
 
-    def count_dispatch(self, num_tokens_by_ranks: list[int]) -> None:
-        """One layer's tokens by the number of shards that they visit; checks the device limit."""
+    def count_dispatch(self, num_tokens_by_ranks: list[int], max_ranks_per_token: int) -> None:
+        """One layer's tokens by the number of shards that they visit; checks the device limit that it was planned by.
+
+        The newest placement's may be lower already.
+        """
         missing = len(num_tokens_by_ranks) - len(self._num_tokens_by_ranks)
         self._num_tokens_by_ranks.extend([0] * missing)
         for num_ranks, num_tokens in enumerate(num_tokens_by_ranks):
             self._num_tokens_by_ranks[num_ranks] += num_tokens
-        self._num_violations += sum(num_tokens_by_ranks[self._max_ranks_per_token + 1 :])
+        self._num_violations += sum(num_tokens_by_ranks[max_ranks_per_token + 1 :])
 
     def count_dropped(self, num_assignments: int) -> None:
         """Assignments of one layer that the overload valve left out."""

@@ -62,7 +62,7 @@ class Router:
         self._connect = connect
         self._metrics = metrics
         self._update_lock = threading.Lock()
-        self._routing = Routing(expert_map=expert_map, transports=(None,) * expert_map.ep_size)
+        self._routing = self._routing_of(expert_map, (None,) * expert_map.ep_size)
         self._is_closed = False
         self._step_limit = StepLimit()
         ledger = self._ledger = ShardLedger(config, metrics, clock)
@@ -115,7 +115,7 @@ class Router:
         except BaseException:
             handle.abandon()  # what was sent already is nobody's answer
             raise
-        self._metrics.count_dispatch(handle.plan.num_tokens_by_ranks)
+        self._metrics.count_dispatch(handle.plan.num_tokens_by_ranks, handle.max_ranks_per_token)
         return handle
 
     def combine(self, handle: DispatchHandle) -> Tensor:
@@ -165,8 +165,8 @@ class Router:
                 if address not in open_transports:
                     open_transports[address] = self._connect(address)
                 transports.append(open_transports[address])
-            self._metrics.set_placement(expert_map.placement_version, expert_map.max_ranks_per_token(self._gate))
-            self._routing = Routing(expert_map=expert_map, transports=tuple(transports))
+            self._routing = routing = self._routing_of(expert_map, tuple(transports))
+            self._metrics.set_placement(expert_map.placement_version, routing.max_ranks_per_token)
             for transport in open_transports.values():
                 if transport not in transports:
                     transport.close()
@@ -200,6 +200,10 @@ class Router:
             for transport in self._routing.transports:
                 if transport is not None:
                     transport.close()
+
+    def _routing_of(self, expert_map: ExpertMap, transports: tuple[ShardTransport | None, ...]) -> Routing:
+        limit = expert_map.max_ranks_per_token(self._gate)
+        return Routing(expert_map=expert_map, transports=transports, max_ranks_per_token=limit)
 
     def _newest_routing(self) -> Routing:
         if self._is_closed:

@@ -23,11 +23,13 @@ from router.unit_trust import UnitTrust
 class Routing:
     """A placement and the ways to its shards, replaced as a whole.
 
-    transports: by ep_rank; None while the shard is known to be down. addresses: of each layer's units.
+    transports: by ep_rank; None while the shard is known to be down. max_ranks_per_token: the device limit.
+    addresses: of each layer's units.
     """
 
     expert_map: ExpertMap
     transports: tuple[ShardTransport | None, ...]
+    max_ranks_per_token: int
     addresses: tuple[UnitAddresses, ...] = field(init=False)  # this process's, so no part of the map
 
     def __post_init__(self) -> None:

@@ -115,7 +115,8 @@ def _replica_choice_rows(options: Options) -> Iterator[Row]:
             redundancy=redundancy,
         )  # fmt: skip
         expert_map = place_units(request, policy="device_limited")
-        routing = Routing(expert_map=expert_map, transports=transports)
+        limit = expert_map.max_ranks_per_token(V2_GATE)
+        routing = Routing(expert_map=expert_map, transports=transports, max_ranks_per_token=limit)
         units, alone = expert_map.expert_to_unit[0], np.ascontiguousarray(expert_map.unit_to_ep_ranks[0, :, :1])
 
         def plan_alone(units: np.ndarray = units, alone: np.ndarray = alone) -> None:

@@ -14,8 +14,8 @@ def counted() -> tuple[RouterMetrics, CollectorRegistry]:
 
 def test_ranks_per_token_has_a_bucket_for_each_number_of_shards():
     metrics, registry = counted()
-    metrics.count_dispatch([0, 5])
-    metrics.count_dispatch([0, 1, 2])
+    metrics.count_dispatch([0, 5], max_ranks_per_token=3)
+    metrics.count_dispatch([0, 1, 2], max_ranks_per_token=3)
 
     def bucket(le: str) -> float | None:
         return registry.get_sample_value("mobula_ranks_per_token_bucket", {"dp_rank": "3", "le": le})
@@ -29,9 +29,9 @@ def test_ranks_per_token_has_a_bucket_for_each_number_of_shards():
 def test_a_token_beyond_the_device_limit_is_counted_not_raised():
     metrics, registry = counted()
     violations = "mobula_device_limit_violations_total"
-    metrics.count_dispatch([0, 5, 0, 1])
+    metrics.count_dispatch([0, 5, 0, 1], max_ranks_per_token=3)
     assert registry.get_sample_value(violations, {"dp_rank": "3"}) == 0
-    metrics.count_dispatch([0, 5, 0, 1, 2, 4])
+    metrics.count_dispatch([0, 5, 0, 1, 2, 4], max_ranks_per_token=3)
     assert registry.get_sample_value(violations, {"dp_rank": "3"}) == 6
 
 

@@ -89,6 +89,22 @@ def test_combine_of_dispatch_is_every_token_times_its_experts_factors(num_tokens
     assert router.stats().num_device_limit_violations == 0
 
 
+def test_a_plan_is_judged_by_the_device_limit_of_its_own_placement():
+    class Replacing(SilentTransport):
+        """A placement on one shard is told while the first forward is on its way."""
+
+        def forward(self, call: ForwardCall) -> None:
+            super().forward(call)
+            router.update_placement(placed(GATE, 1, placement_version=2), {0: "0"})
+
+    router = router_to(GATE, placed(GATE, 8), lambda _: Replacing())
+    rows = random_rows(GATE, 9, hidden_size=5)
+    router.abandon(router.dispatch(1, rows.hidden_states, rows.topk_weights, rows.topk_ids))
+    assert len(router.stats().num_tokens_by_ranks) > 2
+    assert router.stats().max_ranks_per_token == 1
+    assert router.stats().num_device_limit_violations == 0
+
+
 def test_counted_bytes_are_the_plans_plus_headers():
     shards = [MultiplyingShard() for _ in range(3)]
     router = local_router(shards, placed(GATE, 3))

@@ -39,7 +39,7 @@ def worker(dp_rank: int) -> CollectorRegistry:
     for reason in (FinishReason.STOP, FinishReason.LENGTH):
         engine.count_success(reason)
     router.set_placement(1, 3)
-    router.count_dispatch([0, 1, 2, 3])
+    router.count_dispatch([0, 1, 2, 3], 3)
     router.count_retry("unavailable")
     for ep_rank in range(NUM_SHARDS):
         router.count_sent(ep_rank, 1, 1, "grpc")
