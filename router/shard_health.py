@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from router.shard_queues import HALF_LIFE_S
+
 logger = logging.getLogger(__name__)
 
 SMOOTHING = 0.2  # weight of the newest answer in the share of late ones
@@ -28,6 +30,7 @@ MAX_PROBE_INTERVAL_S = 30.0  # probes get rarer from one that is late to the nex
 @dataclass(slots=True)
 class _Shard:
     late_share: float = 0.0
+    judged_s: float = 0.0  # when the share was that
     outstanding: set[int] = field(default_factory=set)  # sequence numbers of late forwards
     is_quarantined: bool = False
     num_punctual: int = 0
@@ -46,7 +49,8 @@ class ShardHealth:
         """A forward's answer is late now."""
         shard = self._shards.setdefault(ep_rank, _Shard())
         shard.outstanding.add(sequence_number)
-        shard.late_share += SMOOTHING * (1.0 - shard.late_share)
+        shard.late_share += SMOOTHING * (1.0 - shard.late_share)  # not aged: what is late each time it is asked is bad
+        shard.judged_s = self._clock()
         shard.num_punctual = 0
         if shard.is_quarantined:
             shard.probe_interval_s = min(2 * shard.probe_interval_s, MAX_PROBE_INTERVAL_S)
@@ -64,7 +68,8 @@ class ShardHealth:
         shard = self._shards.get(ep_rank)
         if shard is None:
             return
-        shard.late_share -= SMOOTHING * shard.late_share
+        shard.late_share = (1.0 - SMOOTHING) * self._aged_share(shard)
+        shard.judged_s = self._clock()
         if not shard.is_quarantined:
             if shard.late_share < FORGOTTEN_SHARE and not shard.outstanding:
                 del self._shards[ep_rank]
@@ -100,11 +105,18 @@ class ShardHealth:
         return None
 
     def delays(self, ep_size: int, seconds: float) -> npt.NDArray[np.float64] | None:
-        """What a late answer costs, `seconds`, times how often each shard's are: [ep_size]; None where none is late."""
+        """What a late answer costs, `seconds`, times how often each shard's are: [ep_size]; None where none is late.
+
+        The share of late ones counts half after a half-life: a shard that is not asked cannot show that it is better.
+        """
         if not self._shards:
             return None
         shares = np.zeros(ep_size)
         for ep_rank, shard in self._shards.items():
-            if ep_rank < ep_size:
-                shares[ep_rank] = shard.late_share
+            if ep_rank < ep_size and (share := self._aged_share(shard)) >= FORGOTTEN_SHARE:
+                shares[ep_rank] = share
         return seconds * shares
+
+    def _aged_share(self, shard: _Shard) -> float:
+        share: float = shard.late_share * 0.5 ** ((self._clock() - shard.judged_s) / HALF_LIFE_S)
+        return share

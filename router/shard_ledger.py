@@ -19,7 +19,7 @@ class ShardLedger:
     """Belongs to the engine thread, but for what health and trust say otherwise."""
 
     def __init__(self, config: RouterConfig, metrics: RouterMetrics, clock: Callable[[], float]) -> None:
-        self.queues = ShardQueues()
+        self.queues = ShardQueues(clock)
         self.health = ShardHealth(clock)
         self.trust = UnitTrust(clock)
         self._times = ServiceTimes(config.late_after_s, config.attempt_timeout_s)

@@ -3,6 +3,8 @@
 Shards and workers need no common clock: a shard says how long a forward waited and how long it was computed.
 """
 
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +13,8 @@ import numpy.typing as npt
 Float64Array = npt.NDArray[np.float64]
 
 SMOOTHING = 0.2  # weight of the newest answer in a mean
+HALF_LIFE_S = 1.0  # of a wait: a shard that seems busy is not asked, and could never show that it is free again
+AGEING_INTERVAL_S = 0.1  # layers come much faster than waits age
 UNKNOWN_S = 1e-6  # an assignment's time while no shard has answered
 
 
@@ -24,7 +28,9 @@ class ExpectedQueues(NamedTuple):
 class ShardQueues:
     """Of all shards of a worker. Belongs to the engine thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._aged_s = clock()
         self._num_outstanding: dict[int, int] = {}  # assignments sent by this worker and not ended
         self._queue_s: dict[int, float] = {}
         self._seconds_per_assignment: dict[int, float] = {}
@@ -44,12 +50,21 @@ class ShardQueues:
 
     def expected(self, ep_size: int) -> ExpectedQueues:
         """A shard that has not answered yet counts as an average one."""
+        self._age()
         known = self._seconds_per_assignment
         mean = sum(known.values()) / len(known) if known else UNKNOWN_S
         per_assignment = np.array([known.get(rank, mean) for rank in range(ep_size)])
         outstanding = np.array([self._num_outstanding.get(rank, 0) for rank in range(ep_size)])
         queued = np.array([self._queue_s.get(rank, 0.0) for rank in range(ep_size)])
         return ExpectedQueues(queued + outstanding * per_assignment, per_assignment)
+
+    def _age(self) -> None:
+        elapsed_s = self._clock() - self._aged_s
+        if elapsed_s < AGEING_INTERVAL_S:
+            return
+        self._aged_s += elapsed_s
+        factor = 0.5 ** (elapsed_s / HALF_LIFE_S)
+        self._queue_s = {ep_rank: factor * queue_s for ep_rank, queue_s in self._queue_s.items()}
 
 
 def _smooth(means: dict[int, float], ep_rank: int, value: float) -> None:

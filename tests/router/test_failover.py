@@ -86,6 +86,22 @@ def test_a_shard_that_was_stopped_and_goes_on_gets_rows_again(shards):
     assert shards.router.quarantined_shards() == []
 
 
+def test_a_replica_that_was_late_once_gets_rows_again_when_that_is_long_ago():
+    shards = TimedShards(GATE, placed(GATE, 2, num_replicas=2), CONFIG)
+    for _ in range(5):
+        combine(shards)
+    late = slow_of(shards)
+    shards.transports[late].seconds = 0.055
+    combine(shards)
+    shards.transports[late].seconds = 0.01
+    shards.clock.now_s += 0.1  # its answer arrives
+    before = shards.num_calls()[late]
+    for _ in range(20):
+        shards.clock.now_s += 0.5
+        combine(shards)
+    assert shards.num_calls()[late] > before + 5
+
+
 def test_a_shard_that_is_always_late_is_quarantined_and_probed_until_it_is_punctual_again(shards):
     slow = slow_of(shards)
     transport = shards.transports[slow]

@@ -10,7 +10,7 @@ from router import plan_kernels
 from router.compiled import native
 from router.plan import DispatchPlan
 from router.replicas import choose_replicas, usable_replicas
-from router.shard_queues import ExpectedQueues, ShardQueues
+from router.shard_queues import HALF_LIFE_S, ExpectedQueues, ShardQueues
 from tests.fake_experts import grouped_gate, random_placement, random_rows
 
 UNITS = np.array([[0, 1, 2], [1, -1, -1], [2, 0, -1]])
@@ -103,6 +103,20 @@ def test_a_queue_is_what_waits_and_what_was_sent_at_the_speed_of_the_answers():
     assert expected.waits_s.tolist() == [5.0, 0.5, 0.0]
     shards.ended(0, 10)
     assert shards.expected(3).waits_s.tolist() == [0.0, 0.5, 0.0]
+
+
+def test_a_wait_that_no_newer_answer_speaks_of_counts_half_after_a_half_life() -> None:
+    now_s = 1000.0
+    shards = ShardQueues(lambda: now_s)
+    shards.answered(0, 4, queue_s=0.8, compute_s=2.0)
+    for _ in range(20):  # however often it is asked for
+        now_s += HALF_LIFE_S / 20
+        expected = shards.expected(2)
+    assert expected.waits_s.tolist() == pytest.approx([0.4, 0.0], rel=0.1)
+    now_s += 2 * HALF_LIFE_S
+    expected = shards.expected(2)
+    assert expected.waits_s.tolist() == pytest.approx([0.1, 0.0])
+    assert expected.seconds_per_assignment.tolist() == [0.5, 0.5]  # speed is no matter of the moment
 
 
 def test_a_unit_keeps_its_only_shard_though_it_is_avoided():
