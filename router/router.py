@@ -65,8 +65,9 @@ class Router:
         self._routing = self._routing_of(expert_map, (None,) * expert_map.ep_size)
         self._is_closed = False
         self._step_limit = StepLimit()
+        self._judged_routing = self._routing  # whose shards the ledger knows
         ledger = self._ledger = ShardLedger(config, metrics, clock)
-        metrics.watch(ledger.health.quarantined, ledger.trust.report)
+        metrics.watch(self.quarantined_shards, ledger.trust.report)
         self._context = HandleContext(
             config=config,
             metrics=metrics,
@@ -183,7 +184,8 @@ class Router:
 
     def quarantined_shards(self) -> list[int]:
         """Those that are late too often to be asked while others have the units. From any thread."""
-        return self._ledger.health.quarantined()
+        transports = dict(enumerate(self._routing.transports))  # of the others the ledger forgets at the next dispatch
+        return [ep_rank for ep_rank in self._ledger.health.quarantined() if transports.get(ep_rank) is not None]
 
     def quarantined_units(self) -> list[WrongUnit]:
         """Replicas whose numbers were wrong. From any thread."""
@@ -206,9 +208,15 @@ class Router:
         return Routing(expert_map=expert_map, transports=transports, max_ranks_per_token=limit)
 
     def _newest_routing(self) -> Routing:
+        """In the engine thread."""
         if self._is_closed:
             raise Unavailable("the router is closed: the worker is shutting down")
-        return self._routing
+        routing = self._routing
+        if routing is not self._judged_routing:
+            before, self._judged_routing = self._judged_routing, routing
+            pairs = enumerate(zip(before.transports, routing.transports, strict=False))
+            self._ledger.keep_shards([ep_rank for ep_rank, (old, new) in pairs if new is not None and new is old])
+        return routing
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

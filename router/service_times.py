@@ -5,6 +5,7 @@ measured against its peers too, or one that became slow would soon count as punc
 """
 
 import statistics
+from collections.abc import Container
 
 SMOOTHING = 0.125  # weight of the newest time in a mean
 SPREAD_SMOOTHING = 0.25  # and in its spread
@@ -49,6 +50,10 @@ class ServiceTimes:
             mine[size] = Estimate(seconds)
         else:
             known.update(seconds)
+
+    def keep_shards(self, ep_ranks: Container[int]) -> None:
+        """Forgets the other ones."""
+        self._estimates = {ep_rank: known for ep_rank, known in self._estimates.items() if ep_rank in ep_ranks}
 
     def late_after_s(self, ep_rank: int, num_assignments: int) -> float:
         """Seconds after it was sent from which on a forward's answer is late."""

@@ -9,7 +9,7 @@ A shard without a connection is neither; the transports know of that.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,6 +83,10 @@ class ShardHealth:
         """A late forward has its end after all: its answer, or that of its connection."""
         if (shard := self._shards.get(ep_rank)) is not None:
             shard.outstanding.discard(sequence_number)
+
+    def keep_shards(self, ep_ranks: Container[int]) -> None:
+        """Forgets the other ones."""
+        self._shards = {ep_rank: shard for ep_rank, shard in self._shards.items() if ep_rank in ep_ranks}
 
     def avoided(self) -> list[int]:
         """Shards that get no rows while others have the unit."""

@@ -3,7 +3,7 @@
 Knows nothing of layers' sums, nor of what follows from what it knows: routing.py chooses.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from router.attempt import Attempt, ShardTiming
 from router.completions import ForwardAnswer
@@ -25,6 +25,15 @@ class ShardLedger:
         self._times = ServiceTimes(config.late_after_s, config.attempt_timeout_s)
         self._metrics = metrics
         self._clock = clock
+
+    def keep_shards(self, ep_ranks: Container[int]) -> None:
+        """Forgets the other ones, which have gone: a shard that comes instead is another one.
+
+        What was sent to them ends as ever. Replicas whose numbers were wrong are tried again in time.
+        """
+        self.queues.keep_shards(ep_ranks)
+        self.health.keep_shards(ep_ranks)
+        self._times.keep_shards(ep_ranks)
 
     def sent(self, attempt: Attempt) -> None:
         """It is on its way."""

@@ -4,7 +4,7 @@ Shards and workers need no common clock: a shard says how long a forward waited 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,13 @@ class ShardQueues:
         outstanding = np.array([self._num_outstanding.get(rank, 0) for rank in range(ep_size)])
         queued = np.array([self._queue_s.get(rank, 0.0) for rank in range(ep_size)])
         return ExpectedQueues(queued + outstanding * per_assignment, per_assignment)
+
+    def keep_shards(self, ep_ranks: Container[int]) -> None:
+        """Forgets what the other ones said; what is on its way to them is counted until it ends."""
+        self._queue_s = {ep_rank: s for ep_rank, s in self._queue_s.items() if ep_rank in ep_ranks}
+        self._seconds_per_assignment = {
+            ep_rank: s for ep_rank, s in self._seconds_per_assignment.items() if ep_rank in ep_ranks
+        }
 
     def _age(self) -> None:
         elapsed_s = self._clock() - self._aged_s

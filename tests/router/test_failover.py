@@ -13,12 +13,11 @@ from protos.errors import (
     UnitQuarantined,
 )
 from router.router_config import MissingExperts, RouterConfig
-from router.service_times import ServiceTimes
 from router.shard_health import MAX_PROBE_INTERVAL_S, MIN_PROBE_INTERVAL_S, NUM_PUNCTUAL
 from router.step_limit import StepLimit
 from router.unit_trust import MIN_QUARANTINE_S
-from tests.fake_experts import Rows, grouped_gate, multiplied, placed, random_rows
-from tests.router.timed_shards import TimedShards
+from tests.fake_experts import MultiplyingShard, Rows, grouped_gate, multiplied, placed, random_rows
+from tests.router.timed_shards import TimedShards, TimedTransport
 
 GATE = grouped_gate()
 CONFIG = RouterConfig(forward_timeout_s=60.0, attempt_timeout_s=20.0, late_after_s=0.05)
@@ -142,6 +141,45 @@ def test_a_late_answer_is_asked_of_another_as_soon_as_one_is_there(shards):
         transport.is_connected = False
     shards.clock.after(1.0, lambda: [setattr(transport, "is_connected", True) for transport in others])
     assert 1.0 < combine(shards) < 1.2
+
+
+def quarantined(shards: TimedShards) -> tuple[int, dict[int, str]]:
+    """A shard that is so now, and all addresses."""
+    slow = slow_of(shards)
+    shards.transports[slow].seconds = 0.2
+    while not shards.router.quarantined_shards():
+        combine(shards)
+    assert shards.router.quarantined_shards() == [slow]
+    return slow, {ep_rank: str(ep_rank) for ep_rank in range(3)}
+
+
+def test_a_quarantined_shard_that_leaves_is_quarantined_no_longer(shards: TimedShards):
+    slow, addresses = quarantined(shards)
+    others = {ep_rank: address for ep_rank, address in addresses.items() if ep_rank != slow}
+    shards.router.update_placement(shards.router.expert_map, others)
+    assert shards.router.quarantined_shards() == []  # without a forward too
+    combine(shards)
+    shards.router.update_placement(shards.router.expert_map, addresses)
+    assert shards.router.quarantined_shards() == []
+
+
+def test_another_shard_of_a_quarantined_ones_rank_starts_anew_and_the_others_stay_known(shards: TimedShards):
+    slow, addresses = quarantined(shards)
+    times = shards.router._ledger._times._estimates.copy()
+    shards.transports.append(TimedTransport(shards.clock, MultiplyingShard(), "3"))
+    shards.router.update_placement(shards.router.expert_map, addresses | {slow: "3"})
+    combine(shards)
+    assert shards.router.quarantined_shards() == []
+    assert len(shards.transports[3].calls) > 0
+    kept = shards.router._ledger._times._estimates
+    assert {ep_rank for ep_rank in times if kept[ep_rank] is times[ep_rank]} == set(range(3)) - {slow}
+
+
+def test_a_placement_with_the_same_addresses_forgets_nothing(shards: TimedShards):
+    slow, addresses = quarantined(shards)
+    shards.router.update_placement(shards.router.expert_map, addresses)
+    combine(shards)
+    assert shards.router.quarantined_shards() == [slow]
 
 
 def test_probes_are_rare_and_delay_nobody(shards):
@@ -298,30 +336,6 @@ def test_a_probe_that_is_answered_after_its_layer_counts_all_the_same(shards: Ti
         combine(shards)
         combine(shards)
     assert shards.router.quarantined_shards() == []
-
-
-def test_an_answer_is_late_by_measured_times():
-    times = ServiceTimes(0.05, 20.0)
-    assert times.late_after_s(0, 10) == 20.0  # nothing is known
-    for _ in range(100):
-        times.answered(0, 10, 0.2)
-        times.answered(1, 10, 0.2)
-    assert 0.4 <= times.late_after_s(0, 10) < 0.45
-    assert times.late_after_s(0, 1) == times.late_after_s(0, 10)  # smaller ones are no slower
-    assert times.late_after_s(0, 10 * 16) == pytest.approx(16 * times.late_after_s(0, 10))  # nor larger ones than so
-    assert times.late_after_s(2, 10) == pytest.approx(1.6, rel=0.1)  # a shard without answers: by its peers
-
-
-def test_a_shard_that_became_slow_is_late_by_its_peers_times():
-    times = ServiceTimes(0.05, 20.0)
-    for _ in range(100):
-        times.answered(0, 10, 0.1)
-        times.answered(1, 10, 2.0)
-    assert times.late_after_s(1, 10) < 1.0
-    assert times.late_after_s(0, 10) < 0.3
-    for _ in range(100):
-        times.answered(0, 10, 0.001)
-    assert times.late_after_s(0, 10) == 0.05
 
 
 @pytest.mark.parametrize("policy", [MissingExperts.LEAVE_OUT, MissingExperts.RENORMALISE])
