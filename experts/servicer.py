@@ -2,8 +2,8 @@
 No logic.
 
 Answers go out in the order in which they are ready. A stream that sends bytes that are no frame, or a sequence number
-that waits already, ends with INVALID_ARGUMENT; the other streams do not notice. When a stream ends, its forwards that
-still wait are dropped.
+that waits already, ends with INVALID_ARGUMENT; the other streams do not notice. From a worker that does not read its
+answers nothing more is read. When a stream ends, its forwards that still wait are dropped.
 """
 
 import asyncio
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 SERVICE = "mobula.v1.ExpertShard"
 
+# Of one stream; then nothing more is read from it. A worker waits for 64 at most, besides those that it gave up.
+MAX_UNWRITTEN_ANSWERS = 256
+
 
 class ExpertServicer:
     """One shard's methods, over raw bytes."""
@@ -48,7 +51,9 @@ class ExpertServicer:
         try:
             async for frame in request_iterator:
                 answers.take(self._shard, frame)
-            await answers.all_written()
+                if answers.num_unwritten >= MAX_UNWRITTEN_ANSWERS:
+                    await answers.written_down_to(MAX_UNWRITTEN_ANSWERS - 1)
+            await answers.written_down_to(0)  # what the worker, having closed its side, still waits for
         except InvalidRequest as error:
             logger.warning("the stream of %s is ended: %s", context.peer(), error)
             await context.abort_with_status(to_status(error))
@@ -105,6 +110,11 @@ class _Answers:
         self._ready: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
         self._written = asyncio.Event()
 
+    @property
+    def num_unwritten(self) -> int:
+        """Forwards whose answer is not sent, computed or not."""
+        return len(self._waiting)
+
     def take(self, shard: ExpertShard, frame: bytes) -> None:
         """A frame of the worker: a forward, or the cancellation of one. Raises InvalidRequest, CorruptFrame."""
         header, payload = decode_frame(expert_pb2.ForwardHeader, frame)
@@ -130,9 +140,9 @@ class _Answers:
             self._waiting.pop(number, None)
             self._written.set()
 
-    async def all_written(self) -> None:
-        """When the worker has closed its side, what it still waits for is computed and sent."""
-        while self._waiting:
+    async def written_down_to(self, num_unwritten: int) -> None:
+        """When no more than so many answers are yet to be computed and sent."""
+        while self.num_unwritten > num_unwritten:
             self._written.clear()
             await self._written.wait()
 
