@@ -10,12 +10,11 @@ The life of a request here:
    when there is no next step: who is woken by it runs beside the kernels, not in the engine's way. The last output of
    every sequence is final: a finish reason or an error. A failed step ends exactly the sequences of its batch with that
    error.
-7. Without work the thread checks the block accounting and sleeps on the inbox.
+7. Without work the thread checks the block accounting and sleeps until there is a message or a socket has something.
 """
 
 import logging
 import math
-import queue
 import secrets
 import threading
 import time
@@ -25,11 +24,13 @@ from typing import Protocol
 
 from attention.block_manager import BlockManager
 from attention.engine_config import EngineConfig
+from attention.inbox import Inbox
 from attention.metrics import EngineMetrics, RequestTimeline
 from attention.sampler import SampledToken
 from attention.scheduler import ScheduledBatch, Scheduler
 from attention.sequence import FinishReason, Sequence, SequenceOutput
 from protos import errors
+from protos.poller import Poller
 from router.step_limit import StepLimit
 
 logger = logging.getLogger(__name__)
@@ -99,11 +100,12 @@ class Engine:
         num_blocks: int,
         metrics: EngineMetrics,
         limit_step: Callable[[StepLimit], None] = lambda _: None,
+        poller: Poller | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """num_blocks: of the runner's latent cache, as EngineConfig.num_cache_blocks says. clock: seconds.
 
-        limit_step: told before each step how long it is waited for.
+        limit_step: told before each step how long it is waited for. poller: where the runner waits too, if anywhere.
         """
         self._config = config
         self._runner = runner
@@ -123,7 +125,7 @@ class Engine:
         self._stats = EngineStats(num_blocks=num_blocks, num_free_blocks=num_blocks)
         self._num_signs = 0
         self._is_idle = True
-        self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
+        self._inbox: Inbox[_Submit | _Abort | _Stop] = Inbox(poller or Poller())
         self._lock = threading.Lock()  # guards the two below, which other threads read
         self._num_not_started = 0
         self._is_accepting = True
@@ -208,18 +210,14 @@ class Engine:
                 if self._stop_deadline_s is not None:
                     break
                 self._is_idle = True
-                self._handle(self._inbox.get())
+                self._inbox.wait()
         except Exception:
             logger.exception("the engine thread ends: its own accounting failed, the worker must be restarted")
         finally:
             self._close()
 
     def _empty_inbox(self) -> None:
-        while True:
-            try:
-                message = self._inbox.get_nowait()
-            except queue.Empty:
-                return
+        for message in self._inbox.take_all():
             self._handle(message)
 
     def _handle(self, message: _Submit | _Abort | _Stop) -> None:

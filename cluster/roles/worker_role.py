@@ -114,7 +114,14 @@ class WorkerRole(Role):
         num_blocks = cache.config.num_blocks
         max_model_len = workers.engine.resolved_max_model_len(num_blocks, decoder_config.max_position_embeddings)
         metrics = EngineMetrics(self._registry, self._dp_rank)
-        engine = Engine(workers.engine, runner, num_blocks=num_blocks, metrics=metrics, limit_step=router.limit_step)
+        engine = Engine(
+            workers.engine,
+            runner,
+            num_blocks=num_blocks,
+            metrics=metrics,
+            limit_step=router.limit_step,
+            poller=poller,
+        )
         folder = model.tokenizer_folder()
         tokenizer = Tokenizer.read(folder)
         reader = RequestReader(

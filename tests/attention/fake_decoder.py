@@ -125,14 +125,15 @@ class Recorder:
         return self.runner.run(batch, on_begun)
 
 
-def make_engine(decoder=None, *, num_blocks=64, registry=None, clock=None, limit_step=None, **config):
+def make_engine(decoder=None, *, num_blocks=64, registry=None, clock=None, limit_step=None, poller=None, **config):
     """An engine without a thread; call step. Blocks hold 4 tokens."""
     values = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 16, **config}
     engine_config = EngineConfig(**values)
     decoder = decoder or CountingDecoder()
     runner = Recorder(ModelRunner(decoder, block_size=engine_config.block_size))
     metrics = EngineMetrics(registry or CollectorRegistry(), dp_rank=0)
-    options = {name: value for name, value in (("clock", clock), ("limit_step", limit_step)) if value is not None}
+    options = {"clock": clock, "limit_step": limit_step, "poller": poller}
+    options = {name: value for name, value in options.items() if value is not None}
     engine = Engine(engine_config, runner, num_blocks=num_blocks, metrics=metrics, **options)
     engine.recorder = runner
     return engine
