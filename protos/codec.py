@@ -1,6 +1,6 @@
 """Frames of the data plane: a protobuf header and raw tensor bytes in one valid message, without copying the payload.
 
-A frame is `header = 1` (a message) followed by `payload = 2` (bytes); see expert.proto. Writing joins the parts once;
+A frame is `header = 1` (a message) followed by `payload = 2` (bytes); see expert.proto. Writing copies the parts once;
 reading gives views into the received bytes. The header's last field is a checksum of both: TCP's own misses one damaged
 segment in 65,536, and proxies compute it anew. Knows nothing of what the tensors mean.
 """
@@ -28,7 +28,7 @@ MAX_HEADER_BYTES = 64 * 1024  # an error with its message is the longest
 _TO_WIRE = {torch.float32: tensor_pb2.DTYPE_FLOAT32, torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16}
 _FROM_WIRE: dict[int, torch.dtype] = {wire: dtype for dtype, wire in _TO_WIRE.items()}
 
-# Bytes without content, to be written before anybody sees them: what PyBytes_FromStringAndSize is for.
+# Bytes without content, to be written before anybody else has them, as PyBytes_FromStringAndSize allows.
 _new_bytes: Callable[[None, int], bytes] = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
     ("PyBytes_FromStringAndSize", ctypes.pythonapi)
 )
@@ -53,13 +53,8 @@ def dtype_from_wire(wire: int) -> torch.dtype:
     return _FROM_WIRE[wire]
 
 
-def encode_frame(header: Message, tensors: Sequence[Tensor]) -> bytes:
-    """One message of header and payload; the tensors' bytes are copied once, in order."""
-    return join_frame(header.SerializeToString(), [raw_bytes(tensor) for tensor in tensors])
-
-
 def join_frame(header: bytes, parts: Sequence[memoryview]) -> bytes:
-    """The same, of a serialised header without checksum and a payload in parts, which are contiguous bytes."""
+    """One message of a serialised header without checksum and a payload in parts, which are contiguous bytes."""
     payload_bytes, crc = 0, zlib.crc32(header)
     for part in parts:
         payload_bytes += part.nbytes

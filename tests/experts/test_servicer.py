@@ -6,8 +6,8 @@ from typing import Any
 
 from experts.servicer import MAX_UNWRITTEN_ANSWERS, ExpertServicer
 from protos import expert_pb2
-from protos.codec import encode_frame
 from protos.errors import QueueFull
+from tests.frames import encode_frame
 
 NUM_FORWARDS = 2 * MAX_UNWRITTEN_ANSWERS
 

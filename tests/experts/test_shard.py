@@ -7,10 +7,11 @@ import torch
 
 from experts.shard import ExpertShard
 from protos import expert_pb2, tensor_pb2
-from protos.codec import decode_frame, encode_frame
+from protos.codec import decode_frame
 from protos.errors import InvalidRequest
 from protos.memory import Memory, as_tensor
 from tests.fake_experts import expert_shard, grouped_gate, placed, small_model
+from tests.frames import encode_frame
 
 MODEL = small_model()
 MAP = placed(grouped_gate(), 2, placement_version=3)  # layer 1: even units here, so experts 0 1 4 5 8 9 12 13

@@ -8,8 +8,9 @@ import pytest
 
 from experts.servicer import SERVICE
 from protos import expert_pb2, ring
-from protos.codec import decode_frame, encode_frame
+from protos.codec import decode_frame
 from tests.fake_experts import expert_shard, grouped_gate, placed, small_model
+from tests.frames import encode_frame
 from tests.shard_host import Host, running_host
 
 

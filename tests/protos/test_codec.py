@@ -1,3 +1,4 @@
+import ctypes
 import zlib
 
 import pytest
@@ -6,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import expert_pb2, tensor_pb2
-from protos.codec import decode_frame, dtype_from_wire, dtype_to_wire, encode_frame
+from protos.codec import decode_frame, dtype_from_wire, dtype_to_wire, join_frame, write_frame
 from protos.errors import CorruptFrame, InvalidRequest
+from tests.frames import encode_frame
 from tests.payload_reader import PayloadReader
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int32, torch.int64]
@@ -38,6 +40,14 @@ def test_a_frame_is_read_as_it_was_written(header, specs):
         assert read.dtype == tensor.dtype
         assert torch.equal(read, tensor)
     reader.finish()
+
+
+@given(header=headers, payload=st.one_of(st.binary(max_size=300), st.just(bytes(range(256)) * 70)))
+def test_a_payload_that_is_written_in_place_gives_the_same_frame(header, payload):
+    serialised = header.SerializeToString()
+    frame = write_frame(serialised, len(payload), lambda address: ctypes.memmove(address, payload, len(payload)))
+    assert type(frame) is bytes
+    assert frame == join_frame(serialised, [memoryview(payload)])
 
 
 @given(header=headers, specs=tensors)
