@@ -337,6 +337,8 @@ class Controller:
                 future.result(HEALTH_TIMEOUT_S)
             except (ProcessDied, TimeoutError) as error:
                 logger.warning("%s was not told of %s: %s", process.name, method, error)
+            except Exception:  # the process's own: the others are told all the same
+                logger.exception("%s was not told of %s", process.name, method)
             else:
                 process.told = news
 
@@ -384,3 +386,8 @@ def _answer(process: ManagedProcess) -> ProcessHealth:
         return future.result()
     except ProcessDied:
         return silent
+    except Exception as error:  # the process's own: the others are looked after all the same
+        health = replace(DOWN, detail=f"cannot say how it is: {type(error).__name__}: {error}")
+        if process.health != health:  # once, not each round
+            logger.exception("%s cannot say how it is", process.name)
+        return health

@@ -144,7 +144,7 @@ class Role(ABC):
             return False
         try:
             written_s = Path(self._config.leave_file).stat().st_mtime
-        except FileNotFoundError:
+        except OSError:  # there is none, or it cannot be seen
             return False
         return written_s >= self._node_started_s
 

@@ -85,7 +85,7 @@ class FakeProcess:
             self.state = ProcessState.FAILED if self.error else ProcessState.READY
         if method == "update_placement":
             self.placement_version = args[0].placement_version
-        answer = self._health() if method == "health" else self.answers.get(method)
+        answer = self.answers.get(method, self._health() if method == "health" else None)
         if isinstance(answer, Future):
             return answer
         if isinstance(answer, Exception):

@@ -67,3 +67,9 @@ def test_a_process_notices_the_file_and_does_not_take_it_back(tmp_path: Path) ->
     assert role.health().must_leave
     file.unlink()
     assert role.health().must_leave
+
+
+def test_a_file_that_cannot_be_looked_at_keeps_no_process_from_saying_how_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    role = GatewayRole(parse_config({"leave_file": str(tmp_path / "file" / "leave")}), HOST)  # no folder
+    assert not role.health().must_leave

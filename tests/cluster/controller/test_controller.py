@@ -157,6 +157,32 @@ def test_workers_wait_until_every_unit_has_a_shard() -> None:
     assert all(workers == {} for workers, *_ in fakes["gateway-0"].told("update_members"))
 
 
+def test_a_process_that_cannot_say_how_it_is_is_down_with_its_reason_and_the_others_are_looked_after(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    controller, fakes = system()
+    fakes["worker-0"].answers["health"] = PermissionError("no way in")
+    run(controller, 6)
+    health = dict(controller.status().processes)["worker-0"]
+    assert (health.state, health.detail) == (ProcessState.DOWN, "cannot say how it is: PermissionError: no way in")
+    assert caplog.text.count("worker-0 cannot say how it is") == 1
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {1}
+    del fakes["worker-0"].answers["health"]
+    run(controller, 4)
+    assert controller.status().is_serving
+
+
+def test_a_process_that_fails_at_what_it_is_told_is_told_again_and_the_others_are_told_too() -> None:
+    controller, fakes = system()
+    fakes["worker-0"].answers["update_placement"] = ValueError("a fault of its own")
+    run(controller, 4)
+    assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {1}
+    assert not controller.status().is_serving
+    del fakes["worker-0"].answers["update_placement"]
+    run(controller, 2)
+    assert controller.status().is_serving
+
+
 def test_the_system_stops_in_the_order_gateway_workers_shards() -> None:
     controller, fakes = system()
     run(controller, 4)
