@@ -68,18 +68,6 @@ class ExpertModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnitWeights:
-    """One unit's weights, in the order of its expert ids."""
-
-    unit: Unit
-    experts: tuple[Expert, ...]
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(expert.nbytes for expert in self.experts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
     """What a shard holds of one layer under one version.
 
@@ -105,7 +93,8 @@ class WeightStore:
         self._model = model
         self._reader = reader
         self._use_kernels = use_kernels and native() is not None
-        self._units: dict[Unit, UnitWeights] = {}  # this and the next are the control thread's
+        # In the order of their ids. The control thread's alone, as is _units_of_version.
+        self._units: dict[Unit, tuple[Expert, ...]] = {}
         # Of all units, and of one that is being read; any thread reads.
         self._experts: dict[tuple[int, int], Expert] = {}
         self._units_of_version: dict[int, tuple[Unit, ...]] = {}
@@ -123,8 +112,8 @@ class WeightStore:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all units held."""
-        return sum(unit.weight_bytes for unit in self._units.values())
+        """Of all experts held: one that is in several units counts once."""
+        return sum(expert.nbytes for _, expert in self.held_experts())
 
     def stage(self, units: Iterable[Unit], on_read: OnRead | None = None, copy: CopyExpert = lambda *_: None) -> None:
         """Reads those units that are not held yet, one tensor at a time. Raises WeightShapeError.
@@ -179,8 +168,8 @@ class WeightStore:
             del self._units[unit]
         self._experts = {
             (unit.layer_id, expert_id): expert
-            for unit, weights in self._units.items()
-            for expert_id, expert in zip(unit.expert_ids, weights.experts, strict=True)
+            for unit, experts in self._units.items()
+            for expert_id, expert in zip(unit.expert_ids, experts, strict=True)
         }
 
     def activate(self, placement_version: int, units: Iterable[Unit]) -> None:
@@ -220,7 +209,7 @@ class WeightStore:
         expert_to_unit = np.full(self._model.n_routed_experts, -1)
         for unit in units:
             expert_to_unit[list(unit.expert_ids)] = unit.unit_id
-            experts.update(zip(unit.expert_ids, self._units[unit].experts, strict=True))
+            experts.update(zip(unit.expert_ids, self._units[unit], strict=True))
         return LayerWeights(
             placement_version=placement_version,
             layer_id=layer_id,
@@ -228,13 +217,13 @@ class WeightStore:
             expert_to_unit=expert_to_unit,
         )
 
-    def _read(self, unit: Unit, on_read: OnRead | None, copy: CopyExpert) -> UnitWeights:
+    def _read(self, unit: Unit, on_read: OnRead | None, copy: CopyExpert) -> tuple[Expert, ...]:
         keys = [(unit.layer_id, expert_id) for expert_id in unit.expert_ids]
         for key in keys:
             if key not in self._experts:
                 expert = copy(unit, key[1], on_read)
                 self._experts[key] = self._read_expert(*key, on_read) if expert is None else expert
-        return UnitWeights(unit=unit, experts=tuple(self._experts[key] for key in keys))
+        return tuple(self._experts[key] for key in keys)
 
     def _read_expert(self, layer_id: int, expert_id: int, on_read: OnRead | None) -> Expert:
         """One matrix at a time, straight into its place."""

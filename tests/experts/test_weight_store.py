@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experts.grouped_ffn import ExpertWeights
 from experts.kernels.library import native
 from experts.quantized_matrix import QuantizedMatrix
 from experts.weight_store import ExpertModel, Unit, WeightShapeError, WeightStore
@@ -37,6 +38,31 @@ def test_weights_are_kept_in_the_models_dtype_and_their_bytes_counted():
     assert store.layer(1, 4).experts[6].w2.dtype == torch.bfloat16
     assert store.weight_bytes == 4 * model.expert_bytes == 4 * 3 * 48 * 24 * 2
     assert store.num_units == 2
+
+
+def test_an_expert_in_two_units_is_counted_once():
+    model = small_model()
+    store = WeightStore(model, RandomReader(model), use_kernels=False)
+    store.activate(1, [FIRST])
+    store.activate(2, [Unit(1, 5, (1, 2))])  # of another cut
+    assert store.weight_bytes == 3 * model.expert_bytes
+
+
+def test_bytes_are_counted_while_another_unit_is_read():
+    model = small_model()
+    store = WeightStore(model, RandomReader(model), use_kernels=False)
+
+    class Counted(ExpertWeights):
+        """While it is counted another thread has its turn."""
+
+        @property
+        def nbytes(self) -> int:
+            store.stage([SECOND])
+            return self.w13.nbytes + self.w2.nbytes
+
+    weights = torch.zeros(48, 48), torch.zeros(48, 24)
+    store.stage([FIRST], copy=lambda *_: Counted(w13=weights[0], w2=weights[1]))
+    assert store.weight_bytes == 2 * model.expert_bytes
 
 
 def test_a_layer_knows_the_unit_of_each_expert_it_holds_and_no_other():
