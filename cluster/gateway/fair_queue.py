@@ -39,10 +39,8 @@ class FairQueue(Generic[T]):
 
     def remove(self, item: T) -> None:
         """It no longer waits; nothing happens when it does not."""
-        self._heap = [entry for entry in self._heap if entry[4] is not item]
-        heapq.heapify(self._heap)
-        waiting = {entry[2] for entry in self._heap}
-        self._newest_stamp = {client: stamp for client, stamp in self._newest_stamp.items() if client in waiting}
+        self._heap = sorted(entry for entry in self._heap if entry[4] is not item)  # which is a heap too
+        self._newest_stamp = {client: stamp for stamp, _, client, _, _ in self._heap}
 
     def cost_ahead(self, client: str, cost: float) -> float:
         """Of what would be taken before an item of this client that comes now."""

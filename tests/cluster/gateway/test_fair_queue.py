@@ -50,6 +50,30 @@ def test_who_leaves_is_not_served() -> None:
         queue.pop()
 
 
+def test_what_a_client_gave_up_counts_against_it_no_longer() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.push("a", 1.0, "kept")
+    queue.push("a", 100.0, "given up")
+    queue.push("b", 5.0, "of another")
+    queue.remove("given up")
+    queue.push("a", 1.0, "next")
+    assert drain(queue) == ["kept", "next", "of another"]
+    queue.push("b", 2.0, "b's")
+    queue.push("a", 1.0, "a's")
+    assert drain(queue) == ["a's", "b's"]
+
+
+def test_a_client_whose_newest_request_was_given_up_has_nothing_against_it_once_the_others_are_served() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.push("a", 1.0, "kept")
+    queue.push("a", 100.0, "given up")
+    queue.remove("given up")
+    queue.pop()
+    queue.push("b", 5.0, "of another")
+    queue.push("a", 1.0, "later")
+    assert drain(queue) == ["later", "of another"]
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9)), max_size=30), st.sampled_from("abc"))
 def test_the_cost_ahead_is_what_is_then_served_before(pushed: list[tuple[str, int]], client: str) -> None:
     queue: FairQueue[int] = FairQueue()
