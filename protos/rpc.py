@@ -154,15 +154,19 @@ def stream_handler(
 ) -> grpc.RpcMethodHandler:
     """A server-streaming method over raw bytes whose exceptions become statuses.
 
-    read_timeout_s: for the client to make room for a message; None: as long as it likes. Then `method` is closed, so
-    that what it holds is free, `on_cut_off` is called, and the client is told, should it ever read on.
+    read_timeout_s: for the client to make room for a message; None: as long as it likes. Then `method`'s `yield` raises
+    ClientTooSlow, so that what it holds is free, `on_cut_off` is called, and the client is told, should it read on.
     """
 
     async def handle(request: bytes, context: grpc.aio.ServicerContext) -> None:
         try:
             async with aclosing(method(request, context)) as responses:
                 async for response in responses:
-                    await _write(context, response, read_timeout_s)
+                    try:
+                        await _write(context, response, read_timeout_s)
+                    except errors.ClientTooSlow as error:
+                        await responses.athrow(error)
+                        raise
         except errors.MobulaError as error:
             if isinstance(error, errors.ClientTooSlow):
                 on_cut_off()

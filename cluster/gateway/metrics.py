@@ -197,6 +197,10 @@ class GatewayMetrics:
         except (GeneratorExit, asyncio.CancelledError):
             outcome.code = "CANCELLED"
             raise
+        except Exception:
+            if outcome.code == "OK":  # else it is known how the call ended, and this ends the handler
+                outcome.code = "INTERNAL"
+            raise
         finally:
             self._in_flight.dec()
             self._requests.labels(outcome.code).inc()

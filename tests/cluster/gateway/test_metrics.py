@@ -1,14 +1,21 @@
 """One page with the series of every process."""
 
+import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest, make_wsgi_app
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.gateway.http_server import serve_http
 from cluster.gateway.metrics import GatewayMetrics
+from protos import rpc
 from protos.errors import QueueFull, Unavailable
+from tests.virtual_time import run_virtually
 
 
 @pytest.fixture
@@ -68,6 +75,46 @@ def test_requests_are_counted_by_the_status_that_ended_them() -> None:
     assert metrics.registry.get_sample_value("mobula_gateway_requests_total", {"code": "OK"}) == 1
     assert metrics.registry.get_sample_value("mobula_gateway_requests_total", {"code": "RESOURCE_EXHAUSTED"}) == 1
     assert metrics.registry.get_sample_value("mobula_gateway_requests_in_flight") == 0
+
+
+def test_a_fault_of_our_own_is_counted_as_one_and_not_as_a_call_that_went_well() -> None:
+    metrics = GatewayMetrics()
+    with pytest.raises(ZeroDivisionError), metrics.request():
+        raise ZeroDivisionError
+    assert metrics.registry.get_sample_value("mobula_gateway_requests_total", {"code": "INTERNAL"}) == 1
+
+
+def test_a_status_that_is_passed_on_is_counted_whatever_then_ends_the_handler() -> None:
+    metrics = GatewayMetrics()
+    with suppress(grpc.aio.AbortError), metrics.request() as outcome:
+        outcome.code = "NOT_FOUND"
+        raise grpc.aio.AbortError
+    assert metrics.registry.get_sample_value("mobula_gateway_requests_total", {"code": "NOT_FOUND"}) == 1
+
+
+def test_a_client_that_does_not_read_is_counted_as_cut_off_and_not_as_gone() -> None:
+    metrics = GatewayMetrics()
+
+    async def answer(request: bytes, context: grpc.aio.ServicerContext) -> rpc.Responses:
+        with metrics.request():
+            yield b"nobody reads this"
+
+    class Unread:
+        status: Any = None
+
+        async def write(self, response: bytes) -> None:
+            await asyncio.Event().wait()
+
+        async def abort_with_status(self, status: Any) -> None:
+            self.status = status
+
+    context = Unread()
+    handler = rpc.stream_handler(answer, read_timeout_s=30.0, on_cut_off=metrics.count_cut_off)
+    run_virtually(handler.unary_stream(b"", context))
+    assert context.status.code is grpc.StatusCode.ABORTED
+    assert metrics.registry.get_sample_value("mobula_gateway_requests_total", {"code": "ABORTED"}) == 1
+    assert metrics.registry.get_sample_value("mobula_gateway_requests_total", {"code": "CANCELLED"}) is None
+    assert metrics.registry.get_sample_value("mobula_gateway_cut_offs_total") == 1
 
 
 def test_a_taken_metrics_port_is_named() -> None:
