@@ -113,6 +113,9 @@ def get(address: str, path: str, timeout_s: float, max_bytes: int, tls: tuple[ss
         response = connection.getresponse()
         if response.status != http.client.OK:
             raise http.client.HTTPException(f"{response.status} {response.reason}")
-        return response.read(max_bytes)
+        page = response.read(max_bytes)
+        if response.length:  # http.client takes the end of a connection for the end of what was to come
+            raise http.client.IncompleteRead(page, response.length)
+        return page
     finally:
         connection.close()

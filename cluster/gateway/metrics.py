@@ -1,7 +1,7 @@
 """One Prometheus endpoint for the whole system: scrapes the processes' own endpoints when it is scraped.
 
 Every process exposes its series under its own labels (dp_rank, ep_rank), so merging is joining families by name.
-A process that does not answer in time is missing from the page and has mobula_process_up 0.
+A process that does not answer in time with a page that can be read is missing and has mobula_process_up 0.
 """
 
 import asyncio
@@ -65,8 +65,9 @@ class ProcessCollector(Collector):
             families[family.name] = Metric(family.name, family.documentation, family.type)
             families[family.name].samples.extend(family.samples)
         for process, page in zip(targets, pages, strict=True):
-            is_up.add_metric([process], 0.0 if page is None else 1.0)
-            for family in text_string_to_metric_families(page or ""):
+            found = _families_on(process, page)
+            is_up.add_metric([process], 0.0 if found is None else 1.0)
+            for family in found or ():
                 families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 families[family.name].samples.extend(_told_apart(process, family.samples))
         yield is_up
@@ -90,6 +91,17 @@ class ProcessCollector(Collector):
         except (OSError, HTTPException, UnicodeDecodeError) as error:
             logger.debug("no metrics from %s: %s", address, error)
             return None
+
+
+def _families_on(process: str, page: str | None) -> list[Metric] | None:
+    """Those of a process's page, if there is one that can be read."""
+    if page is None:
+        return None
+    try:
+        return list(text_string_to_metric_families(page))
+    except (ValueError, IndexError) as error:  # what the parser raises
+        logger.warning("the metrics of %s cannot be read: %r", process, error)
+        return None
 
 
 def _told_apart(process: str, samples: list[Sample]) -> list[Sample]:

@@ -2,8 +2,9 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
+from wsgiref.types import StartResponse, WSGIEnvironment
 
 import grpc
 import grpc.aio
@@ -64,6 +65,40 @@ def test_a_process_that_is_gone_is_down_and_does_not_fail_the_scrape(endpoints: 
     found = samples(metrics)
     assert found["mobula_process_up", (("process", "worker-0"),)] == 1
     assert found["mobula_process_up", (("process", "worker-9"),)] == 0
+
+
+@contextmanager
+def one_page(page: bytes, num_bytes: int) -> Iterator[str]:
+    """A process that answers with it, and says that it has so many bytes."""
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        start_response("200 OK", [("Content-Length", str(num_bytes))])
+        return [page]
+
+    server, port = serve_http("127.0.0.1", 0, answer)
+    yield f"127.0.0.1:{port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("page", "num_missing"),
+    [
+        (b"mobula_rows_total 12", 3),  # of 12345
+        (b'mobula_rows_total{ep_rank="0', 0),
+        (b"mobula_rows_total no number\n", 0),
+    ],
+)
+def test_a_page_that_is_cut_or_cannot_be_read_is_left_out_and_its_process_is_down(
+    endpoints: dict[str, str], page: bytes, num_missing: int
+) -> None:
+    metrics = GatewayMetrics()
+    with one_page(page, len(page) + num_missing) as address:
+        metrics.processes.targets = endpoints | {"shard-0": address}
+        found = samples(metrics)
+    assert found["mobula_process_up", (("process", "shard-0"),)] == 0
+    assert found["mobula_process_up", (("process", "worker-0"),)] == 1
+    assert found["mobula_prompt_tokens_total", (("dp_rank", "0"),)] == 10
+    assert ("mobula_rows_total", ()) not in found
 
 
 def test_requests_are_counted_by_the_status_that_ended_them() -> None:
