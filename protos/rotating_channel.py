@@ -26,7 +26,7 @@ class RotatingChannel(grpc.aio.Channel):  # type: ignore[misc]
         self._newest_version = version
         self._version = version()
         self._channel = make()
-        self._retired: set[asyncio.Task[None]] = set()
+        self._retired: dict[grpc.aio.Channel, asyncio.Task[None]] = {}  # each with what will close it
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> grpc.aio.UnaryUnaryMultiCallable:
         return self._newest().unary_unary(*args, **kwargs)
@@ -41,9 +41,11 @@ class RotatingChannel(grpc.aio.Channel):  # type: ignore[misc]
         return self._newest().stream_stream(*args, **kwargs)
 
     async def close(self, grace: float | None = None) -> None:
-        for task in self._retired:
+        channels = [self._channel, *self._retired]
+        for task in self._retired.values():
             task.cancel()
-        await self._channel.close(grace)
+        self._retired.clear()
+        await asyncio.gather(*(channel.close(grace) for channel in channels))
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
         return self._newest().get_state(try_to_connect)
@@ -65,8 +67,12 @@ class RotatingChannel(grpc.aio.Channel):  # type: ignore[misc]
     def _newest(self) -> grpc.aio.Channel:
         version = self._newest_version()
         if version != self._version:
-            task = asyncio.get_running_loop().create_task(self._channel.close(RETIRED_GRACE_S))
-            self._retired.add(task)
-            task.add_done_callback(self._retired.discard)
-            self._channel, self._version = self._make(), version
+            retired, self._channel, self._version = self._channel, self._make(), version
+            self._retired[retired] = asyncio.get_running_loop().create_task(self._retire(retired))
         return self._channel
+
+    async def _retire(self, channel: grpc.aio.Channel) -> None:
+        """Not by closing it with that grace: gRPC closes a channel once, so no shorter grace could be given later."""
+        await asyncio.sleep(RETIRED_GRACE_S)
+        del self._retired[channel]
+        await channel.close()
