@@ -67,8 +67,8 @@ class CertificateFolder:
 
     def current(self) -> Certificate:
         """Looks at the files' times; reads them only when those changed."""
-        signature = self._stat()
         with self._lock:
+            signature = self._stat()
             if signature != self._signature:
                 self._signature = signature
                 try:

@@ -1,7 +1,9 @@
 """Folders of certificates: what is refused, what is noticed, what is kept."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from cryptography import x509
@@ -25,6 +27,29 @@ def test_a_renewed_certificate_is_noticed(authority: Authority, tmp_path: Path) 
     after = folder.current()
     assert after.version > before.version
     assert after.expires_at_s - before.expires_at_s == pytest.approx(28 * 86400, abs=60)
+
+
+def test_a_renewal_is_read_once_however_many_threads_notice_it(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CertificateFolder(tmp_path / "shard")
+    before = folder.current().version
+    look = folder._stat
+    others: list[Thread] = []
+
+    def look_just_before_a_renewal() -> Mapping[str, tuple[int, int, int]]:
+        signature = look()
+        if not others:
+            authority.issue(tmp_path / "shard", "shard", ["shard.mobula.internal"], days=30)
+            others.append(Thread(target=folder.current))
+            others[0].start()
+            others[0].join(timeout=0.1)  # as far as it gets meanwhile
+        return signature
+
+    monkeypatch.setattr(folder, "_stat", look_just_before_a_renewal)
+    folder.current()
+    others[0].join()
+    assert folder.current().version == before + 1
 
 
 @pytest.mark.parametrize("damage", ["half a renewal", "no key", "garbage", "huge", "another authority's list"])
