@@ -39,11 +39,11 @@ class WorkerReport:
 
     async def update_shards(self, addresses: Mapping[int, str]) -> None:
         """The shards to ask, by ep_rank."""
+        for address in set(addresses.values()) - set(self._channels):
+            self._channels[address] = self._credentials.channel(address, PeerRole.SHARD, rpc.frame_options())
         self._addresses = dict(addresses)
         for address in set(self._channels) - set(addresses.values()):
             await self._channels.pop(address).close(grace=0)
-        for address in set(addresses.values()) - set(self._channels):
-            self._channels[address] = self._credentials.channel(address, PeerRole.SHARD, rpc.frame_options())
 
     async def model_info(self) -> generation_pb2.GetModelInfoResponse:
         """What is served, and by how many shards now."""
@@ -84,17 +84,26 @@ class WorkerReport:
         await self.update_shards({})
 
     async def _shard_load(self, ep_rank: int, address: str) -> expert_pb2.GetShardLoadResponse:
+        if address not in self._channels:
+            raise _no_load(ep_rank, address, "it is no longer in use")
         stub = expert_pb2_grpc.ExpertShardStub(self._channels[address])
         try:
             load: expert_pb2.GetShardLoadResponse = await stub.GetShardLoad(
                 expert_pb2.GetShardLoadRequest(), timeout=SHARD_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
-            raise errors.ShardUnavailable(
-                f"shard {ep_rank} at {address} did not report its load: {error.code().name}; retry later",
-                retry_after_s=1.0,
-            ) from error
+            raise _no_load(ep_rank, address, error.code().name) from error
+        except asyncio.CancelledError as error:  # also when update_shards closes the channel
+            if rpc.is_client_gone():
+                raise
+            raise _no_load(ep_rank, address, "it is no longer in use") from error
         return load
+
+
+def _no_load(ep_rank: int, address: str, why: str) -> errors.ShardUnavailable:
+    return errors.ShardUnavailable(
+        f"shard {ep_rank} at {address} did not report its load: {why}; retry later", retry_after_s=1.0
+    )
 
 
 def _dispatch(stats: DispatchStats) -> generation_pb2.DispatchStats:

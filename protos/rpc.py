@@ -181,6 +181,16 @@ def stream_handler(
     return grpc.unary_stream_rpc_method_handler(handle)
 
 
+def is_client_gone() -> bool:
+    """Whether the running handler's call was cancelled, rather than a call of the handler's own.
+
+    Such a one is cancelled when its channel is closed. A handler that ends so, its own call going on, would leave the
+    client without any status.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
 async def _write(context: grpc.aio.ServicerContext, response: bytes, timeout_s: float | None) -> None:
     """Returns when the transport, which holds so many bytes at most, has taken it. Raises ClientTooSlow."""
     try:

@@ -10,7 +10,7 @@ import asyncio
 import grpc
 import grpc.aio
 
-from cluster.gateway.relay import abort_as, forwarded, is_client_gone, was_answered
+from cluster.gateway.relay import abort_as, forwarded, was_answered
 from protos import admin_pb2, errors, rpc
 from protos.credentials import PLAINTEXT, Credentials, PeerRole
 
@@ -59,7 +59,7 @@ class AdminRelay:
                     await abort_as(context, error)
                 raise _connection_error(error, address, timeout_s) from error
             except asyncio.CancelledError as error:
-                if is_client_gone():
+                if rpc.is_client_gone():
                     raise
                 raise errors.Unavailable(
                     f"the controller at {address} was let go of while it was asked; see the status, then ask again",

@@ -22,7 +22,7 @@ from cluster.gateway.admission import Admission
 from cluster.gateway.generation import Generation
 from cluster.gateway.local_calls import LocalCalls
 from cluster.gateway.metrics import GatewayMetrics
-from cluster.gateway.relay import abort_as, is_client_gone, was_answered
+from cluster.gateway.relay import abort_as, was_answered
 from cluster.gateway.worker_pool import INFERENCE as SERVICE
 from cluster.gateway.worker_pool import WorkerChannel, WorkerPool
 from cluster.security.caller import current_caller
@@ -114,7 +114,7 @@ class GatewayServicer:
                     if error.code() is not grpc.StatusCode.UNAVAILABLE or was_answered(error):
                         await abort_as(context, error)
                 except asyncio.CancelledError:
-                    if is_client_gone():
+                    if rpc.is_client_gone():
                         raise
 
         return relay

@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 
 from cluster.gateway.metrics import GatewayMetrics, ResumeReason
-from cluster.gateway.relay import error_reason, forwarded, is_client_gone, was_answered
+from cluster.gateway.relay import error_reason, forwarded, was_answered
 from cluster.gateway.request_cost import RequestCost
 from cluster.gateway.worker_pool import WorkerChannel, WorkerPool
 from protos import errors, generation_pb2, rpc, worker_pb2
@@ -101,7 +101,7 @@ class Generation:
                 raise
             self._lose(worker, reason, error.details())
         except asyncio.CancelledError:
-            if is_client_gone():
+            if rpc.is_client_gone():
                 raise
             if worker.is_silent:
                 self._lose(worker, ResumeReason.SILENT, "nothing comes through its connection")

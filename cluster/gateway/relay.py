@@ -2,8 +2,6 @@
 back. Knows nothing of services.
 """
 
-import asyncio
-
 import grpc
 import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
@@ -33,16 +31,6 @@ def error_reason(error: grpc.aio.AioRpcError) -> str:
             if any(detail.Unpack(info) for detail in status_pb2.Status.FromString(value).details):
                 return str(info.reason)
     return ""
-
-
-def is_client_gone() -> bool:
-    """Whether the running handler's call was cancelled, rather than the call that it passed it on with.
-
-    That one is cancelled when its channel is closed. A handler that ends so, its own call going on, would leave the
-    client without any status.
-    """
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
 
 
 async def abort_as(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:
