@@ -50,6 +50,7 @@ CONTROL_CPUS = 0.1  # booked for the controller and for the gateway
 NICENESS = 5  # of the controller: a placement is computed beside requests that run on the same cores
 FAILED_END_S = 10.0  # for who waits for the controller's start to be told why it failed, and to end everything
 ACTOR_THREADS = 4  # so that health is answered while weights are read
+START_GROUP = "start"  # threads of its own: who waits in it must not keep the owner, whose calls are its lease, waiting
 ACTOR_CLASSES: Mapping[RoleName, type[RoleActor]] = {
     RoleName.SHARD: ShardActor,
     RoleName.WORKER: WorkerActor,
@@ -110,6 +111,7 @@ class ControllerActor:
     def _placement_version(self) -> int | None:
         return self._controller.status().placement_version if self._controller else None
 
+    @ray.method(concurrency_group=START_GROUP)
     def start(self, owner: str, config: MobulaConfig) -> bool:
         """Waits until every actor is created or found. Whether the system is the caller's own and not taken over.
 
@@ -227,9 +229,9 @@ def create_controller(
         "max_concurrency": ACTOR_THREADS,
         "label_selector": config.controller.labels or None,
     }
-    return (
-        ray.remote(ControllerActor).options(**options).remote(owner, config, expert_map, request, host, memory_budget)
-    )
+    groups = {START_GROUP: ACTOR_THREADS}
+    actor_class = ray.remote(concurrency_groups=groups)(ControllerActor)  # type: ignore[call-overload]  # Ray's types
+    return actor_class.options(**options).remote(owner, config, expert_map, request, host, memory_budget)
 
 
 def end_everything(namespace: str) -> None:

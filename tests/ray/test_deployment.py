@@ -19,6 +19,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster import client_access
@@ -26,7 +27,9 @@ from cluster.client import AdminClient, InferenceClient
 from cluster.client_access import ClientAccess
 from cluster.commands.terminal import INTERRUPTED
 from cluster.config import parse_config
+from cluster.controller.controller import StartError
 from cluster.controller.process import ProcessHealth
+from cluster.roles.actors import ACTOR_THREADS
 from cluster.roles.launch import Deployment
 from cluster.security.keys import KeyFile, Right, new_key, write_keys
 from protos import admin_pb2
@@ -267,6 +270,16 @@ def test_what_runs_goes_on_without_the_controller_and_the_next_one_takes_it_over
             except grpc.RpcError:
                 assert time.monotonic() < give_up_s
                 time.sleep(0.1)
+
+
+def test_others_who_wait_for_the_system_do_not_take_it_from_its_owner(deployment: Deployment) -> None:
+    start = deployment._controller.start
+    others = [start.remote(f"other {number}", deployment.config) for number in range(ACTOR_THREADS)]
+    while ray.wait(others, num_returns=len(others), timeout=1.0)[1]:
+        assert deployment.status()
+    for other in others:
+        with pytest.raises(StartError, match="another process serves Mobula"):
+            ray.get(other)
 
 
 def assert_only_loopback_is_listened_on(processes: list[psutil.Process]) -> None:
