@@ -5,6 +5,7 @@ beginning-of-sequence token twice: a chat template writes it itself. Safe to use
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from protos.bounded_file import read_bounded, why_unreadable
 
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024  # of tokenizer.json; published ones have up to 40 MB
 MAX_FILE_BYTES = 16 * 1024 * 1024  # of each other file
+MAX_TOKEN_ID = 2**31 - 1
+
+logger = logging.getLogger(__name__)
 
 ChatMessages = list[dict[str, str]]
 
@@ -63,8 +67,11 @@ class Tokenizer:
         self.max_token_chars = max((len(token) for token in tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     @classmethod
-    def read(cls, folder: Path) -> "Tokenizer":
-        """Raises BadTokenizer when a file is missing or cannot be understood."""
+    def read(cls, folder: Path, vocab_size: int | None = None) -> "Tokenizer":
+        """vocab_size: the model's, where it is known: others of its end tokens end nothing.
+
+        Raises BadTokenizer when a file is missing or cannot be understood.
+        """
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise BadTokenizer(f"{path} does not exist; a checkpoint needs it, with tokenizer_config.json beside it")
@@ -79,7 +86,7 @@ class Tokenizer:
             special_tokens=special_tokens,
             adds_bos=bool(config.get("add_bos_token", False)),
             chat_template=_read_chat_template(folder, config),
-            eos_token_ids=_read_eos_token_ids(folder, tokenizer, special_tokens),
+            eos_token_ids=_read_eos_token_ids(folder, tokenizer, special_tokens, vocab_size),
         )
 
     @property
@@ -176,20 +183,36 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _read_eos_token_ids(
-    folder: Path, tokenizer: tokenizers.Tokenizer, special_tokens: dict[str, str]
+    folder: Path, tokenizer: tokenizers.Tokenizer, special_tokens: dict[str, str], vocab_size: int | None
 ) -> frozenset[int]:
-    """Whatever generation_config.json, config.json or the tokenizer call end of sequence."""
-    eos_token_ids: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int for token_id in found):
-            raise BadTokenizer(f"{folder / name}: eos_token_id is {str(value)[:80]}, expected token ids")
-        eos_token_ids.update(found)
+    """Whatever generation_config.json, config.json or the tokenizer call end of sequence.
+
+    Without those that the model can never draw: where a vocabulary was pruned, the old id is often left.
+    """
+    found = {name: _eos_token_ids(folder / name) for name in ("generation_config.json", "config.json")}
     if "eos_token" in special_tokens:
         token_id = tokenizer.token_to_id(special_tokens["eos_token"])
-        eos_token_ids.update([] if token_id is None else [token_id])
-    return frozenset(eos_token_ids)
+        found["tokenizer.json"] = [] if token_id is None else [token_id]
+    for name, token_ids in found.items():
+        for token_id in token_ids:
+            if vocab_size is not None and token_id >= vocab_size:
+                logger.warning(
+                    "%s: end token %d is outside the vocabulary of %d tokens: it ends no answer",
+                    folder / name,
+                    token_id,
+                    vocab_size,
+                )
+    every = {token_id for token_ids in found.values() for token_id in token_ids}
+    return frozenset(token_id for token_id in every if vocab_size is None or token_id < vocab_size)
+
+
+def _eos_token_ids(path: Path) -> list[int]:
+    """Of config.json or generation_config.json: one id, several or none."""
+    value = _read_json(path).get("eos_token_id")
+    token_ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int and 0 <= token_id <= MAX_TOKEN_ID for token_id in token_ids):
+        raise BadTokenizer(f"{path}: eos_token_id is {repr(value)[:80]}, must be a token id or a list of them")
+    return token_ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:

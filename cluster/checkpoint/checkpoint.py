@@ -15,7 +15,7 @@ from torch import Tensor
 from attention.decoder_weights import DecoderConfig
 from cluster.checkpoint.hub import HubFiles
 from cluster.checkpoint.json_fields import JsonFields, naming, read_json_object
-from cluster.checkpoint.model_config import ModelConfig, eos_token_ids
+from cluster.checkpoint.model_config import ModelConfig
 from cluster.checkpoint.quantization import Fp8Quantization, IntLayout, IntQuantization, Quantization, read_quantization
 from cluster.checkpoint.quantized_tensors import (
     FP8_SCALE,
@@ -132,17 +132,12 @@ class Checkpoint:
         return self._open_file(SINGLE_FILE).entries.keys()
 
     def model_config(self) -> ModelConfig:
-        """config.json, with the end tokens that generation_config.json adds and with the lm_head that is stored.
+        """config.json, with the lm_head that is stored.
 
         Fetches the weights of a single file on the hub where config.json says tied or without shared experts. Raises
         InvalidCheckpoint or UnsupportedModel.
         """
         config = ModelConfig.read(self.file("config.json"))
-        generation_path = self.optional_file("generation_config.json")
-        if generation_path is not None:
-            generation = read_json_object(generation_path)
-            with naming(generation_path):
-                config = config.with_eos_token_ids(eos_token_ids(generation, config.decoder.vocab_size))
         self._refuse_unread_shared_experts(config.decoder)
         # transformers writes no lm_head that is the embedding: one that is stored is meant, whatever config.json says.
         if config.decoder.tie_word_embeddings and self.has(LM_HEAD):

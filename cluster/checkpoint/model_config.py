@@ -4,7 +4,6 @@ Whatever the file asks for that this system does not compute is refused by name:
 was published. Reads no weights.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from attention.decoder import DecoderConfig
 from attention.mla_config import MlaConfig
 from cluster.checkpoint.config_defaults import DEFAULTS, V2, V3
 from cluster.checkpoint.json_fields import (
-    MAX_SIZE,
     InvalidModelConfig,
     JsonFields,
     UnsupportedModel,
@@ -27,7 +25,6 @@ from cluster.checkpoint.quantization import Quantization, read_quantization
 from cluster.checkpoint.rotary_fields import read_rotary
 from router.gate_config import GateConfig, ScoringFunc, TopkMethod
 
-logger = logging.getLogger(__name__)
 MAX_HIDDEN_LAYERS = 4096
 MAX_ROUTED_EXPERTS = 65536
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # those in which a model is served
@@ -42,12 +39,7 @@ class ModelConfig:
     decoder: DecoderConfig
     dtype: torch.dtype  # of the published weights, once dequantised; float32 where the file leaves it open
     bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
     quantization: Quantization | None = None  # None: all weights are plain numbers
-
-    def with_eos_token_ids(self, token_ids: tuple[int, ...]) -> "ModelConfig":
-        """The same with these added to its end tokens."""
-        return replace(self, eos_token_ids=tuple(dict.fromkeys(self.eos_token_ids + token_ids)))
 
     def with_own_lm_head(self) -> "ModelConfig":
         """The same with an lm_head that is not the embedding."""
@@ -80,26 +72,8 @@ class ModelConfig:
             decoder=decoder,
             dtype=_dtype(fields),
             bos_token_id=fields.optional_integer("bos_token_id", minimum=0, maximum=decoder.vocab_size - 1),
-            eos_token_ids=eos_token_ids(config, decoder.vocab_size),
             quantization=quantization,
         )
-
-
-def eos_token_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """`eos_token_id` of config.json or generation_config.json: one id, several or none.
-
-    Without those that the model can never draw: where a vocabulary was pruned, the old id is often left.
-    """
-    value = config.get("eos_token_id")
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    for token_id in ids:
-        if type(token_id) is not int or not 0 <= token_id <= MAX_SIZE:
-            raise InvalidModelConfig(f"eos_token_id is {value!r}, must be a token id or a list of them")
-        if token_id >= vocab_size:
-            logger.warning(
-                "eos_token_id %d is outside the vocabulary of %d tokens: it ends no answer", token_id, vocab_size
-            )
-    return tuple(dict.fromkeys(token_id for token_id in ids if token_id < vocab_size))
 
 
 def _refuse_what_is_not_implemented(fields: JsonFields, model_type: str) -> None:

@@ -195,7 +195,7 @@ def check(config: MobulaConfig) -> ServingPlan:
         max_model_len = config.attention_workers.engine.resolved_max_model_len(
             cache.num_blocks, decoder.max_position_embeddings
         )
-        tokenizer = Tokenizer.read(model.tokenizer_folder())
+        tokenizer = Tokenizer.read(model.tokenizer_folder(), decoder.vocab_size)
     except CacheTooSmall as error:
         raise ConfigError(f"attention_workers.engine: {error}") from error
     except BadTokenizer as error:

@@ -123,7 +123,7 @@ class WorkerRole(Role):
             poller=poller,
         )
         folder = model.tokenizer_folder()
-        tokenizer = Tokenizer.read(folder)
+        tokenizer = Tokenizer.read(folder, decoder_config.vocab_size)
         reader = RequestReader(
             tokenizer,
             defaults=GenerationDefaults.read(folder),

@@ -96,6 +96,36 @@ def test_end_of_sequence_tokens_are_all_that_any_file_names(tmp_path):
     assert Tokenizer.read(tmp_path).eos_token_ids == {1, 7, 8, 9}
 
 
+def test_an_end_token_outside_the_models_vocabulary_ends_nothing_and_is_told_with_its_file(tmp_path, caplog):
+    write_checkpoint(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 100001]}')  # the vocabulary was pruned
+    (tmp_path / "config.json").write_text('{"eos_token_id": 320}')
+    assert Tokenizer.read(tmp_path, vocab_size=320).eos_token_ids == {1}
+    for name, token_id in (("generation_config.json", 100001), ("config.json", 320)):
+        assert f"{tmp_path / name}: end token {token_id} is outside the vocabulary of 320 tokens" in caplog.text
+    assert Tokenizer.read(tmp_path, vocab_size=1).eos_token_ids == set()
+    assert f"{tmp_path / 'tokenizer.json'}: end token 1 is outside" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ('"x"', "'x'"),
+        ('"1"', "'1'"),
+        ("[1, -1]", r"\[1, -1\]"),
+        (str(2**32), str(2**32)),
+        ("true", "True"),
+        ("{}", "{}"),
+    ],
+)
+def test_end_tokens_that_are_none_are_refused_with_their_file(tmp_path, name, value, shown):
+    write_checkpoint(tmp_path)
+    (tmp_path / name).write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(BadTokenizer, match=rf"/{name}: eos_token_id is {shown}, must be a token id or a list of them"):
+        Tokenizer.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

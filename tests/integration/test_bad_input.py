@@ -17,7 +17,7 @@ VOCAB_SIZE, MAX_MODEL_LEN = 320, 512
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    folder = write_checkpoint(tmp_path_factory.mktemp("model"), "v2", seed=1)
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), "v2", seed=1, eos_token_id=[100001, 1])
     workers = {"engine": {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 8}}
     with System(folder, num_workers=1, num_shards=2, attention_workers=workers) as system:
         yield system
@@ -64,6 +64,12 @@ BAD_REQUESTS = {
     "long request id": (pb.GenerateRequest(request_id="x" * 129, text="a"), "request_id", "128"),
     "request id that breaks a log line": (pb.GenerateRequest(request_id="a\nb", text="a"), "request_id", "printable"),
 }
+
+
+def test_the_models_end_tokens_are_accepted_as_stop_tokens(system: System) -> None:
+    end_tokens = system.stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=10.0).eos_token_ids
+    assert end_tokens == [1]  # not one that lies beyond the vocabulary, as models have whose vocabulary was pruned
+    assert list(system.stub.Generate(text(stop_token_ids=end_tokens, max_tokens=1), timeout=60.0))
 
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)

@@ -101,7 +101,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def test_opening_fetches_no_weights(hub: Hub, tmp_path: Path) -> None:
     assert hub.run(REPO_ID, cache=tmp_path / "cache") == ""
-    assert sorted(hub.fetched) == ["config.json", "generation_config.json", "model.safetensors.index.json"]
+    assert sorted(hub.fetched) == ["config.json", "model.safetensors.index.json"]
 
 
 def test_a_role_fetches_the_files_that_hold_its_tensors_and_only_once(hub: Hub, tmp_path: Path) -> None:

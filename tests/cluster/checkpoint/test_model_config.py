@@ -75,7 +75,7 @@ def test_the_published_config_of_v2_lite() -> None:
     config = ModelConfig.from_json(V2_LITE)
     decoder = config.decoder
     assert config.dtype is torch.bfloat16
-    assert (config.bos_token_id, config.eos_token_ids) == (100000, (100001,))
+    assert config.bos_token_id == 100000
     assert decoder.moe_layer_ids == tuple(range(1, 27))
     assert decoder.mla.q_lora_rank is None
     assert decoder.mla.latent_dim == 576
@@ -198,9 +198,6 @@ def test_v3_with_the_gate_of_v2_is_refused(changes: dict[str, Any], message: str
         ({"model_type": None}, "model_type is null"),
         ({"model_type": ["deepseek_v2"]}, "model_type is .*, expected a string"),
         ({"moe_layer_freq": [0, 1, 1, 1]}, "moe_layer_freq is .*, expected an integer"),
-        ({"eos_token_id": "1"}, "eos_token_id is '1'"),
-        ({"eos_token_id": [1, -1]}, "eos_token_id is .*-1.*a token id or a list of them"),
-        ({"eos_token_id": 2**32}, "eos_token_id is 4294967296"),
         ({"bos_token_id": 400}, "bos_token_id is 400, must be 0 to 319"),
         ({"torch_dtype": "bfloat16", "dtype": "float32"}, "dtype is 'float32' and torch_dtype is 'bfloat16'"),
     ],
@@ -253,7 +250,6 @@ def test_a_config_that_is_no_json_object_is_refused_with_its_path(tmp_path: Path
         ({"num_experts_per_tok": 99}, "num_experts_per_tok"),
         ({"rope_scaling": {"type": "linear"}}, "rope type is 'linear'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method is 'awq'"),
-        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
     ],
 )
 def test_a_fault_of_a_config_is_told_with_the_path_of_its_file(
@@ -264,25 +260,3 @@ def test_a_fault_of_a_config_is_told_with_the_path_of_its_file(
     with pytest.raises((InvalidModelConfig, UnsupportedModel)) as raised:
         Checkpoint.open(tmp_path).model_config()
     assert str(raised.value).startswith(f"{path}: {message}")
-
-
-def test_so_is_one_of_the_generation_config(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, "v2")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
-    with pytest.raises(InvalidModelConfig) as raised:
-        Checkpoint.open(folder).model_config()
-    assert str(raised.value).startswith(f"{folder / 'generation_config.json'}: eos_token_id is 'x'")
-
-
-def test_end_tokens_of_the_generation_config_are_added(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, "v2", eos_token_id=[1, 5])
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
-    assert Checkpoint.open(folder).model_config().eos_token_ids == (1, 5, 2)
-
-
-def test_an_end_token_outside_the_vocabulary_ends_nothing_and_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = write_checkpoint(tmp_path, "v2", eos_token_id=[100001, 1])  # as models have whose vocabulary was pruned
-    assert Checkpoint.open(folder).model_config().eos_token_ids == (1,)
-    assert "eos_token_id 100001 is outside the vocabulary of 320 tokens" in caplog.text
