@@ -1,6 +1,6 @@
 """The one table between exceptions and gRPC statuses, with google.rpc details that a client can act on.
 
-Code raises these exceptions; the interceptor in protos/rpc.py turns them into statuses; nothing else does.
+Code raises these exceptions; the handlers that protos/rpc.py makes turn them into statuses; nothing else does.
 """
 
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""How gRPC is used here: server and channel settings, request parsing, and the interceptor that answers with statuses.
+"""How gRPC is used here: server and channel settings, request parsing, and handlers that answer with statuses.
 
 Handlers take and return raw bytes where it matters and parse with `parse`, so that a malformed request is the
 client's INVALID_ARGUMENT and not our INTERNAL.
