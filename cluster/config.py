@@ -308,7 +308,7 @@ class RayConfig(StrictModel):
         if address not in (None, RAY_AUTO, RAY_LOCAL) and ray_host_and_port(address) is None:
             raise ValueError(
                 f"must be auto, HOST:PORT or ray://HOST:PORT, got {reprlib.repr(address)}; leave it out to start a "
-                "cluster on this machine"
+                "cluster on this machine, or give a PORT of 1 to 65535"
             )
         return None if address == RAY_LOCAL else address
 
@@ -391,4 +391,6 @@ def _describe(fault: Any) -> str:
         return f"{path}: must be a mapping of keys to values, got {reprlib.repr(fault['input'])}"
     if fault["type"] == "tuple_type":
         return f"{path}: must be a list, got {reprlib.repr(fault['input'])}"
-    return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {reprlib.repr(fault['input'])}"
+    is_text = fault["type"] in ("int_type", "float_type") and isinstance(fault["input"], str)
+    way_out = ", which is text: a number has no quotes, and as YAML has it 1e3 is 1.0e+3" if is_text else ""
+    return f"{path}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {reprlib.repr(fault['input'])}{way_out}"

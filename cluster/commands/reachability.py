@@ -24,7 +24,7 @@ def why_unreachable(address: str, access: ClientAccess) -> str | None:
     """The reason and the way out; None when everything that can be tried here succeeds."""
     where = host_and_port(address.removeprefix("dns:"))
     if where is None:
-        return f"{address!r} is not host:port"
+        return f"{address!r} is not host:port with a port of 1 to 65535"
     host, port = where
     try:
         with socket.create_connection((host, port), TIMEOUT_S):

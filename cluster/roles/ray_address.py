@@ -26,7 +26,9 @@ def check_answers(address: str) -> None:
         raise ConnectionError("no Ray runs on this machine: `ray start --head` starts one; or leave ray.address out")
     where = ray_host_and_port(found)
     if where is None:
-        raise ConnectionError(f"RAY_ADDRESS is {found!r}, must be HOST:PORT or ray://HOST:PORT; unset it or set it so")
+        raise ConnectionError(
+            f"RAY_ADDRESS is {found!r}, must be HOST:PORT or ray://HOST:PORT; unset it, or give a PORT of 1 to 65535"
+        )
     try:
         socket.create_connection(where, TIMEOUT_S).close()
     except OSError as error:

@@ -13,6 +13,20 @@ from cluster.yaml_file import MAX_FILE_BYTES
 from router.router_config import CapacityPolicy
 
 
+def test_a_number_that_yaml_takes_for_text_is_told_with_the_form_that_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "text.yaml"
+    path.write_text("drain_timeout_s: 1e3\ngateway: {port: '50051'}\nmodel: 3\n")
+    with pytest.raises(ConfigError) as error:
+        read_config(path)
+    way_out = "which is text: a number has no quotes, and as YAML has it 1e3 is 1.0e+3"
+    _, *faults = sorted(str(error.value).splitlines())
+    assert faults[0] == f"drain_timeout_s: input should be a valid number, got '1e3', {way_out}"
+    assert faults[1] == f"gateway.port: input should be a valid integer, got '50051', {way_out}"
+    assert faults[2] == "model: input should be a valid string, got 3"
+    path.write_text("drain_timeout_s: 1.0e+3")
+    assert read_config(path).drain_timeout_s == 1000.0
+
+
 def test_an_empty_file_is_the_bundled_model_with_two_workers_and_four_shards(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("# nothing\n")
@@ -78,6 +92,7 @@ def test_values_reach_the_part_that_reads_them() -> None:
         ({"ray": {"address": ""}}, "ray.address: must be auto, HOST:PORT or ray://HOST:PORT, got ''"),
         ({"ray": {"address": "http://head:6379"}}, "ray.address: must be auto, HOST:PORT or"),
         ({"ray": {"address": "head:99999"}}, "ray.address: must be auto, HOST:PORT or"),
+        ({"ray": {"address": "head:99999"}}, "a PORT of 1 to 65535"),
         ({"ray": {"address": 6379}}, "ray.address: input should be a valid string, got 6379"),
         ([1, 2], "the document"),
         ("bundled", "the document"),

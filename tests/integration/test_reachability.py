@@ -108,7 +108,7 @@ def test_an_address_where_nobody_listens_is_told_so() -> None:
     "address", ["gateway", "gateway:", ":50051", "gateway:port", "gateway:0", "gateway:99999", "h:²", "a..b:50051"]
 )
 def test_what_is_no_address_is_named(address: str) -> None:
-    assert why_unreachable(address, ClientAccess()) == f"{address!r} is not host:port"
+    assert why_unreachable(address, ClientAccess()) == f"{address!r} is not host:port with a port of 1 to 65535"
     told: list[object] = []
     wait_until_listening(address, 30.0, lambda *said: told.append(said), sleep=told.append)
     assert not told  # nobody waits for what is no address
