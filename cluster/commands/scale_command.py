@@ -25,11 +25,14 @@ LEAVING = {
     "worker": ("hands its requests over and then ends", "hand their requests over and then end"),
 }
 
+# So that -1 is told as what it is, and not as an option that there is none of.
+TAKES_NEGATIVE = {"ignore_unknown_options": True}
+
 scale_app = typer.Typer(no_args_is_help=True, help="Change how many processes there are, while requests run.")
 drain_app = typer.Typer(no_args_is_help=True, help="Let one process end without a request noticing.")
 
 
-@scale_app.command("shards")
+@scale_app.command("shards", context_settings=TAKES_NEGATIVE)
 def scale_shards(
     count: Annotated[int, typer.Argument(callback=COUNT, help="How many expert shards there shall be.")],
     address: Address = DEFAULT_ADDRESS,
@@ -43,7 +46,7 @@ def scale_shards(
     _tell("shard", count, change.added_ep_ranks, change.drained_ep_ranks)
 
 
-@scale_app.command("workers")
+@scale_app.command("workers", context_settings=TAKES_NEGATIVE)
 def scale_workers(
     count: Annotated[int, typer.Argument(callback=COUNT, help="How many attention workers there shall be.")],
     address: Address = DEFAULT_ADDRESS,
@@ -57,7 +60,7 @@ def scale_workers(
     _tell("worker", count, change.added_dp_ranks, change.drained_dp_ranks)
 
 
-@drain_app.command("shard")
+@drain_app.command("shard", context_settings=TAKES_NEGATIVE)
 def drain_shard(
     ep_rank: Annotated[int, typer.Argument(callback=RANK, help="The shard's number.")],
     address: Address = DEFAULT_ADDRESS,
@@ -71,7 +74,7 @@ def drain_shard(
     _tell_change("shard", [ep_rank], LEAVING)
 
 
-@drain_app.command("worker")
+@drain_app.command("worker", context_settings=TAKES_NEGATIVE)
 def drain_worker(
     dp_rank: Annotated[int, typer.Argument(callback=RANK, help="The worker's number.")],
     address: Address = DEFAULT_ADDRESS,
