@@ -74,7 +74,11 @@ def restart_all(
             sleep(POLL_S)
         return found
 
-    for name in [process.name for process in client.status().processes]:
+    names = [process.name for process in client.status().processes]
+    gateways = [name for name in names if name.startswith(RoleName.GATEWAY)]
+    if len(gateways) == 1 and only in (None, RoleName.GATEWAY):
+        show(f"{gateways[0]} is the only gateway: while it is replaced, new calls are refused for some seconds")
+    for name in names:
         role, _, rank = name.rpartition("-")
         if only in (None, role):
             before = until(partial(_look, client, name), name)

@@ -66,6 +66,16 @@ def test_every_process_is_replaced_once_and_one_at_a_time() -> None:
     assert set(admin.generations.values()) == {1}
 
 
+def test_that_the_only_gateway_is_away_for_a_while_is_said_before_anything_is_replaced() -> None:
+    admin = FakeAdmin()
+    refused = "gateway-0 is the only gateway: while it is replaced, new calls are refused for some seconds"
+    assert run(admin)[:2] == [refused, "shard-0 is replaced"]
+    assert run(admin, RoleName.GATEWAY) == [refused, "gateway-0 is replaced"]
+    assert run(admin, RoleName.WORKER) == ["worker-0 is replaced", "worker-1 is replaced"]
+    admin.generations["gateway-1"] = 0
+    assert run(admin, RoleName.GATEWAY) == ["gateway-0 is replaced", "gateway-1 is replaced"]
+
+
 class Gone(grpc.RpcError):
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.INVALID_ARGUMENT
@@ -74,7 +84,7 @@ class Gone(grpc.RpcError):
 def test_a_process_that_leaves_before_its_turn_is_left_alone_and_that_is_said() -> None:
     admin = FakeAdmin()
     admin.leaves_after = {"shard-0": 0, "worker-1": 2}
-    assert run(admin) == [
+    assert run(admin)[1:] == [
         "shard-0 is leaving, left alone",
         "shard-1 is replaced",
         "worker-0 is replaced",
@@ -87,7 +97,7 @@ def test_a_process_that_leaves_before_its_turn_is_left_alone_and_that_is_said() 
 def test_a_process_that_is_drained_while_it_is_replaced_is_not_waited_for() -> None:
     admin = FakeAdmin()
     admin.leaves_after = {"shard-1": 2}
-    assert run(admin)[1] == "shard-1 is leaving, left alone"
+    assert run(admin)[2] == "shard-1 is leaving, left alone"
 
 
 def test_a_process_that_has_left_before_its_turn_is_passed_over() -> None:
@@ -96,7 +106,7 @@ def test_a_process_that_has_left_before_its_turn_is_passed_over() -> None:
     del admin.generations["shard-1"]
     looks = [first]
     admin_status, admin.status = admin.status, lambda: looks.pop() if looks else admin_status()  # type: ignore[method-assign]
-    assert run(admin)[1] == "shard-1 has left meanwhile"
+    assert run(admin)[2] == "shard-1 has left meanwhile"
 
 
 def test_a_process_that_leaves_at_the_moment_when_it_is_asked_for_is_passed_over(
@@ -110,7 +120,7 @@ def test_a_process_that_leaves_at_the_moment_when_it_is_asked_for_is_passed_over
         restart(self, role, rank)
 
     monkeypatch.setattr(FakeAdmin, "restart", restart_others)
-    assert run(admin)[1] == "shard-1 has left or is leaving, left alone"
+    assert run(admin)[2] == "shard-1 has left or is leaving, left alone"
     assert admin.restarted == ["shard-0", "worker-0", "worker-1", "gateway-0"]
 
 
