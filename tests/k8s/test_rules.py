@@ -42,6 +42,13 @@ def left_out(**totals: str) -> Series:
     return {f'mobula_{kind}_assignments_total{{dp_rank="0"}}': values for kind, values in totals.items()}
 
 
+def waiting(gateway: str, worker: str, refused_by: str = "") -> Series:
+    """Requests that wait there; one a second is refused if there is a reason for it."""
+    series = {"mobula_gateway_requests_waiting": gateway, 'mobula_num_requests_waiting{dp_rank="0"}': worker}
+    refused = {f'mobula_gateway_sheds_total{{reason="{refused_by}"}}': "0+60x40"} if refused_by else {}
+    return series | refused
+
+
 TTFT, ITL = "mobula_time_to_first_token_seconds", "mobula_inter_token_latency_seconds"
 UNEVEN, EVEN = "0.5+0x160", "0.9+0x160"
 CASES = [
@@ -134,8 +141,12 @@ CASES = [
     ),
     Case("MobulaLatentCacheFull", "30m", {'mobula_latent_cache_usage_ratio{dp_rank="0"}': "0.99x40"}, {"dp_rank": "0"}),
     Case("MobulaLatentCacheFull", "30m", {'mobula_latent_cache_usage_ratio{dp_rank="0"}': "0.5x40"}, None),
-    Case("MobulaQueueGrows", "30m", {'mobula_num_requests_waiting{dp_rank="0"}': "1+1x40"}, {"dp_rank": "0"}),
-    Case("MobulaQueueGrows", "30m", {'mobula_num_requests_waiting{dp_rank="0"}': "9x40"}, None),
+    Case("MobulaQueueGrows", "30m", waiting(gateway="1+1x40", worker="8x40"), {}),
+    Case("MobulaQueueGrows", "30m", waiting(gateway="0x40", worker="1+1x40"), {}),
+    Case("MobulaQueueGrows", "30m", waiting(gateway="9x40", worker="8x40", refused_by="wait"), {}),
+    Case("MobulaQueueGrows", "30m", waiting(gateway="9x40", worker="8x40", refused_by="client"), None),
+    Case("MobulaQueueGrows", "30m", waiting(gateway="9x40", worker="8x40"), None),
+    Case("MobulaQueueGrows", "30m", waiting(gateway="0x40", worker="8x40"), None),
     Case("MobulaFirstTokensSlow", "70m", histogram(TTFT, "2.5", slow=20), {}),
     Case("MobulaFirstTokensSlow", "40m", histogram(TTFT, "2.5", slow=8), {}),
     Case("MobulaFirstTokensSlow", "70m", histogram(TTFT, "2.5", slow=1), None),

@@ -175,7 +175,10 @@ SERVING = [
     Panel("Preempted", [(rate("mobula_num_preemptions_total", "dp_rank"), "worker {{dp_rank}}")], "cps"),
     Panel("Tokens in a step", quantiles("mobula_iteration_tokens", (0.5, 0.95))),
     Panel("Requests by status", [(rate("mobula_gateway_requests_total", "code"), "{{code}}")], "reqps"),
-    Panel("In flight at the gateway", [("sum(mobula_gateway_requests_in_flight)", "in flight")]),
+    Panel(
+        "At the gateways",
+        [("sum(mobula_gateway_requests_in_flight)", "in flight"), ("sum(mobula_gateway_requests_waiting)", "waiting")],
+    ),
     Panel("Ended by", [(rate("mobula_request_success_total", "finish_reason"), "{{finish_reason}}")], "reqps"),
     Panel("A layer's round trip", quantiles("mobula_dispatch_latency_seconds"), "s"),
     Panel("Left out by the overload valve", [(rate("mobula_dropped_assignments_total"), "assignments")], "cps"),
