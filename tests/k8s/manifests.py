@@ -43,9 +43,9 @@ def render(target: str) -> list[Manifest]:
     return deepcopy(_rendered(K8S / target))
 
 
-def render_component(name: str, folder: Path) -> list[Manifest]:
-    """The base with one component. `folder`: an empty one to write the kustomization to. Raises RenderError."""
-    files = {"resources": K8S / "base", "components": K8S / "components" / name}
+def render_component(name: str, folder: Path, target: str = "base") -> list[Manifest]:
+    """A target with one component. `folder`: an empty one to write the kustomization to. Raises RenderError."""
+    files = {"resources": K8S / target, "components": K8S / "components" / name}
     paths = {key: [os.path.relpath(path.resolve(), folder.resolve())] for key, path in files.items()}
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(paths))
     return deepcopy(_rendered(folder))

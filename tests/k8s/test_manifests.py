@@ -26,6 +26,7 @@ from tests.k8s.manifests import (
     pods,
     ray_cluster_spec,
     render,
+    render_component,
 )
 
 PLAIN = "overlays/raycluster"  # without Serve
@@ -130,15 +131,30 @@ def test_plain_cluster_is_that_of_the_service_with_mobula_serve_beside_the_head(
     assert (of_kind(plain, "RayService"), of_kind(service, "RayCluster")) == ([], [])
     spec, original = ray_cluster_spec(plain), ray_cluster_spec(service)
     assert spec["workerGroupSpecs"] == original["workerGroupSpecs"]
-    ray_head, serve = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    head = spec["headGroupSpec"]["template"]["spec"]
+    assert head["shareProcessNamespace"] is True
+    wait_s = head["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert 3 * config(plain).drain_timeout_s < wait_s < head["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "raycluster"])
+def test_mobula_serve_beside_the_head_reads_and_runs_what_the_application_does_on_a_gateway(
+    name: str, tmp_path: Path
+) -> None:
+    manifests = render_component("raycluster", tmp_path, f"overlays/{name}")
+    head, gateway = groups(manifests)["head"].template["spec"], groups(manifests)["gateway"]
+    ray_head, serve = head["containers"]
     assert serve["command"][:2] == ["mobula", "serve"]
-    assert spec["headGroupSpec"]["template"]["spec"]["shareProcessNamespace"] is True
+    assert [serve.get(key) for key in ("image", "volumeMounts", "envFrom")] == [
+        gateway.container.get(key) for key in ("image", "volumeMounts", "envFrom")
+    ]
+    assert all(variable in serve["env"] for variable in gateway.container["env"])
+    assert {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} < {variable["name"] for variable in serve["env"]}
+    assert {"ports", "lifecycle", "readinessProbe"} & set(serve) == set()
+    assert all(volume in head["volumes"] for volume in gateway.template["spec"]["volumes"])
     ours = {mount["mountPath"]: mount["name"] for mount in serve["volumeMounts"]}
     assert {mount["mountPath"]: mount["name"] for mount in ray_head["volumeMounts"]}.items() <= ours.items()
     assert ours[str(Path(serve["command"][-1]).parent)] == "config"
-    drain_s = config(plain).drain_timeout_s
-    wait_s = ray_head["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert 3 * drain_s < wait_s < spec["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,10 +1,22 @@
 """The policies let through the flows that Mobula has, and no other."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.k8s.manifests import OVERLAYS, ROOT, Group, Manifest, config, groups, of_kind, ray_cluster_spec, render
+from tests.k8s.manifests import (
+    OVERLAYS,
+    ROOT,
+    Group,
+    Manifest,
+    config,
+    groups,
+    of_kind,
+    ray_cluster_spec,
+    render,
+    render_component,
+)
 
 Flow = tuple[str, str, int]  # from, to, port; Pods of Mobula by role, others by name
 RAY_PORTS = (8265, 52365)  # dashboard and its agent, besides those that rayStartParams give
@@ -44,7 +56,8 @@ def wanted(manifests: list[Manifest]) -> set[Flow]:
     if ray_cluster_spec(manifests).get("enableInTreeAutoscaling"):
         flows |= {("head", ANY, 443), ("head", ANY, 6443)}
     if not settings.model.startswith(("/", "bundled")):
-        flows |= {(role, HUB, 443) for role in found if role != "head"}
+        starts = "head" if of_kind(manifests, "RayCluster") else "gateway"  # that reads the checkpoint to check it
+        flows |= {(role, HUB, 443) for role in {"gateway", "attention", "expert", starts}}
     return flows
 
 
@@ -107,6 +120,12 @@ def test_pods_take_exactly_the_flows_there_should_be(name: str) -> None:
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_pods_may_call_exactly_whom_they_should(name: str) -> None:
     manifests = render(f"overlays/{name}")
+    found, policies = groups(manifests), of_kind(manifests, "NetworkPolicy")
+    assert allowed(policies, found, "egress") == {flow for flow in wanted(manifests) if flow[0] in found}
+
+
+def test_mobula_serve_beside_the_head_reaches_the_hub_that_has_its_checkpoint(tmp_path: Path) -> None:
+    manifests = render_component("raycluster", tmp_path, "overlays/v2-lite-1node")
     found, policies = groups(manifests), of_kind(manifests, "NetworkPolicy")
     assert allowed(policies, found, "egress") == {flow for flow in wanted(manifests) if flow[0] in found}
 
