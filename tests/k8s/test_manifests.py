@@ -131,10 +131,7 @@ def test_plain_cluster_is_that_of_the_service_with_mobula_serve_beside_the_head(
     assert (of_kind(plain, "RayService"), of_kind(service, "RayCluster")) == ([], [])
     spec, original = ray_cluster_spec(plain), ray_cluster_spec(service)
     assert spec["workerGroupSpecs"] == original["workerGroupSpecs"]
-    head = spec["headGroupSpec"]["template"]["spec"]
-    assert head["shareProcessNamespace"] is True
-    wait_s = head["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert 3 * config(plain).drain_timeout_s < wait_s < head["terminationGracePeriodSeconds"]
+    assert spec["headGroupSpec"]["template"]["spec"]["shareProcessNamespace"] is True
 
 
 @pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "raycluster"])
@@ -155,6 +152,15 @@ def test_mobula_serve_beside_the_head_reads_and_runs_what_the_application_does_o
     ours = {mount["mountPath"]: mount["name"] for mount in serve["volumeMounts"]}
     assert {mount["mountPath"]: mount["name"] for mount in ray_head["volumeMounts"]}.items() <= ours.items()
     assert ours[str(Path(serve["command"][-1]).parent)] == "config"
+
+
+@pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "raycluster"])
+def test_ray_stays_until_mobula_serve_beside_it_has_drained(name: str, tmp_path: Path) -> None:
+    manifests = render_component("raycluster", tmp_path, f"overlays/{name}")
+    head = groups(manifests)["head"].template["spec"]
+    assert "while grep -qszx '[s]erve' " in head["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert head["containers"][1]["command"][1] == "serve"
+    assert 3 * config(manifests).drain_timeout_s + STOP_MARGIN_S <= head["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
