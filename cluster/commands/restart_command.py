@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple, Protocol, TypeVar
 import grpc
 import typer
 
-from cluster.client import DEFAULT_ADDRESS, AdminClient
+from cluster.client import BROKEN, DEFAULT_ADDRESS, AdminClient
 from cluster.commands.arguments import Address, within
 from cluster.commands.terminal import console, fail, fail_call
 from cluster.controller.process import RoleName
@@ -17,7 +17,8 @@ from protos import admin_pb2
 POLL_S = 0.5
 TIMEOUT = within(0.0, 86400.0, "large checkpoints load for minutes")
 T = TypeVar("T")
-RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED)
+FIRST_ANSWER_S = 10.0  # a gateway that is replaced is back by then; where there is none, nobody waits for longer
+RETRIED = (*BROKEN, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED)
 ROLES = {
     RoleName.SHARD: admin_pb2.PROCESS_ROLE_SHARD,
     RoleName.WORKER: admin_pb2.PROCESS_ROLE_WORKER,
@@ -74,7 +75,15 @@ def restart_all(
             sleep(POLL_S)
         return found
 
-    names = [process.name for process in client.status().processes]
+    def first_status() -> admin_pb2.GetStatusResponse:
+        deadline_s = clock() + FIRST_ANSWER_S
+        while (status := _answered(client.status)) is None:
+            sleep(POLL_S)
+            if clock() >= deadline_s:
+                return client.status()
+        return status
+
+    names = [process.name for process in first_status().processes]
     gateways = [name for name in names if name.startswith(RoleName.GATEWAY)]
     if len(gateways) == 1 and only in (None, RoleName.GATEWAY):
         show(f"{gateways[0]} is the only gateway: while it is replaced, new calls are refused for some seconds")

@@ -9,8 +9,11 @@ from protos import admin_pb2
 
 
 class NotYet(grpc.RpcError):
+    def __init__(self, code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION) -> None:
+        self._code = code
+
     def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.FAILED_PRECONDITION
+        return self._code
 
 
 class FakeAdmin:
@@ -50,6 +53,22 @@ class FakeAdmin:
         self.restarted.append(f"{name}-{rank}")
         self.generations[self.restarted[-1]] += 1
         self.num_looks_until_back = 2
+
+
+class StoppingAdmin(FakeAdmin):
+    """Its gateway stops while it is asked for the status, so many times from the first or a later look on."""
+
+    def __init__(self, first_look: int, num_looks: int = 3, code: grpc.StatusCode = grpc.StatusCode.CANCELLED) -> None:
+        super().__init__()
+        self.num_looks = 0
+        self.broken = range(first_look, first_look + num_looks)
+        self.code = code
+
+    def status(self) -> admin_pb2.GetStatusResponse:
+        self.num_looks += 1
+        if self.num_looks in self.broken:
+            raise NotYet(self.code)
+        return super().status()
 
 
 def run(admin: FakeAdmin, only: RoleName | None = None) -> list[str]:
@@ -136,3 +155,17 @@ def test_a_process_that_does_not_come_back_is_named() -> None:
     with pytest.raises(RestartTimeout, match="shard-0 was not replaced within 10 s"):
         run(admin)
     assert admin.restarted == ["shard-0"]
+
+
+@pytest.mark.parametrize("first_look", [1, 2, 5])
+def test_a_gateway_that_stops_while_it_is_asked_is_asked_again(first_look: int) -> None:
+    admin = StoppingAdmin(first_look)
+    run(admin)
+    assert set(admin.generations.values()) == {1}
+
+
+def test_what_nobody_answers_at_first_is_told_soon_and_not_after_the_time_for_a_process() -> None:
+    admin = StoppingAdmin(1, 10_000, grpc.StatusCode.UNAVAILABLE)
+    with pytest.raises(NotYet):
+        restart_all(admin, None, 600.0, lambda text: None, lambda: admin.now_s, admin.sleep)
+    assert admin.now_s <= 10.0
