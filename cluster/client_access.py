@@ -5,6 +5,7 @@ can read: a key is in a file or in MOBULA_API_KEY.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from cluster.security.keys import KEY_ID
 from protos.bounded_file import FileTooLarge, read_bounded, why_unreadable
 
 TLS, TLS_CA, TLS_CERT, TLS_KEY = "MOBULA_TLS", "MOBULA_TLS_CA", "MOBULA_TLS_CERT", "MOBULA_TLS_KEY"
 API_KEY, API_KEY_FILE = "MOBULA_API_KEY", "MOBULA_API_KEY_FILE"
+API_KEY_TEXT = re.compile(KEY_ID + r"\.[!-~]+")  # gRPC sends metadata in printable ASCII alone
 MAX_FILE_BYTES = 1024 * 1024
 
 
@@ -43,7 +46,7 @@ class ClientAccess:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ClientAccess":
-        """Raises AccessError for a file that cannot be read, and for a certificate without its key."""
+        """Raises AccessError for what cannot be read or is no key, and for a certificate without its key."""
         authority, certificate, private_key, key_file = (
             _read(environment.get(name)) for name in (TLS_CA, TLS_CERT, TLS_KEY, API_KEY_FILE)
         )
@@ -57,7 +60,7 @@ class ClientAccess:
             authority=authority,
             certificate=certificate,
             private_key=private_key,
-            api_key=environment.get(API_KEY) or (key_file.decode("ascii", "replace").strip() if key_file else None),
+            api_key=_api_key(environment, key_file),
         )
 
     def channel(self, address: str, options: Sequence[tuple[str, int]]) -> grpc.Channel:
@@ -96,6 +99,19 @@ class _ShowKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercept
 
     def _with_key(self, details: Any) -> Any:
         return details._replace(metadata=[*(details.metadata or ()), *self._metadata])
+
+
+def _api_key(environment: Mapping[str, str], key_file: bytes | None) -> str | None:
+    """The variable's before the file's. Raises AccessError, in which there is nothing of what may be a secret."""
+    origin, text = API_KEY, environment.get(API_KEY)
+    if not text:
+        if key_file is None:
+            return None
+        origin, text = environment[API_KEY_FILE], key_file.decode("ascii", "replace")
+    text = text.strip()
+    if not API_KEY_TEXT.fullmatch(text):
+        raise AccessError(f"{origin} holds no key, which is one line ID.SECRET")
+    return text
 
 
 def _read(path: str | None) -> bytes | None:

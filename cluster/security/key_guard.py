@@ -59,9 +59,8 @@ class KeyCheck:
 
     def _identify(self, shown: Sequence[str]) -> Key:
         if not shown:
-            raise self._refused(
-                Refusal.MISSING, Unauthenticated(f"no key; send it in the metadata: {AUTHORIZATION}: Bearer KEY")
-            )
+            way = f"send it in the metadata: {AUTHORIZATION}: Bearer KEY; on the command line: --api-key-file FILE"
+            raise self._refused(Refusal.MISSING, Unauthenticated(f"no key; {way}"))
         is_bearer = len(shown) == 1 and shown[0][: len(SCHEME)].lower() == SCHEME
         key = self._ring.find(shown[0][len(SCHEME) :].strip()) if is_bearer else None
         if key is None:

@@ -76,7 +76,11 @@ def test_who_lacks_one_of_them_is_not(address: str, authority: Authority, key_fi
         given[name] = None
     result = status(address, **given)
     assert result.exit_code == 1
-    assert ("UNAUTHENTICATED: no key" if missing == "api_key_file" else "UNAVAILABLE") in result.output
+    if missing == "api_key_file":
+        assert "UNAUTHENTICATED: no key" in result.output
+        assert "--api-key-file" in result.output
+    else:
+        assert "UNAVAILABLE" in result.output
 
 
 @pytest.mark.parametrize("fault", ["expired", "another authority"])
