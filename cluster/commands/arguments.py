@@ -14,6 +14,7 @@ from cluster.commands.terminal import fail
 
 MAX_UINT32 = 2**32 - 1  # of a proto's uint32
 MAX_UINT64 = 2**64 - 1
+MAX_DAYS = 36_500.0  # that a key or certificate is valid; dates end with the year 9999
 WEB_SCHEMES = ("http", "https", "grpc", "grpcs")
 
 

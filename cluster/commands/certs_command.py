@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 from cryptography import x509
 
+from cluster.commands.arguments import MAX_DAYS, within
 from cluster.commands.terminal import console, fail
 from cluster.security.authority import AUTHORITY_FOLDER, CLIENTS_FOLDER, PUBLIC_FOLDER, Authority
 from protos.certificates import AUTHORITY, CertificateError
 
 app = typer.Typer(no_args_is_help=True, help="Make and revoke certificates.")
+DAYS = within(0.0, MAX_DAYS, "make them again before they end")
 Folder = Annotated[Path, typer.Argument(help="Folder with the authority and all that it signs.")]
 
 
@@ -24,7 +26,7 @@ def make(
         typer.Option(help="Host or address by which clients reach the gateway, beside localhost; may be repeated."),
     ] = None,
     client: Annotated[list[str] | None, typer.Option(help="A client to make one for; may be repeated.")] = None,
-    days: Annotated[float, typer.Option(min=0, help="For how long they are valid.")] = 90.0,
+    days: Annotated[float, typer.Option(callback=DAYS, help="For how long they are valid.")] = 90.0,
 ) -> None:
     """Make an authority, if there is none, and new certificates for every role, the gateway's port and clients."""
     try:

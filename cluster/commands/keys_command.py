@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cluster.commands.arguments import MAX_DAYS, within
 from cluster.commands.terminal import console, fail
 from cluster.security.keys import Key, KeyFile, KeyFileError, Right, new_key, read_keys, utc_now, write_keys
 from cluster.security.private_file import replace_file
 
 app = typer.Typer(no_args_is_help=True, help="Add, list and revoke the keys that clients show.")
 File = Annotated[Path, typer.Argument(help="The file that gateway.keys names.")]
+DAYS = within(0.0, MAX_DAYS, "leave it out for a key that is valid for ever")
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="Names the key in logs and metrics; no secret.")]
 
 
@@ -21,7 +23,9 @@ def add(
     file: File,
     key_id: KeyId,
     right: Annotated[list[Right] | None, typer.Option(help="May be repeated; unset: generate.")] = None,
-    days: Annotated[float | None, typer.Option(min=0, help="For how long it is valid; unset: for ever.")] = None,
+    days: Annotated[
+        float | None, typer.Option(callback=DAYS, help="For how long it is valid; unset: for ever.")
+    ] = None,
     max_concurrent_requests: Annotated[int | None, typer.Option(min=1, help="Generate calls in flight.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the key here, readable for you alone; unset: print it.")

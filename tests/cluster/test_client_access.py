@@ -36,7 +36,7 @@ def test_the_gateways_file_of_keys_is_no_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["foo\nbar", "ann.a\nb", "ann.\udcff", "ann."])
 def test_a_variable_that_holds_no_key_is_named(text: str) -> None:
-    with pytest.raises(AccessError, match="^MOBULA_API_KEY holds no key, which is one line ID\\.SECRET$"):
+    with pytest.raises(AccessError, match=r"^MOBULA_API_KEY holds no key, which is one line ID\.SECRET$"):
         ClientAccess.from_environment({API_KEY: text})
 
 

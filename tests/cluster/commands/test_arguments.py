@@ -24,6 +24,16 @@ from cluster.commands.cli import app
         ("generate x --wait nan", "--wait is nan, must be 0.0 to 86400.0; 0 fails at once"),
         ("generate x --wait inf", "--wait is inf, must be 0.0 to 86400.0; 0 fails at once"),
         ("generate x --wait=-1", "--wait is -1.0, must be 0.0 to 86400.0; 0 fails at once"),
+        (
+            "keys add /dev/null/keys.json a --days 1e12",
+            "--days is 1000000000000.0, must be 0.0 to 36500.0; leave it out for",
+        ),
+        ("keys add /dev/null/keys.json a --days 3000000", "--days is 3000000.0, must be 0.0 to 36500.0"),
+        ("keys add /dev/null/keys.json a --days nan", "--days is nan, must be 0.0 to 36500.0"),
+        (
+            "certs make /dev/null/tls --days 1e9",
+            "--days is 1000000000.0, must be 0.0 to 36500.0; make them again before",
+        ),
         ("restart --timeout-s nan", "--timeout-s is nan, must be 0.0 to 86400.0; large"),
         (
             "status --address http://127.0.0.1:50051",
