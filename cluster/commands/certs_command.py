@@ -2,6 +2,8 @@
 run notice by themselves.
 """
 
+import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +16,29 @@ from cluster.security.authority import AUTHORITY_FOLDER, CLIENTS_FOLDER, PUBLIC_
 from protos.certificates import AUTHORITY, CertificateError
 
 app = typer.Typer(no_args_is_help=True, help="Make and revoke certificates.")
+HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
+MAX_HOST_CHARS = 253
 DAYS = within(0.0, MAX_DAYS, "make them again before they end")
 Folder = Annotated[Path, typer.Argument(help="Folder with the authority and all that it signs.")]
+
+
+def host_names(names: list[str] | None) -> list[str] | None:
+    """Ends the command for a name by which nobody can reach a gateway."""
+    for name in names or ():
+        if not (HOST_NAME.fullmatch(name) and len(name) <= MAX_HOST_CHARS) and not _is_address(name):
+            fail(
+                f"--name is {name!r}, must be an address or a host's name: letters, digits and hyphens between dots, "
+                f"1 to 63 each, {MAX_HOST_CHARS} in all"
+            )
+    return names
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 @app.command()
@@ -23,7 +46,10 @@ def make(
     folder: Folder,
     name: Annotated[
         list[str] | None,
-        typer.Option(help="Host or address by which clients reach the gateway, beside localhost; may be repeated."),
+        typer.Option(
+            callback=host_names,
+            help="Host or address by which clients reach the gateway, beside localhost; may be repeated.",
+        ),
     ] = None,
     client: Annotated[list[str] | None, typer.Option(help="A client to make one for; may be repeated.")] = None,
     days: Annotated[float, typer.Option(callback=DAYS, help="For how long they are valid.")] = 90.0,
