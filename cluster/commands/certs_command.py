@@ -13,6 +13,7 @@ from cryptography import x509
 from cluster.commands.arguments import MAX_DAYS, within
 from cluster.commands.terminal import console, fail
 from cluster.security.authority import AUTHORITY_FOLDER, CLIENTS_FOLDER, PUBLIC_FOLDER, Authority
+from protos.bounded_file import why_unreadable
 from protos.certificates import AUTHORITY, CertificateError
 
 app = typer.Typer(no_args_is_help=True, help="Make and revoke certificates.")
@@ -62,7 +63,9 @@ def make(
         authority.issue(folder / PUBLIC_FOLDER, "gateway", names, days)
         for client_name in client or ():
             authority.issue(folder / CLIENTS_FOLDER / client_name, client_name, (), days)
-    except (CertificateError, OSError, ValueError) as error:
+    except OSError as error:
+        fail(f"cannot write certificates to {folder}: {why_unreadable(error)}")
+    except (CertificateError, ValueError) as error:
         fail(str(error))
     console.print(f"certificates in {folder}, valid for {days:g} days", highlight=False)
     console.print(f"[dim]clients need {folder / AUTHORITY}, in which there is no key: give it to them[/dim]")
@@ -73,7 +76,15 @@ def make(
 def revoke(folder: Folder, certificate: Annotated[Path, typer.Argument(help="Its tls.crt.")]) -> None:
     """Have a certificate believed no more: renews ca.crl in every folder; copy it to the machines that serve."""
     try:
-        Authority.open(folder).revoke(x509.load_pem_x509_certificate(certificate.read_bytes()))
-    except (CertificateError, OSError, ValueError) as error:
+        revoked = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except OSError as error:
+        fail(f"cannot read the certificate {certificate}: {why_unreadable(error)}")
+    except ValueError:
+        fail(f"{certificate} holds no certificate in PEM form")
+    try:
+        Authority.open(folder).revoke(revoked)
+    except OSError as error:
+        fail(f"cannot write to {folder}: {why_unreadable(error)}")
+    except (CertificateError, ValueError) as error:
         fail(str(error))
     console.print(f"revoked {certificate}", highlight=False)

@@ -174,4 +174,6 @@ def _hash(secret: str) -> str:
 
 def _describe(error: ValidationError) -> str:
     """Without what was given: it may be a secret in the wrong place."""
-    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:5])
+    return "; ".join(
+        ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"]))) for fault in error.errors()[:5]
+    )

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from cluster.commands.cli import app
 from protos.certificates import CertificateFolder
+from tests.certificates import make_authority
 
 
 def error(*arguments: str | Path) -> str:
@@ -46,3 +47,16 @@ def test_names_of_hosts_and_addresses_are_taken(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["certs", "make", str(tmp_path / "tls"), *options])
     assert result.exit_code == 0, result.output
     assert set(names[:4]) < CertificateFolder(tmp_path / "tls" / "public").current().names
+
+
+def test_a_folder_that_cannot_be_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert error("make", tmp_path / "file") == f"cannot write certificates to {tmp_path / 'file'}: Not a directory"
+    assert error("make", "/proc/x") == "cannot write certificates to /proc/x: No such file or directory"
+
+
+def test_a_certificate_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+    folder = make_authority(tmp_path / "tls").folder
+    assert error("revoke", folder, "nothere") == "cannot read the certificate nothere: No such file or directory"
+    (tmp_path / "words").write_text("no certificate")
+    assert error("revoke", folder, tmp_path / "words") == f"{tmp_path / 'words'} holds no certificate in PEM form"

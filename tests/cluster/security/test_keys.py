@@ -71,6 +71,13 @@ def test_a_file_that_cannot_be_used_opens_nothing_and_closes_nothing(
         KeyRing(path)
 
 
+def test_a_file_that_is_no_json_is_named_with_the_reason_and_one_colon(path: Path) -> None:
+    path.write_text("ann.secret")
+    with pytest.raises(KeyFileError, match=r"keys\.json: Invalid JSON") as raised:
+        read_keys(path)
+    assert "secret" not in str(raised.value)
+
+
 def test_two_keys_with_one_id_are_refused(path: Path) -> None:
     write_keys(path, KeyFile(keys=(new_key("alice", GENERATE)[0], new_key("alice", GENERATE)[0])))
     with pytest.raises(KeyFileError, match="same id"):
