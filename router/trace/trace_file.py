@@ -44,13 +44,16 @@ class TraceWriter:
     """Use as a context manager: the file appears when the block ends well, and only then. Holds one window."""
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
-        """Raises OSError when the file cannot be made."""
+        """Raises TraceError when the file cannot be made."""
         self.path = path
         self.num_tokens = 0
         self._header = header
         self._index: list[dict[str, Any]] = []
         self._unfinished = path.with_name(path.name + ".unfinished")
-        self._archive = zipfile.ZipFile(self._unfinished, "w", zipfile.ZIP_DEFLATED)
+        try:
+            self._archive = zipfile.ZipFile(self._unfinished, "w", zipfile.ZIP_DEFLATED)
+        except OSError as error:
+            raise TraceError(f"cannot write {path}: {error.strerror}") from error
         self._write(HEADER_NAME, header_to_json(header))
 
     def add(self, window: TraceWindow) -> None:
