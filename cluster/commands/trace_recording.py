@@ -41,6 +41,8 @@ from router.trace.model_shape import ModelShape
 from router.trace.trace import ExpertIds, TraceError, TraceHeader, TraceWindow, id_dtype
 from router.trace.trace_file import TraceWriter
 
+MIN_TOKENS = 2  # one to place by, one to score
+
 
 class RecordingDispatcher:
     """Keeps the expert ids of what passes; see attention.decoder.ExpertDispatcher."""
@@ -94,8 +96,9 @@ def record(config: RecordingConfig, path: Path, on_progress: OnProgress = lambda
             requests = read_texts(config, tokenizer, max_model_len, on_progress)
         session = _Session(config, process, recorders[0], writer, on_progress)
         was_interrupted = session.run(requests)
-        if not writer.num_tokens:
-            raise TraceError("not one token was recorded: give it more time, or a text that is not empty")
+        if writer.num_tokens < MIN_TOKENS:  # a text that is empty has a token that begins it
+            found = f"{writer.num_tokens} of the {MIN_TOKENS} tokens that a replay needs were recorded"
+            raise TraceError(f"{found}: give it more time, or a text that is not empty")
     return Recording(
         num_tokens_by_label=session.counts,
         seconds=session.seconds,

@@ -109,19 +109,26 @@ def test_what_cannot_be_recorded_is_said_and_leaves_no_file(checkpoint: Path, te
     there.write_text("precious")
     empty = tmp_path / "empty.txt"
     empty.touch()
+    short = tmp_path / "short.txt"
+    short.write_text("a")
     for arguments, message in (
         (("--out", there, "--model", checkpoint), "exists; name another file or give --force"),
         (("--out", out, "--model", checkpoint, "--seconds", 0), "--seconds is 0.0, must be more than 0"),
         (("--out", out, "--prompt", "x", "--text", text), "not both"),
         (("--out", out, "--model", tmp_path / "nothing"), "no such folder"),
         (("--out", out, "--model", checkpoint, "--prompt", "reef " * 9000), "must be 1 to"),
-        (("--out", tmp_path / "no" / "folder", "--model", checkpoint, "--text", text), "No such file"),
+        (
+            ("--out", tmp_path / "no" / "x.npz", "--model", checkpoint, "--text", text),
+            f"cannot write {tmp_path}/no/x.npz: No such file or directory",
+        ),
+        (("--out", out, "--model", checkpoint, "--text", empty), "0 of the 2 tokens that a replay needs"),
+        (("--out", out, "--model", checkpoint, "--text", short), "1 of the 2 tokens that a replay needs"),
     ):
         result = run("record", *arguments)
         assert result.exit_code == 1, result.output
         assert message in result.stderr
         assert "Traceback" not in result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "reef.txt", "there.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "reef.txt", "short.txt", "there.npz"]
     assert there.read_text() == "precious"
 
 
