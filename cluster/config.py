@@ -212,7 +212,7 @@ class AdmissionConfig(StrictModel):
 
     max_wait_s: PositiveSeconds = 10.0  # who is expected to wait longer gets RESOURCE_EXHAUSTED at once
     max_request_mib: Mib = 256.0  # of all requests that wait or are computed, in memory
-    # One client is one key, or one address where no keys are wanted.
+    # One client is one key, or one address where no keys are wanted. Each gateway counts for itself.
     max_requests_per_client: Annotated[int, Field(ge=1)] | None = None  # in flight; unset: no limit but fairness
     max_tokens_per_s_per_client: Annotated[float, Field(gt=0, le=1e12)] | None = None  # both ways; unset: no limit
 

@@ -26,7 +26,9 @@ def add(
     days: Annotated[
         float | None, typer.Option(callback=DAYS, help="For how long it is valid; unset: for ever.")
     ] = None,
-    max_concurrent_requests: Annotated[int | None, typer.Option(min=1, help="Generate calls in flight.")] = None,
+    max_concurrent_requests: Annotated[
+        int | None, typer.Option(min=1, help="Generate calls in flight in each gateway.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the key here, readable for you alone; unset: print it.")
     ] = None,

@@ -10,7 +10,7 @@ class Caller:
 
     Attributes:
         key_id: of the key that it showed; "" where none is needed. No secret: it may be logged and be a label.
-        max_concurrent_requests: Generate calls that all holders of the key may have in flight; None: no own limit.
+        max_concurrent_requests: Generate calls in flight in a gateway, of all holders of the key; None: no own limit.
     """
 
     key_id: str = ""

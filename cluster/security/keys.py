@@ -55,7 +55,9 @@ class Key(BaseModel, frozen=True, extra="forbid"):
     rights: Annotated[frozenset[Right], Field(min_length=1)]
     expires: AwareDatetime | None = None
     is_revoked: bool = False
-    max_concurrent_requests: Annotated[int, Field(ge=1)] | None = None  # Generate calls in flight; None: no own limit
+    max_concurrent_requests: Annotated[int, Field(ge=1)] | None = (
+        None  # calls in flight in a gateway; None: no own limit
+    )
 
     def is_expired(self, now: datetime.datetime) -> bool:
         return self.expires is not None and now >= self.expires
