@@ -224,7 +224,7 @@ class GatewayConfig(StrictModel):
     host: str = "127.0.0.1"  # "0.0.0.0" to be reachable from other machines
     port: Port = 50051  # 0 takes a free one
     health_port: FixedPort | None = None  # health alone, in plaintext: for probes that speak no TLS; unset: none
-    metrics_port: Port = 9400  # HTTP: /metrics of every process, and the dashboard; 0 takes a free one
+    metrics_port: Port = 9400  # HTTP: the dashboard, /metrics (gateway 0: of every process); 0 takes a free one
     dashboard: bool = (
         True  # a page at http://host:metrics_port/ that shows load, placement and health; needs no Grafana
     )
