@@ -60,7 +60,7 @@ class ProcessCollector(Collector):
         is_up = GaugeMetricFamily(
             "mobula_process_up", "Whether the process answered the last scrape.", labels=["process"]
         )
-        families: dict[str, Metric] = {}
+        families: dict[str, Metric] = {is_up.name: is_up}  # another gateway's page has it too
         for family in self._own.collect():
             families[family.name] = Metric(family.name, family.documentation, family.type)
             families[family.name].samples.extend(family.samples)
@@ -70,7 +70,6 @@ class ProcessCollector(Collector):
             for family in found or ():
                 families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 families[family.name].samples.extend(_told_apart(process, family.samples))
-        yield is_up
         yield from families.values()
 
     def _collected(self) -> dict[str, str]:

@@ -101,6 +101,16 @@ def test_a_page_that_is_cut_or_cannot_be_read_is_left_out_and_its_process_is_dow
     assert ("mobula_rows_total", ()) not in found
 
 
+def test_what_another_gateway_says_of_processes_stands_beside_it_in_one_family(endpoints: dict[str, str]) -> None:
+    others = generate_latest(GatewayMetrics().of_all)
+    metrics = GatewayMetrics()
+    with one_page(others, len(others)) as address:
+        metrics.processes.targets = endpoints | {"gateway-1": address}
+        page = generate_latest(metrics.of_all).decode()
+    assert page.count("# TYPE mobula_process_up ") == 1
+    assert 'mobula_process_up{process="gateway-1"} 1.0' in page
+
+
 def test_requests_are_counted_by_the_status_that_ended_them() -> None:
     metrics = GatewayMetrics()
     with metrics.request():
