@@ -1,10 +1,9 @@
 """Quantises the routed experts of a checkpoint, or all its linear layers, into a new folder, one matrix at a time.
 
 1. `plan` checks the source and decides, from headers alone, every tensor of the result.
-2. `new_folder` gives a place beside the destination, which takes the destination's name only when all went well.
-3. `Conversion.write` fills it: matrices quantised, all else as it is, and the files that belong to the weights.
+2. `Conversion.write` fills a folder: matrices quantised, all else as it is, and the files that belong to the weights.
 
-Memory is bounded by a few tensors. Knows nothing of the terminal.
+Memory is bounded by a few tensors. Where the folder lies is in destination.py. Knows nothing of the terminal.
 """
 
 import json
@@ -12,9 +11,9 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,47 +186,6 @@ def plan(
             name + suffix: TensorHeader(dtype=part.dtypes[0], shape=part.shape) for suffix, part in parts.items()
         }
     return Conversion(source=source, selection=selection, matrix_format=matrix_format, groups=groups)
-
-
-@contextmanager
-def new_folder(destination: Path, *, num_bytes: int, is_forced: bool) -> Iterator[Path]:
-    """An empty folder beside `destination` that becomes it at the end, or vanishes if the block raises.
-
-    num_bytes: what will be written. is_forced: replaces what is there, if it is a checkpoint. Raises CannotConvert.
-    """
-    destination = destination.expanduser().absolute()
-    if destination.exists() or destination.is_symlink():
-        if not is_forced:
-            raise CannotConvert(f"{destination} exists; name another folder or give --force")
-        if not destination.is_dir() or destination.is_symlink() or not _may_be_replaced(destination):
-            raise CannotConvert(f"{destination} is no folder with a checkpoint; remove it yourself or name another")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    num_free = shutil.disk_usage(destination.parent).free
-    if num_bytes > num_free:
-        raise CannotConvert(
-            f"{destination.parent} has {num_free:,} bytes free, the checkpoint needs {num_bytes:,}; make room or name "
-            "another folder"
-        )
-    folder = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    replaced = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
-    folder.mkdir()
-    try:
-        yield folder
-        if destination.exists():
-            destination.rename(replaced)
-            folder.rename(destination)
-            shutil.rmtree(replaced)
-        else:
-            folder.rename(destination)
-    except BaseException:  # Ctrl-C too
-        if replaced.exists() and not destination.exists():
-            replaced.rename(destination)
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _may_be_replaced(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or not any(folder.iterdir())
 
 
 def _group_size(source: Checkpoint, chosen: Collection[str], asked: int | None) -> int:

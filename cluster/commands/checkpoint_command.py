@@ -57,16 +57,22 @@ def convert(
 ) -> None:
     """Quantise the routed experts of a checkpoint, or all its linear layers; everything else stays as it is."""
     from cluster.checkpoint.checkpoint import Checkpoint
-    from cluster.checkpoint.convert import ALL_LINEAR, EXPERTS, CannotConvert, new_folder, plan
+    from cluster.checkpoint.convert import ALL_LINEAR, EXPERTS, CannotConvert, plan
+    from cluster.checkpoint.destination import new_folder
     from cluster.checkpoint.json_fields import UnsupportedModel
     from cluster.checkpoint.safetensors_file import InvalidCheckpoint
 
     try:
         selection = ALL_LINEAR if all_linear else EXPERTS
-        conversion = plan(Checkpoint.open(_location(source)), experts.num_bits, group_size, selection)
-        with new_folder(destination, num_bytes=conversion.num_bytes, is_forced=force) as folder, _bytes_bar() as bar:
+        opened = Checkpoint.open(_location(source))
+        conversion = plan(opened, experts.num_bits, group_size, selection)
+        read, num_bytes = opened.file("config.json").parent, conversion.num_bytes
+        with (
+            new_folder(destination, source=read, num_bytes=num_bytes, is_forced=force) as folder,
+            _bytes_bar() as bar,
+        ):
             what = "linear layers" if all_linear else "experts"
-            task = bar.add_task(f"{what} to {conversion.matrix_format}", total=conversion.num_bytes)
+            task = bar.add_task(f"{what} to {conversion.matrix_format}", total=num_bytes)
             conversion.write(folder, lambda num_bytes: bar.advance(task, num_bytes))
     except (CannotConvert, InvalidCheckpoint, UnsupportedModel, OSError) as error:
         fail(str(error))

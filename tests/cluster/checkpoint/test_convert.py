@@ -1,7 +1,6 @@
 """Converting a checkpoint, and reading what came out of it."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from cluster.checkpoint import convert
 from cluster.checkpoint.checkpoint import Checkpoint, InvalidCheckpoint
-from cluster.checkpoint.convert import ALL_LINEAR, CannotConvert, new_folder, plan
+from cluster.checkpoint.convert import ALL_LINEAR, CannotConvert, plan
 from cluster.checkpoint.quantization import NOT_EXPERTS, NOT_LINEAR, packed_quantization_config
 from experts.quantized_matrix import MatrixFormat, QuantizedMatrix
 from tests.checkpoints import write_checkpoint
@@ -131,44 +130,6 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     with pytest.raises(CannotConvert, match=r"experts\.3\.down_proj\.weight: some of its numbers are NaN"):
         conversion.write(tmp_path / "made", lambda _: None)
-
-
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
-def test_what_is_half_written_vanishes_and_what_was_there_stays(tmp_path: Path, failure: type[BaseException]) -> None:
-    destination = tmp_path / "made"
-    destination.mkdir()
-    (destination / "config.json").write_text("{}")
-
-    def fail_half_way() -> None:
-        with new_folder(destination, num_bytes=1, is_forced=True) as folder:
-            (folder / "model.safetensors").write_text("half")
-            raise failure
-
-    with pytest.raises(failure):
-        fail_half_way()
-    assert os.listdir(tmp_path) == ["made"]
-    assert os.listdir(destination) == ["config.json"]
-
-
-def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_a_checkpoint(tmp_path: Path) -> None:
-    destination = tmp_path / "made"
-    destination.mkdir()
-    (destination / "config.json").write_text("old")
-    with pytest.raises(CannotConvert, match="exists; name another folder or give --force"):
-        new_folder(destination, num_bytes=1, is_forced=False).__enter__()
-    with new_folder(destination, num_bytes=1, is_forced=True) as folder:
-        (folder / "config.json").write_text("new")
-    assert (destination / "config.json").read_text() == "new"
-    assert os.listdir(tmp_path) == ["made"]
-    (destination / "config.json").rename(destination / "holiday.txt")
-    with pytest.raises(CannotConvert, match="is no folder with a checkpoint"):
-        new_folder(destination, num_bytes=1, is_forced=True).__enter__()
-
-
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(CannotConvert, match="bytes free, the checkpoint needs"):
-        new_folder(tmp_path / "made", num_bytes=2**60, is_forced=False).__enter__()
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("suffix", ["_packed", "_scale", "_shape"])

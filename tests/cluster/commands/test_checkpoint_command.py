@@ -44,6 +44,7 @@ def test_what_cannot_be_done_is_said_without_a_traceback(source: Path, tmp_path:
     assert run("convert", source, made, "--experts", "int8", "--no-compare").exit_code == 0
     for arguments, message in (
         (("convert", source, made, "--experts", "int8"), "exists; name another folder or give --force"),
+        (("convert", source, source, "--experts", "int8", "--force"), "is the source itself"),
         (("convert", made, tmp_path / "again", "--experts", "int4"), "is quantised already"),
         (("convert", tmp_path / "nothing", tmp_path / "x", "--experts", "int4"), "no such folder"),
         (("convert", source, tmp_path / "x", "--experts", "int4", "--group-size", 7), "must be multiples"),

@@ -1,0 +1,91 @@
+"""Where a converted checkpoint comes to lie: a new folder that replaces nothing but a checkpoint, never the source.
+
+Knows nothing of what is written.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from cluster.checkpoint.convert import FILES_BESIDE, CannotConvert
+from cluster.checkpoint.json_fields import read_json_object
+from cluster.checkpoint.safetensors_file import InvalidCheckpoint
+
+REPLACEABLE = (  # names of what a checkpoint's folder holds; with anything else in it the folder is not replaced
+    *("config.json", "*.safetensors", "*.safetensors.index.json", *FILES_BESIDE),
+    *("README*", "LICENSE*", ".gitattributes"),
+)
+
+
+@contextmanager
+def new_folder(destination: Path, *, source: Path, num_bytes: int, is_forced: bool) -> Iterator[Path]:
+    """An empty folder beside `destination` that becomes it at the end, or vanishes if the block raises.
+
+    source: the folder that is read meanwhile. num_bytes: what will be written. is_forced: replaces what is there, if it
+    is a checkpoint. Raises CannotConvert.
+    """
+    destination = destination.expanduser().absolute()
+    _refuse_overlap(destination, source)
+    _check_replaceable(destination, is_forced)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    num_free = shutil.disk_usage(destination.parent).free
+    if num_bytes > num_free:
+        raise CannotConvert(
+            f"{destination.parent} has {num_free:,} bytes free, the checkpoint needs {num_bytes:,}; make room or name "
+            "another folder"
+        )
+    folder = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    replaced = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+        _check_replaceable(destination, is_forced)  # again: a conversion takes long, and others may have written there
+        if destination.exists():
+            destination.rename(replaced)
+            folder.rename(destination)
+            shutil.rmtree(replaced)
+        else:
+            folder.rename(destination)
+    except BaseException:  # Ctrl-C too
+        if replaced.exists() and not destination.exists():
+            replaced.rename(destination)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _refuse_overlap(destination: Path, source: Path) -> None:
+    """Whatever links lead to them. os.path: unlike Path.resolve it takes links that lead in a circle."""
+    to, read = Path(os.path.realpath(destination)), Path(os.path.realpath(source.expanduser()))
+    if to == read:
+        raise CannotConvert(f"{destination} is the source itself; name another folder")
+    if read.is_relative_to(to):
+        raise CannotConvert(f"the source lies inside {destination}; name another folder")
+    if to.is_relative_to(read):
+        raise CannotConvert(f"{destination} lies inside the source; name a folder outside it")
+
+
+def _check_replaceable(destination: Path, is_forced: bool) -> None:
+    if not os.path.lexists(destination):
+        return
+    if not is_forced:
+        raise CannotConvert(f"{destination} exists; name another folder or give --force")
+    if destination.is_symlink() or not destination.is_dir() or not _is_checkpoint_or_empty(destination):
+        raise CannotConvert(f"{destination} is no folder with a checkpoint; remove it yourself or name another")
+    for path in sorted(destination.iterdir()):
+        if path.is_dir() or not any(fnmatchcase(path.name, pattern) for pattern in REPLACEABLE):
+            raise CannotConvert(
+                f"{destination} holds {path.name}, which is no file of a checkpoint and would be lost; move it away or "
+                "name another folder"
+            )
+
+
+def _is_checkpoint_or_empty(folder: Path) -> bool:
+    if not any(folder.iterdir()):
+        return True
+    try:
+        return "model_type" in read_json_object(folder / "config.json")
+    except (InvalidCheckpoint, OSError):
+        return False
