@@ -4,11 +4,14 @@ Knows nothing of what is written.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+import psutil
 
 from cluster.checkpoint.convert import FILES_BESIDE, CannotConvert
 from cluster.checkpoint.json_fields import read_json_object
@@ -30,7 +33,8 @@ def new_folder(destination: Path, *, source: Path, num_bytes: int, is_forced: bo
     destination = destination.expanduser().absolute()
     _refuse_overlap(destination, source)
     _check_replaceable(destination, is_forced)
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(destination)
+    _remove_stale(destination)
     num_free = shutil.disk_usage(destination.parent).free
     if num_bytes > num_free:
         raise CannotConvert(
@@ -45,15 +49,34 @@ def new_folder(destination: Path, *, source: Path, num_bytes: int, is_forced: bo
         _check_replaceable(destination, is_forced)  # again: a conversion takes long, and others may have written there
         if destination.exists():
             destination.rename(replaced)
-            folder.rename(destination)
-            shutil.rmtree(replaced)
-        else:
-            folder.rename(destination)
+        folder.rename(destination)
     except BaseException:  # Ctrl-C too
         if replaced.exists() and not destination.exists():
             replaced.rename(destination)
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _make_parent(destination: Path) -> None:
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CannotConvert(f"{destination.parent} is no folder; name another place for {destination.name}") from error
+    except OSError as error:
+        raise CannotConvert(f"{destination.parent} cannot be made: {error.strerror}; name another place") from error
+
+
+def _remove_stale(destination: Path) -> None:
+    """What a run to this destination left that was killed. Ours cannot be there yet: in a container pids come again."""
+    pattern = re.compile(rf"\.{re.escape(destination.name)}\.(partial|replaced)-(\d{{1,9}})")
+    for path in destination.parent.iterdir():
+        found = pattern.fullmatch(path.name)
+        if found is None or (found[1] == "replaced" and not destination.exists()):  # it may be all there is
+            continue
+        pid = int(found[2])
+        if pid == os.getpid() or not psutil.pid_exists(pid):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_overlap(destination: Path, source: Path) -> None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cluster.commands.terminal import console, fail
+from cluster.commands.terminal import INTERRUPTED, console, fail, signals_as_ctrl_c, status_of
 
 if TYPE_CHECKING:
     from cluster.checkpoint.accuracy import Accuracy
@@ -68,6 +68,7 @@ def convert(
         conversion = plan(opened, experts.num_bits, group_size, selection)
         read, num_bytes = opened.file("config.json").parent, conversion.num_bytes
         with (
+            signals_as_ctrl_c(),
             new_folder(destination, source=read, num_bytes=num_bytes, is_forced=force) as folder,
             _bytes_bar() as bar,
         ):
@@ -76,8 +77,8 @@ def convert(
             conversion.write(folder, lambda num_bytes: bar.advance(task, num_bytes))
     except (CannotConvert, InvalidCheckpoint, UnsupportedModel, OSError) as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        fail(f"interrupted; {destination} is as it was")
+    except KeyboardInterrupt as interrupt:
+        fail(f"interrupted; {destination} is as it was", status_of(interrupt))
     console.print(f"[green]wrote[/green] {escape(str(destination))}", highlight=False)
     if compare:
         _compare(source, str(destination), text, max_tokens)
@@ -137,7 +138,7 @@ def _compare(reference: str, candidate: str, text: Path | None, max_tokens: int)
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{text or 'the logits'}: {error}")
     except KeyboardInterrupt:
-        fail("interrupted before the comparison was done")
+        fail("interrupted before the comparison was done", INTERRUPTED)
     console.print(accuracy_view(accuracy, reference, candidate))
 
 

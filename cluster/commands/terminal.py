@@ -1,5 +1,9 @@
 """Where commands write, and how they end when something is wrong."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 import grpc
@@ -16,10 +20,46 @@ console = Console()
 errors = Console(stderr=True)
 
 
-def fail(message: str) -> NoReturn:
-    """Prints the error and ends the command with status 1."""
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP has come."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def signals_as_ctrl_c() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise Stopped, so that what Ctrl-C tidies up they tidy up too. Only the first of them:
+    a second one would end the tidying up.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    # nohup has SIGHUP ignored
+    before = {number: handler for number in numbers if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def status_of(interrupt: KeyboardInterrupt) -> int:
+    """What the command ends with, as shells have it."""
+    return 128 + interrupt.number if isinstance(interrupt, Stopped) else INTERRUPTED
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Prints the error and ends the command."""
     errors.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
+    raise typer.Exit(status)
 
 
 def fail_call(error: grpc.RpcError, address: str) -> NoReturn:

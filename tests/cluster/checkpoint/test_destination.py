@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.checkpoint import destination as destination_module
 from cluster.checkpoint.convert import CannotConvert
 from cluster.checkpoint.destination import new_folder
 
@@ -110,3 +111,33 @@ def test_what_others_put_there_during_the_conversion_is_not_replaced(tmp_path: P
         convert_while_others_write()
     assert os.listdir(tmp_path) == ["made"]
     assert (destination / "thesis.tex").exists()
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_to_the_same_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination = checkpoint(tmp_path / "made[1]")
+    monkeypatch.setattr(destination_module.psutil, "pid_exists", lambda pid: pid == 2)
+    for name in (".made[1].partial-2", ".made[1].partial-3", ".made[1].replaced-3", ".made1.partial-3"):
+        checkpoint(tmp_path / name)
+    checkpoint(tmp_path / f".made[1].partial-{os.getpid()}")  # of a container before, where it had the same pid
+    with folder_for(destination):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".made1.partial-3", ".made[1].partial-2", "made[1]"]
+
+
+def test_what_was_set_aside_stays_where_nothing_has_taken_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(destination_module.psutil, "pid_exists", lambda pid: False)
+    checkpoint(tmp_path / ".made.replaced-3")
+    with folder_for(tmp_path / "made"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".made.replaced-3", "made"]
+
+
+@pytest.mark.parametrize("place", ["file/made", "file/deeper/made"])
+def test_a_place_within_a_file_is_refused_in_words(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotConvert, match="is no folder; name another place for made"):
+        folder_for(tmp_path / place).__enter__()

@@ -1,6 +1,7 @@
 """`mobula checkpoint` as a user calls it."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,14 +60,26 @@ def test_what_cannot_be_done_is_said_without_a_traceback(source: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
 
 
-def test_control_c_leaves_nothing_behind(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_conversion_leaves_nothing_behind_and_shows_in_the_status(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     def interrupt(self: Conversion, folder: Path, on_written: object) -> None:
         (folder / "model.safetensors").write_text("half")
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
+
+    def unexpected(number: int, frame: object) -> None:
+        raise AssertionError
 
     monkeypatch.setattr(Conversion, "write", interrupt)
-    result = run("convert", source, tmp_path / "made", "--experts", "int4")
-    assert result.exit_code == 1
+    handler = signal.default_int_handler if number is signal.SIGINT else unexpected
+    before = signal.signal(number, handler)  # whatever these tests were started with
+    try:
+        result = run("convert", source, tmp_path / "made", "--experts", "int4")
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert result.exit_code == 128 + number
     assert "interrupted" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
