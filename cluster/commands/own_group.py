@@ -21,7 +21,8 @@ PR_SET_PDEATHSIG = 1  # of Linux
 
 def continue_in_own_group() -> None:
     """Returns in the child, which Ctrl-C ends at once until it says otherwise. Raises SystemExit in the process that
-    was called, when the child has ended: with its status, or 128 and the number of the signal that asked it to end.
+    was called, when the child has ended: with its status, or 128 and the number of the signal that asked it to end
+    where that, or Ctrl-C's status, is how it ended.
 
     Must be called before there are threads.
     """
@@ -67,6 +68,6 @@ def _wait_for(child: int) -> int:
             break
         time.sleep(LOOK_S)
     status = os.waitstatus_to_exitcode(wait_status)
-    if status >= 0:
-        return status
-    return 128 + (asked_by[0] if asked_by and -status == signal.SIGINT else -status)
+    if asked_by and status in (-signal.SIGINT, 128 + signal.SIGINT):  # as Ctrl-C, whatever was passed on
+        return 128 + asked_by[0]
+    return status if status >= 0 else 128 - status

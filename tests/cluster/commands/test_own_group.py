@@ -82,6 +82,18 @@ def test_a_child_that_still_imports_ends_at_once_with_the_status_of_the_signal(n
     assert (process.returncode, out, err) == (128 + number, "", "")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_child_that_ends_with_ctrl_cs_status_shows_which_signal_it_was(number: int) -> None:
+    process, _ = start(
+        "",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"try:\n    {SAY_UP}    {WAIT}\nexcept KeyboardInterrupt:\n    sys.exit(130)\n",
+    )
+    to_one(process, number)
+    process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 128 + number
+
+
 def test_the_status_is_the_childs() -> None:
     process, _ = start("", f"{SAY_UP}sys.exit(7)\n")
     process.communicate(timeout=TIMEOUT_S)
