@@ -67,9 +67,10 @@ def make(
         fail(f"cannot write certificates to {folder}: {why_unreadable(error)}")
     except (CertificateError, ValueError) as error:
         fail(str(error))
-    console.print(f"certificates in {folder}, valid for {days:g} days", highlight=False)
-    console.print(f"[dim]clients need {folder / AUTHORITY}, in which there is no key: give it to them[/dim]")
-    console.print(f"[dim]keep {folder / AUTHORITY_FOLDER} away from the machines that serve[/dim]")
+    console.print(f"certificates in {folder}, valid for {days:g} days", highlight=False, markup=False)
+    hint = f"clients need {folder / AUTHORITY}, in which there is no key: give it to them"
+    console.print(hint, style="dim", markup=False)
+    console.print(f"keep {folder / AUTHORITY_FOLDER} away from the machines that serve", style="dim", markup=False)
 
 
 @app.command()
@@ -87,4 +88,4 @@ def revoke(folder: Folder, certificate: Annotated[Path, typer.Argument(help="Its
         fail(f"cannot write to {folder}: {why_unreadable(error)}")
     except (CertificateError, ValueError) as error:
         fail(str(error))
-    console.print(f"revoked {certificate}", highlight=False)
+    console.print(f"revoked {certificate}", highlight=False, markup=False)

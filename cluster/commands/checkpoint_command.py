@@ -97,7 +97,8 @@ def compare_command(
 
 def accuracy_view(accuracy: "Accuracy", reference: str, candidate: str) -> RenderableType:
     """The figures as a table."""
-    table = Table(title=f"{candidate} against {reference}, {accuracy.num_tokens:,} tokens", title_justify="left")
+    title = escape(f"{candidate} against {reference}, {accuracy.num_tokens:,} tokens")
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("reference", justify="right")
     table.add_column("candidate", justify="right")

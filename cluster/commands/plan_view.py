@@ -2,6 +2,7 @@
 
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from attention.kernel_mla import odd_sizes
 from attention.mla_config import MlaConfig
@@ -32,7 +33,7 @@ def plan_view(plan: ServingPlan) -> RenderableType:
     }
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, text in rows.items():
-        table.add_row(name, text)
+        table.add_row(name, Text(text))  # no markup: names of folders may hold brackets
     return table
 
 

@@ -58,17 +58,17 @@ def serve_until_stopped(config: MobulaConfig, console: Console) -> int:
 
 
 def _print_banner(deployment: Deployment, console: Console) -> None:
-    address, model = deployment.address, escape(deployment.config.model)
-    mobula = f"{_command()}{_access_options(deployment.config)}"
-    scheme = "https" if deployment.config.tls.metrics else "http"
-    option = "" if address == DEFAULT_ADDRESS else f" --address {address}"
+    address, model = escape(deployment.address), escape(deployment.config.model)
+    mobula = escape(f"{_command()}{_access_options(deployment.config)}")
+    page = f"{'https' if deployment.config.tls.metrics else 'http'}://{escape(deployment.metrics_address)}"
+    option = "" if deployment.address == DEFAULT_ADDRESS else f" --address {address}"
     console.print(f"\n[bold green]serving[/bold green] {model} at [bold]{address}[/bold]", highlight=False)
     console.print(f"  try:      {mobula} generate 'def main():'{option}", highlight=False, soft_wrap=True)
     console.print(f"  experts:  {mobula} experts{option}", highlight=False, soft_wrap=True)
     console.print(f"  status:   {mobula} status{option}", highlight=False, soft_wrap=True)
     if deployment.config.gateway.dashboard:
-        console.print(f"  watch:    {scheme}://{deployment.metrics_address}/", highlight=False)
-    console.print(f"  metrics:  {scheme}://{deployment.metrics_address}/metrics", highlight=False)
+        console.print(f"  watch:    {page}/", highlight=False)
+    console.print(f"  metrics:  {page}/metrics", highlight=False)
     console.print("  stop:     Ctrl-C\n")
 
 

@@ -284,5 +284,6 @@ def _cases(policies: list[str], shards: list[int], redundancies: list[float], re
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    # no markup: a stage may be the name of a text's file
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)

@@ -93,7 +93,7 @@ def summary_view(generations: list[Generation], wall_s: float) -> RenderableType
         rate = generation.num_tokens / generation.total_s if generation.total_s else 0.0
         first = f"{generation.first_token_s * 1000:.0f} ms" if generation.first_token_s else "-"
         table.add_row(
-            generation.prompt.strip().splitlines()[0][:PROMPT_CHARS],
+            Text(generation.prompt.strip().splitlines()[0][:PROMPT_CHARS]),
             str(generation.usage.num_prompt_tokens),
             str(generation.num_tokens),
             first,
