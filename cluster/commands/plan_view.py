@@ -8,7 +8,8 @@ from attention.kernel_mla import odd_sizes
 from attention.mla_config import MlaConfig
 from cluster.byte_count import format_bytes
 from cluster.roles.preflight import ServingPlan
-from experts.kernels.library import instruction_set
+from experts.kernels import library as kernels
+from router import compiled
 
 
 def plan_view(plan: ServingPlan) -> RenderableType:
@@ -38,13 +39,16 @@ def plan_view(plan: ServingPlan) -> RenderableType:
 
 
 def _kernels(mla: MlaConfig) -> str:
-    found = instruction_set()
+    found = kernels.instruction_set()
     if found is None:
-        return "torch (slower: the CPU kernels are not built; install again where there is a C++ compiler)"
-    text = f"{found}, chosen for this processor"
-    if odd := odd_sizes(mla):
+        text = f"torch (slower: the CPU kernels are {kernels.why_not()})"
+    else:
+        text = f"{found}, chosen for this processor"
+    if found is not None and (odd := odd_sizes(mla)):
         sizes = " and ".join(f"{name} ({size})" for name, size in odd.items())
         text += (
             f"; attention by torch, slower: {sizes} {'are' if len(odd) > 1 else 'is'} odd, the kernels take even ones"
         )
+    if why := compiled.why_not():
+        text += f"; routing by numpy, slower: the router's library is {why}"
     return text

@@ -14,6 +14,7 @@ import torch
 from protos import native_library
 
 ABI = 6  # kAbi in native/kernels.h
+NATIVE = (Path(__file__).parent / "native", "mobula_abi", ABI)
 PROBE_BYTES = 256 * 2**20  # read by the bandwidth probe; larger than any cache
 
 
@@ -55,16 +56,21 @@ class CMatrix(ctypes.Structure):
 
 @cache
 def native() -> ctypes.CDLL | None:
-    """The library, or None where it was not built."""
-    library = native_library.load(Path(__file__).parent / "native", "mobula_abi", ABI)
+    """The library, or None where it was not built or cannot be used."""
+    library = native_library.load(*NATIVE)
     return None if library is None else _declared(library)
 
 
+def why_not() -> str | None:
+    """What the kernels are where `native` gives none, to follow "are"; None where it gives one."""
+    return native_library.why_not(*NATIVE)
+
+
 def require() -> ctypes.CDLL:
-    """The library. Raises RuntimeError where it was not built."""
+    """The library. Raises RuntimeError where there is none."""
     library = native()
     if library is None:
-        raise RuntimeError("the CPU kernels are not built; install the package where a C++ compiler is")
+        raise RuntimeError(f"the CPU kernels are {why_not()}")
     return library
 
 

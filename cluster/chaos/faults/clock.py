@@ -4,6 +4,7 @@ Needs a deployment of its own, for whose processes alone the clock jumps: cluste
 each, and reads the difference to the machine's clock from a file.
 """
 
+import ctypes
 import importlib.machinery
 import struct
 from collections.abc import Mapping
@@ -52,5 +53,9 @@ def clock_library() -> Path:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = NATIVE / f"library{suffix}"
         if path.is_file():
+            try:
+                ctypes.CDLL(str(path))  # as LD_PRELOAD it would be left out with a line that nobody sees
+            except OSError as error:
+                raise ChaosRefused(f"the library that sets a process's clock cannot be loaded: {error}") from error
             return path
     raise ChaosRefused("the library that sets a process's clock was not built; install the package with a C compiler")

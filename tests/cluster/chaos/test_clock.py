@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.chaos.deployment import FOLDER_VARIABLE
+from cluster.chaos.faults import clock
 from cluster.chaos.faults.clock import CLOCK_FILE, clock_library, set_clock
 from cluster.chaos.system import ChaosRefused
 
@@ -30,6 +31,15 @@ until = time.time() + 0.2
 libc.sem_timedwait(semaphore, ctypes.byref(Moment(int(until), int(until % 1 * 1e9))))
 print(time.monotonic() - started)
 """
+
+
+def test_a_library_that_cannot_be_loaded_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LIBRARY.name).write_text("no library")
+    monkeypatch.setattr(clock, "NATIVE", tmp_path)
+    with pytest.raises(ChaosRefused, match=r"cannot be loaded: .*file too short"):
+        clock_library()
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 import json
 import re
+from importlib.machinery import EXTENSION_SUFFIXES
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from cluster.config import ConfigError, parse_config
 from cluster.controller.process import RoleName
 from cluster.roles import preflight
 from cluster.roles.preflight import check, memory_budget
+from experts.kernels import library as kernels
 from experts.kernels import packed_matrix
+from router import compiled
 from router.placement import PlacementError
 from tests.checkpoints import write_checkpoint
 from tests.quantized_checkpoints import write_fp8_checkpoint
@@ -253,7 +256,26 @@ def test_what_the_kernels_hold_in_a_second_layout_is_counted(tmp_path: Path, mon
 def test_without_the_kernels_the_plan_says_so(tmp_path: Path) -> None:
     console = Console(file=StringIO(), width=200)
     console.print(plan_view(plan_of(write_checkpoint(tmp_path, "v2"))))
-    assert "torch (slower: the CPU kernels are not built" in console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "torch (slower: the CPU kernels are not built" in text
+    assert "routing by numpy, slower: the router's library is not built" in text
+
+
+@pytest.mark.parametrize("module", [kernels, compiled])
+def test_the_plan_says_why_a_library_that_is_there_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    broken = tmp_path / f"library{EXTENSION_SUFFIXES[0]}"
+    broken.write_text("no library")
+    monkeypatch.setattr(module, "NATIVE", (tmp_path, *module.NATIVE[1:]))
+    module.native.cache_clear()
+    try:
+        console = Console(file=StringIO(), width=1000)
+        console.print(plan_view(plan_of(write_checkpoint(tmp_path / "model", "v2"))))
+    finally:
+        module.native.cache_clear()
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"there but cannot be loaded ({broken}: file too short); install again" in text
 
 
 @pytest.mark.parametrize(
