@@ -8,7 +8,9 @@ import os
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention.tokenizer import Tokenizer
+from attention.tokenizer import BadTokenizer, Tokenizer
 from cluster.bundled_model.corpus import Document, Kind
 from cluster.config import DTypeName, MobulaConfig, parse_config
-from cluster.roles.preflight import open_model
+from cluster.roles.preflight import ServedModel, check, open_model
 from cluster.roles.single_process import SingleProcess
 
 WINDOW_TOKENS = 512  # context at most; each window begins anew
@@ -50,6 +52,7 @@ class Accuracy:
     greedy_agreement: float  # share of positions at which both would choose the same token
     median_logit_error: float
     max_logit_error: float
+    doubts: tuple[str, ...] = ()  # why the two may not be of one model
 
 
 def held_out_text(num_bytes: int) -> str:
@@ -63,6 +66,59 @@ def held_out_text(num_bytes: int) -> str:
         if sum(map(len, texts)) >= num_bytes:
             break
     return "\n".join(texts) or FALLBACK_TEXT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A checkpoint that can be compared with, and what both will read."""
+
+    location: str
+    dtype: DTypeName  # in which both are computed
+    model_type: str
+    vocab_size: int
+    text: str
+    token_ids: tuple[int, ...]
+    windows: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def open(cls, location: str, text: str | None, max_tokens: int) -> "Reference":
+        """Finds out all that can be without running it. location, text: see compare. Raises what compare raises."""
+        model = open_model(_config(location, DTypeName.FLOAT32))
+        if model.config.dtype is not torch.float16:
+            model = open_model(_config(location, DTypeName.AUTO))
+        dtype = DTypeName(str(model.dtype).removeprefix("torch."))
+        if text is None:
+            text = held_out_text(max_tokens * BYTES_PER_TOKEN)
+        token_ids = _token_ids(model, text, max_tokens)
+        check(_config(location, dtype))
+        reference = cls(
+            location=location,
+            dtype=dtype,
+            model_type=model.config.model_type,
+            vocab_size=model.config.decoder.vocab_size,
+            text=text,
+            token_ids=token_ids,
+            windows=_windows(token_ids),
+        )
+        with reference.reserved():
+            return reference
+
+    @contextmanager
+    def reserved(self) -> Iterator[BufferedRandom]:
+        """A file for the logits of all windows, with room for them. It has no name, so nothing is left of it, however
+        the process ends. Raises CannotCompare.
+        """
+        num_bytes = 4 * sum(map(len, self.windows)) * self.vocab_size
+        with tempfile.TemporaryFile(prefix="mobula-") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, num_bytes)
+            except OSError as error:
+                raise CannotCompare(
+                    f"{tempfile.gettempdir()} has no room for the reference's logits, {num_bytes:,} bytes "
+                    f"({error.strerror}); set TMPDIR to another folder, or lower --max-tokens"
+                ) from error
+            yield file
 
 
 def compare(
@@ -79,33 +135,35 @@ def compare(
     is served, or in float32 where nothing is served in its own. Raises CannotCompare and what
     cluster.roles.preflight.check raises.
     """
-    model = open_model(_config(reference, DTypeName.FLOAT32))
-    if model.config.dtype is not torch.float16:
-        model = open_model(_config(reference, DTypeName.AUTO))
-    dtype = DTypeName(str(model.dtype).removeprefix("torch."))
-    vocab_size = model.config.decoder.vocab_size
-    other_size = open_model(_config(candidate, dtype)).config.decoder.vocab_size
-    if vocab_size != other_size:
-        raise CannotCompare(
-            f"{reference} has {vocab_size} tokens, {candidate} has {other_size}: they are not of one model"
-        )
-    if text is None:
-        text = held_out_text(max_tokens * BYTES_PER_TOKEN)
-    windows = _windows(Tokenizer.read(model.tokenizer_folder()).encode_text(text)[:max_tokens])
-    with tempfile.TemporaryDirectory(prefix="mobula-") as folder:
-        shape = (sum(map(len, windows)), vocab_size)
-        kept = np.memmap(Path(folder) / "logits", dtype=np.float32, mode="w+", shape=shape)
-        start = 0
-        for rows in _logits(_config(reference, dtype), windows, "reference", on_progress):
-            kept[start : start + len(rows)] = rows.numpy()
-            start += len(rows)
+    base = Reference.open(reference, text, max_tokens)
+    doubts = _doubts(base, candidate, max_tokens)
+    with base.reserved() as file:
+        for rows in _logits(reference, "reference", base, on_progress):
+            file.write(rows.numpy().data)
+        file.seek(0)
         measurement = _Measurement()
-        start = 0
-        candidate_rows = _logits(_config(candidate, dtype), windows, "candidate", on_progress)
-        for window, rows in zip(windows, candidate_rows, strict=True):
-            measurement.add(torch.from_numpy(kept[start : start + len(rows)].copy()), rows, torch.tensor(window))
-            start += len(rows)
-        return measurement.result()
+        candidate_rows = _logits(candidate, "candidate", base, on_progress)
+        for window, rows in zip(base.windows, candidate_rows, strict=True):
+            kept = torch.empty_like(rows)
+            file.readinto(kept.numpy().data)
+            measurement.add(kept, rows, torch.tensor(window))
+        return measurement.result(doubts)
+
+
+def _doubts(reference: Reference, candidate: str, max_tokens: int) -> tuple[str, ...]:
+    """Raises CannotCompare where the two can be of no one model."""
+    model = open_model(_config(candidate, reference.dtype))
+    location, vocab_size = reference.location, model.config.decoder.vocab_size
+    if reference.vocab_size != vocab_size:
+        raise CannotCompare(
+            f"{location} has {reference.vocab_size} tokens, {candidate} has {vocab_size}: they are not of one model"
+        )
+    doubts = []
+    if model.config.model_type != reference.model_type:
+        doubts.append(f"model_type of {location} is {reference.model_type}, of {candidate} {model.config.model_type}")
+    if _token_ids(model, reference.text, max_tokens) != reference.token_ids:
+        doubts.append(f"the tokenizers of {location} and {candidate} read the text as different tokens")
+    return tuple(doubts)
 
 
 class _Measurement:
@@ -127,7 +185,7 @@ class _Measurement:
         largest = reference.abs().amax(dim=-1)  # [num_tokens]
         self._errors.append((candidate - reference).abs().amax(dim=-1) / largest)
 
-    def result(self) -> Accuracy:
+    def result(self, doubts: tuple[str, ...] = ()) -> Accuracy:
         errors = torch.cat(self._errors)
         reference, candidate = (float(np.exp(loss / self._num_targets)) for loss in self._losses)
         return Accuracy(
@@ -137,29 +195,41 @@ class _Measurement:
             greedy_agreement=self._num_agreed / len(errors),
             median_logit_error=float(errors.median()),
             max_logit_error=float(errors.max()),
+            doubts=doubts,
         )
 
 
 def _logits(
-    config: MobulaConfig,
-    windows: Sequence[Sequence[int]],
-    stage: str,
-    on_progress: Callable[[str, float], None],
+    location: str, role: str, reference: Reference, on_progress: Callable[[str, float], None]
 ) -> Iterator[Tensor]:
-    """Of each window: [num_tokens, vocab_size] fp32."""
-    on_progress(f"reading the {stage}", 0.0)
-    with SingleProcess(config) as process:
-        for number, window in enumerate(windows, start=1):
-            yield process.logits(window).cpu()
-            on_progress(f"running the {stage}", number / len(windows))
+    """Of each of the reference's windows: [num_tokens, vocab_size] fp32. role: what progress and errors call it."""
+    on_progress(f"reading the {role}", 0.0)
+    with SingleProcess(_config(location, reference.dtype)) as process:
+        for number, window in enumerate(reference.windows, start=1):
+            logits = process.logits(window).cpu().contiguous()
+            if not bool(logits.isfinite().all()):  # NaN has no largest logit, and would look like agreement
+                raise CannotCompare(
+                    f"the {role}, {location}, gives logits that are NaN or infinite: its weights are broken, or too "
+                    f"large for {reference.dtype.value}"
+                )
+            yield logits
+            on_progress(f"running the {role}", number / len(reference.windows))
 
 
-def _windows(token_ids: list[int]) -> list[list[int]]:
-    windows = [token_ids[start : start + WINDOW_TOKENS] for start in range(0, len(token_ids), WINDOW_TOKENS)]
+def _token_ids(model: ServedModel, text: str, max_tokens: int) -> tuple[int, ...]:
+    try:
+        return tuple(Tokenizer.read(model.tokenizer_folder()).encode_text(text)[:max_tokens])
+    except BadTokenizer as error:
+        raise CannotCompare(str(error)) from error
+
+
+def _windows(token_ids: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    windows = [tuple(token_ids[start : start + WINDOW_TOKENS]) for start in range(0, len(token_ids), WINDOW_TOKENS)]
     windows = [window for window in windows if len(window) > 1]  # the first token of a window is not predicted
     if not windows:
-        raise CannotCompare(f"the text has {len(token_ids)} tokens, at least 2 are needed; give a longer one")
-    return windows
+        there_are = f"{len(token_ids)} token{'s' * (len(token_ids) != 1)}"
+        raise CannotCompare(f"the text has {there_are}, at least 2 are needed; give a longer one")
+    return tuple(windows)
 
 
 def _config(model: str, dtype: DTypeName) -> MobulaConfig:

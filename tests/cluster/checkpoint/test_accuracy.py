@@ -1,10 +1,14 @@
 """One process's logits, and what two checkpoints' comparison says of them."""
 
+import errno
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cluster.checkpoint import accuracy
 from cluster.checkpoint.accuracy import CannotCompare, compare, held_out_text
@@ -90,8 +94,53 @@ def test_models_with_other_tokens_and_texts_without_tokens_are_refused(tmp_path:
     second = str(write_checkpoint(tmp_path / "second", vocab_size=328))
     with pytest.raises(CannotCompare, match=r"has 320 tokens, .* has 328: they are not of one model"):
         compare(first, second)
-    with pytest.raises(CannotCompare, match="at least 2 are needed"):
+    with pytest.raises(CannotCompare, match="the text has 0 tokens, at least 2 are needed"):
         compare(first, first, text="")
+    with pytest.raises(CannotCompare, match="the text has 1 token, at least 2 are needed"):
+        compare(first, first, text="T")
+
+
+def test_what_may_be_of_two_models_is_doubted(tmp_path: Path) -> None:
+    first, second = (
+        write_checkpoint(tmp_path / "first"),
+        write_checkpoint(tmp_path / "second", "v3", num_hidden_layers=2),
+    )
+    text = "The manta and the mobula glide over the reef."
+    assert compare(str(first), str(first), text=text).doubts == ()
+    tokenizer = second / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"add_bos_token": True}))
+    of_type, of_tokens = compare(str(first), str(second), text=text).doubts
+    assert of_type == f"model_type of {first} is deepseek_v2, of {second} deepseek_v3"
+    assert of_tokens == f"the tokenizers of {first} and {second} read the text as different tokens"
+
+
+@pytest.mark.parametrize("is_reference", [True, False])
+def test_logits_that_are_not_finite_are_no_agreement(tmp_path: Path, is_reference: bool) -> None:
+    whole, broken = str(write_checkpoint(tmp_path / "whole")), write_checkpoint(tmp_path / "broken")
+    path = broken / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][7] = torch.nan
+    save_file(tensors, path)
+    role, pair = ("reference", (str(broken), whole)) if is_reference else ("candidate", (whole, str(broken)))
+    with pytest.raises(CannotCompare, match=f"the {role}, {broken}, gives logits that are NaN or infinite"):
+        compare(*pair, text="The manta and the mobula glide over the reef.")
+
+
+def test_a_temporary_folder_that_is_too_small_is_named_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    stages: list[str] = []
+    folder = str(write_checkpoint(tmp_path / "model"))
+    with pytest.raises(CannotCompare, match=r"temporary has no room .* 5,120 bytes .* set TMPDIR .* --max-tokens"):
+        compare(folder, folder, text="x = 1\n", max_tokens=4, on_progress=lambda stage, _: stages.append(stage))
+    assert stages == []
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_the_standard_text_is_long_enough_and_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
