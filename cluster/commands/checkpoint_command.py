@@ -1,5 +1,7 @@
 """`mobula checkpoint`: converts checkpoints and says what a conversion costs. Loads torch only when a command runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,14 +12,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cluster.commands.terminal import INTERRUPTED, console, fail, signals_as_ctrl_c, status_of
+from cluster.commands.terminal import INTERRUPTED, console, errors, fail, signals_as_ctrl_c, status_of
 
 if TYPE_CHECKING:
     from cluster.checkpoint.accuracy import Accuracy
 
 app = typer.Typer(no_args_is_help=True, help="Convert checkpoints and compare them.")
 
-MaxTokens = Annotated[int, typer.Option(min=2, help="How much of the text is read.")]
+MaxTokens = Annotated[
+    int,
+    typer.Option(
+        min=2, help="How much of the text is read; each takes 4 bytes a token of the vocabulary in TMPDIR meanwhile."
+    ),
+]
 TextFile = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="UTF-8; unset: sources of Python's standard library."),
@@ -62,10 +69,13 @@ def convert(
     from cluster.checkpoint.json_fields import UnsupportedModel
     from cluster.checkpoint.safetensors_file import InvalidCheckpoint
 
+    content = _content(text)
     try:
         selection = ALL_LINEAR if all_linear else EXPERTS
         opened = Checkpoint.open(_location(source))
         conversion = plan(opened, experts.num_bits, group_size, selection)
+        if compare:
+            _check_comparable(source, content, max_tokens)
         read, num_bytes = opened.file("config.json").parent, conversion.num_bytes
         with (
             signals_as_ctrl_c(),
@@ -81,7 +91,7 @@ def convert(
         fail(f"interrupted; {destination} is as it was", status_of(interrupt))
     console.print(f"[green]wrote[/green] {escape(str(destination))}", highlight=False)
     if compare:
-        _compare(source, str(destination), text, max_tokens)
+        _compare(source, str(destination), content, max_tokens)
 
 
 @app.command(name="compare")
@@ -92,7 +102,7 @@ def compare_command(
     max_tokens: MaxTokens = TOKENS,
 ) -> None:
     """Run two checkpoints over the same text and show how far apart their answers are."""
-    _compare(reference, candidate, text, max_tokens)
+    _compare(reference, candidate, _content(text), max_tokens)
 
 
 def accuracy_view(accuracy: "Accuracy", reference: str, candidate: str) -> RenderableType:
@@ -116,31 +126,58 @@ def accuracy_view(accuracy: "Accuracy", reference: str, candidate: str) -> Rende
     return table
 
 
-def _compare(reference: str, candidate: str, text: Path | None, max_tokens: int) -> None:
-    from cluster.checkpoint.accuracy import CannotCompare
+def _compare(reference: str, candidate: str, content: str | None, max_tokens: int) -> None:
     from cluster.checkpoint.accuracy import compare as run
+
+    columns = (TextColumn("{task.description}"), BarColumn())
+    with (
+        _comparing(),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("", total=1.0)
+
+        def show(stage: str, fraction: float) -> None:
+            bar.update(task, description=stage, completed=fraction)
+
+        accuracy = run(reference, candidate, text=content, max_tokens=max_tokens, on_progress=show)
+    for doubt in accuracy.doubts:
+        warning = f"[yellow]warning:[/yellow] are they of one model? {escape(doubt)}"
+        errors.print(warning, highlight=False, soft_wrap=True)
+    console.print(accuracy_view(accuracy, reference, candidate))
+
+
+def _check_comparable(reference: str, content: str | None, max_tokens: int) -> None:
+    """Before a conversion, which may take hours, what would end the comparison after it."""
+    from cluster.checkpoint.accuracy import Reference
+
+    with _comparing("; give --no-compare to convert without"):
+        Reference.open(reference, content, max_tokens)
+
+
+@contextmanager
+def _comparing(hint: str = "") -> Iterator[None]:
+    """What is wrong with a checkpoint, a text or this machine ends the command with the reason."""
+    from cluster.checkpoint.accuracy import CannotCompare
     from cluster.checkpoint.json_fields import UnsupportedModel
     from cluster.checkpoint.safetensors_file import InvalidCheckpoint
     from cluster.config import ConfigError
     from router.placement import PlacementError
 
     try:
-        content = None if text is None else text.read_text(encoding="utf-8")
-        columns = (TextColumn("{task.description}"), BarColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=1.0)
-
-            def show(stage: str, fraction: float) -> None:
-                bar.update(task, description=stage, completed=fraction)
-
-            accuracy = run(reference, candidate, text=content, max_tokens=max_tokens, on_progress=show)
-    except (CannotCompare, ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError) as error:
-        fail(f"the checkpoints are not compared: {error}")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{text or 'the logits'}: {error}")
+        yield
+    except (CannotCompare, ConfigError, InvalidCheckpoint, UnsupportedModel, PlacementError, OSError) as error:
+        fail(f"the checkpoints are not compared: {error}{hint}")
     except KeyboardInterrupt:
         fail("interrupted before the comparison was done", INTERRUPTED)
-    console.print(accuracy_view(accuracy, reference, candidate))
+
+
+def _content(text: Path | None) -> str | None:
+    try:
+        return None if text is None else text.read_text(encoding="utf-8")
+    except OSError as error:
+        fail(f"{text}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"{text} is not UTF-8: {error.reason} at byte {error.start}")
 
 
 def _location(source: str) -> str | Path:

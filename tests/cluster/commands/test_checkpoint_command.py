@@ -60,6 +60,39 @@ def test_what_cannot_be_done_is_said_without_a_traceback(source: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
 
 
+def test_what_comparing_needs_is_looked_at_before_anything_is_converted(source: Path, tmp_path: Path) -> None:
+    latin, empty, made = tmp_path / "latin", tmp_path / "empty", tmp_path / "made"
+    latin.write_bytes("Bücher".encode("latin-1"))
+    empty.touch()
+    for text, message in (
+        (latin, f"{latin} is not UTF-8: invalid start byte at byte 1"),
+        (empty, "the text has 0 tokens, at least 2 are needed; give a longer one; give --no-compare to convert"),
+    ):
+        result = run("convert", source, made, "--experts", "int8", "--text", text)
+        assert result.exit_code == 1
+        assert message in result.output
+    (source / "tokenizer.json").unlink()
+    result = run("convert", source, made, "--experts", "int8")
+    assert result.exit_code == 1
+    assert "has no file tokenizer.json; give --no-compare to convert without" in result.output
+    assert not made.exists()
+    assert run("convert", source, made, "--experts", "int8", "--no-compare").exit_code == 0
+
+
+def test_a_broken_tokenizer_is_told_without_a_traceback(source: Path) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    result = run("compare", source, source)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: the checkpoints are not compared")
+
+
+def test_a_comparison_of_what_may_be_two_models_warns(source: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", "v3", num_hidden_layers=2)
+    result = run("compare", source, other, "--max-tokens", 8)
+    assert result.exit_code == 0
+    assert "warning: are they of one model? model_type of" in result.output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_what_ends_a_conversion_leaves_nothing_behind_and_shows_in_the_status(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
