@@ -169,7 +169,8 @@ def plan(
     for layer_id in decoder.moe_layer_ids:
         for expert_id in range(decoder.gate.n_routed_experts):
             source.check_role(decoder.expert_weight_shapes(layer_id, expert_id))
-    chosen = {name for name in source.names if selection.names.fullmatch(name)}
+    matching = (name for name in source.names if selection.names.fullmatch(name))
+    chosen = {name for name in matching if 0 not in source.shape(name)}  # no shared experts may be empty ones
     matrix_format = MatrixFormat(num_bits=num_bits, group_size=_group_size(source, chosen, group_size))
     quantization = IntQuantization(matrix_format=matrix_format, layout=IntLayout.PACKED)
     groups = {}

@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="Convert checkpoints and compare th
 MaxTokens = Annotated[
     int,
     typer.Option(
-        min=2, help="How much of the text is read; each takes 4 bytes a token of the vocabulary in TMPDIR meanwhile."
+        min=2, help="Of the text that are read; TMPDIR needs room for as many times the vocabulary, 4 bytes each."
     ),
 ]
 TextFile = Annotated[

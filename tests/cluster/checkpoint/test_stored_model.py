@@ -81,3 +81,17 @@ def test_a_model_stored_in_float16_is_read_as_float32_to_the_bit(tmp_path: Path)
     checkpoint.check_role(decoder.weight_shapes())
     embedding = DecoderWeights.read(checkpoint, decoder, torch.float32).embedding
     assert torch.equal(embedding.half(), checkpoint.read("model.embed_tokens.weight"))
+
+
+def test_empty_shared_experts_are_none_as_transformers_writes_them(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "source", "v2", n_shared_experts=0, q_lora_rank=32)
+    tensors = load_file(folder / "model.safetensors")
+    for layer_id in (1, 2):
+        for name, shape in (("gate", (0, 64)), ("up", (0, 64)), ("down", (64, 0))):
+            tensors[f"model.layers.{layer_id}.mlp.shared_experts.{name}_proj.weight"] = torch.zeros(shape)
+    save_file(tensors, folder / "model.safetensors")
+    assert check(parse_config({"model": str(folder)}))
+    (tmp_path / "made").mkdir()
+    plan(Checkpoint.open(folder), 4, selection=ALL_LINEAR).write(tmp_path / "made", lambda _: None)
+    assert check(parse_config({"model": str(tmp_path / "made")}))
+    assert Checkpoint.open(tmp_path / "made").shape("model.layers.1.mlp.shared_experts.down_proj.weight") == (64, 0)
