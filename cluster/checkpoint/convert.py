@@ -7,6 +7,7 @@ Memory is bounded by a few tensors. Where the folder lies is in destination.py. 
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -198,7 +199,7 @@ def _group_size(source: Checkpoint, chosen: Collection[str], asked: int | None) 
     tried = f"one of {list(GROUP_SIZES)}" if asked is None else f"which is {asked}"
     raise CannotConvert(
         f"the matrices to quantise have {' and '.join(map(str, widths))} columns, which must be multiples of the group "
-        f"size, {tried}; give --group-size a common divisor"
+        f"size, {tried}; give --group-size {math.gcd(*widths)} or a divisor of it"
     )
 
 

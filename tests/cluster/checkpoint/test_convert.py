@@ -104,10 +104,13 @@ def test_the_largest_usual_group_that_divides_both_sizes_is_taken(tmp_path: Path
     source = Checkpoint.open(write_checkpoint(tmp_path, "v2", moe_intermediate_size=48))
     assert plan(source, 4).matrix_format.group_size == 16
     assert plan(source, 4, 8).matrix_format.group_size == 8
-    with pytest.raises(CannotConvert, match=r"48 and 64 columns, which must be multiples .* is 32"):
+    with pytest.raises(
+        CannotConvert,
+        match=r"48 and 64 columns, which must be multiples .* is 32; give --group-size 16 or a divisor of it",
+    ):
         plan(source, 4, 32)
     odd = Checkpoint.open(write_checkpoint(tmp_path / "odd", "v2", moe_intermediate_size=40))
-    with pytest.raises(CannotConvert, match=r"one of \[128, 64, 32, 16\]"):
+    with pytest.raises(CannotConvert, match=r"one of \[128, 64, 32, 16\]; give --group-size 8 or a divisor of it"):
         plan(odd, 4)
 
 
