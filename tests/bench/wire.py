@@ -78,7 +78,8 @@ def measure(num_rows: int, num_blocks: int) -> Iterator[Row]:
     command = [sys.executable, "-m", "tests.bench.wire", "--measure", str(num_rows), "--blocks", str(num_blocks)]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise Unmeasurable(f"the measuring process ended with {result.returncode}: {result.stderr[-300:]}")
+        last = (result.stderr.strip() or "it said nothing").splitlines()[-1]
+        raise Unmeasurable(f"the measuring process ended with {result.returncode}: {last}")
     blocks: dict[str, list[float]] = json.loads(result.stdout.splitlines()[-1])
     params: dict[str, Param] = {"rows": num_rows, "of": HIDDEN_SIZE, "dtype": "bf16"}
     for name, samples in blocks.items():
