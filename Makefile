@@ -46,7 +46,7 @@ check: lint test
 
 # e.g. make bench ONLY=wire,kernels OUT=bench.json
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(BIN)/python -m tests.bench $(if $(ONLY),--only "$(ONLY)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 # Hostile input to every port and file format, e.g. make fuzz ARGS="--cases 500000 --seed 7"
 fuzz: $(VENV)/.installed-test

@@ -45,6 +45,7 @@ NOT_BUILT = {"cache": "the prefix cache is not built yet"}
 PLAIN_WIDTH = 160  # of a table that is not for a terminal
 MODELS = ("lite4", "tiny")
 MAX_MINUTES, QUICK_MINUTES = 25.0, 5.0
+INTERRUPTED = 130  # the status of what Ctrl-C has ended, as shells have it
 
 
 def parse_options(arguments: Sequence[str]) -> tuple[Options, Path | None]:
@@ -59,7 +60,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[Options, Path | None]:
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="those that are installed")
     parser.add_argument("--quick", action="store_true", help="fewer cells and repeats, and no large checkpoint")
     parser.add_argument("--cores", type=int, default=0, help="of this machine to use; 0: all")
-    parser.add_argument("--max-minutes", type=float, default=0.0, help="no measurement begins after")
+    parser.add_argument("--max-minutes", type=float, help="no measurement begins after")
     parser.add_argument("--folder", type=Path, default=None, help="where made checkpoints are kept")
     parsed = parser.parse_args(arguments)
     only = _names(parsed.only) or PARTS
@@ -71,12 +72,23 @@ def parse_options(arguments: Sequence[str]) -> tuple[Options, Path | None]:
     num_cores = len(os.sched_getaffinity(0))
     if not 0 <= parsed.cores <= num_cores:
         parser.error(f"--cores is {parsed.cores}, this machine has {num_cores}")
-    minutes = parsed.max_minutes or (QUICK_MINUTES if parsed.quick else MAX_MINUTES)
+    minutes = QUICK_MINUTES if parsed.quick else MAX_MINUTES
+    if parsed.max_minutes is not None:
+        minutes = parsed.max_minutes
+        if not minutes > 0:  # NaN too
+            parser.error(f"--max-minutes is {minutes}, must be more than 0")
+    folder = parsed.folder or checkpoints.default_folder()
+    models = _names(parsed.models) or (MODELS[1:] if parsed.quick else MODELS)
+    for name in models:
+        if not checkpoints.is_known(folder, name):
+            parser.error(checkpoints.unknown(name))
+    if parsed.out and (why := _why_not_writable(parsed.out)):
+        parser.error(f"--out {parsed.out} cannot be written: {why}")
     options = Options(
         only=only,
-        models=_names(parsed.models) or (MODELS[1:] if parsed.quick else MODELS),
+        models=models,
         formats=formats,
-        folder=parsed.folder or checkpoints.default_folder(),
+        folder=folder,
         num_threads=parsed.cores or num_cores,
         has_peers=parsed.peers,
         is_quick=parsed.quick,
@@ -101,7 +113,7 @@ def measure(part: str, options: Options) -> Iterator[Row]:
 
 
 def main() -> int:
-    """0 when every row was measured."""
+    """0 when every row was measured and written, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped
     options, out = parse_options(sys.argv[1:])
@@ -110,20 +122,55 @@ def main() -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
+    return run(options, out, console)
+
+
+def run(options: Options, out: Path | None, console: Console) -> int:
+    """Measures and prints the table, after Ctrl-C the rows so far. Returns the exit status."""
     rows: list[Row] = []
+    unsaved, status = "", 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(options.only))
-        for part in options.only:
-            shown = options.showing(partial(_show, progress, task, part))
-            shown.show("")
-            for row in measure(part, shown):
-                rows.append(row)
-                if out:  # after each row: an interrupted run keeps what it has
-                    dump(rows, out)
-            progress.advance(task)
-    console.print(table_of(rows))
-    return int(any(row.is_missing for row in rows))
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(options.only))
+            for part in options.only:
+                shown = options.showing(partial(_show, progress, task, part))
+                shown.show("")
+                for row in measure(part, shown):
+                    rows.append(row)
+                    if out:  # after each row: a killed run keeps what it has
+                        unsaved = _save(rows, out)
+                progress.advance(task)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if rows:
+        console.print(table_of(rows))
+    if unsaved:
+        console.print(f"not every row is in {out}: {unsaved}", markup=False)
+    if status:
+        console.print("interrupted; what was not measured yet is missing")
+    return status or int(bool(unsaved) or any(row.is_missing for row in rows))
+
+
+def _save(rows: Sequence[Row], out: Path) -> str:
+    """Why they cannot be written; empty when they are."""
+    try:
+        dump(rows, out)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _why_not_writable(path: Path) -> str:
+    """Empty if it can be. Leaves everything as it was."""
+    is_there = path.exists()
+    try:
+        path.open("a").close()
+        if not is_there:
+            path.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _show(progress: Progress, task: TaskID, part: str, text: str) -> None:
@@ -131,7 +178,7 @@ def _show(progress: Progress, task: TaskID, part: str, text: str) -> None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
+    return tuple(name for name in map(str.strip, text.split(",")) if name)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,16 @@ def default_folder() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "mobula-bench"
 
 
+def is_known(folder: Path, name: str) -> bool:
+    """Whether `find` has or makes it."""
+    return name in (BUNDLED, *SHAPES) or any((path / "config.json").exists() for path in (Path(name), folder / name))
+
+
+def unknown(name: str) -> str:
+    """What to say of one that is not known."""
+    return f"no checkpoint {name}: not a folder with config.json, not one of {[BUNDLED, *SHAPES]}"
+
+
 def find(folder: Path, name: str, kind: str, console: Console) -> Path:
     """The checkpoint `name` in the format `kind`, made if it is not there. Raises Unmeasurable."""
     plain = _find_plain(folder, name, console)
@@ -259,7 +269,7 @@ def _find_plain(folder: Path, name: str, console: Console) -> Path:
     if (folder / name / "config.json").exists():
         return folder / name
     if name not in SHAPES:
-        raise Unmeasurable(f"no checkpoint {name}: not a folder with config.json, not one of {[BUNDLED, *SHAPES]}")
+        raise Unmeasurable(unknown(name))
     return make(folder, name, console)
 
 
