@@ -129,7 +129,7 @@ def run(options: Options, out: Path | None, console: Console) -> int:
     """Measures and prints the table, after Ctrl-C the rows so far. Returns the exit status."""
     rows: list[Row] = []
     unsaved, status = "", 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("", total=len(options.only))

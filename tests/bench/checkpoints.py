@@ -190,7 +190,7 @@ def make(folder: Path, shape: str, console: Console) -> Path:
     num_bytes = sum(spec.num_bytes for spec in specs)
     _check_disk(folder, num_bytes)
     target, unfinished = folder / shape, folder / f"{shape}.unfinished"
-    console.print(f"making {shape}: {num_bytes / 1e9:.2f} GB of random weights into {target}")
+    console.print(f"making {shape}: {num_bytes / 1e9:.2f} GB of random weights into {target}", markup=False)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     _write_tokenizer(unfinished, int(config["vocab_size"]))
@@ -276,7 +276,7 @@ def _find_plain(folder: Path, name: str, console: Console) -> Path:
 def _convert(source: Path, target: Path, kind: str, console: Console) -> None:
     """With the command that a user has."""
     _check_disk(target.parent, sum(path.stat().st_size for path in source.glob("*.safetensors")))
-    console.print(f"converting the linear layers of {source} to {kind}, into {target}")
+    console.print(f"converting the linear layers of {source} to {kind}, into {target}", markup=False)
     command = [sys.executable, "-m", "cluster.commands.cli", "checkpoint", "convert", str(source), str(target)]
     result = subprocess.run(
         [*command, "--experts", kind, "--all-linear", "--no-compare"], capture_output=True, text=True, check=False
