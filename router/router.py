@@ -184,8 +184,8 @@ class Router:
 
     def quarantined_shards(self) -> list[int]:
         """Those that are late too often to be asked while others have the units. From any thread."""
-        transports = dict(enumerate(self._routing.transports))  # of the others the ledger forgets at the next dispatch
-        return [ep_rank for ep_rank in self._ledger.health.quarantined() if transports.get(ep_rank) is not None]
+        kept = _kept(self._judged_routing, self._routing)  # the others are forgotten at the next dispatch
+        return [ep_rank for ep_rank in self._ledger.health.quarantined() if ep_rank in kept]
 
     def quarantined_units(self) -> list[WrongUnit]:
         """Replicas whose numbers were wrong. From any thread."""
@@ -214,9 +214,14 @@ class Router:
         routing = self._routing
         if routing is not self._judged_routing:
             before, self._judged_routing = self._judged_routing, routing
-            pairs = enumerate(zip(before.transports, routing.transports, strict=False))
-            self._ledger.keep_shards([ep_rank for ep_rank, (old, new) in pairs if new is not None and new is old])
+            self._ledger.keep_shards(_kept(before, routing))
         return routing
+
+
+def _kept(before: Routing, now: Routing) -> set[int]:
+    """Shards that are reached as before. Of one that is reached in another way nothing is known."""
+    pairs = enumerate(zip(before.transports, now.transports, strict=False))
+    return {ep_rank for ep_rank, (old, new) in pairs if new is not None and new is old}
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

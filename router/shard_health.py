@@ -30,7 +30,7 @@ MAX_PROBE_INTERVAL_S = 30.0  # probes get rarer from one that is late to the nex
 @dataclass(slots=True)
 class _Shard:
     late_share: float = 0.0
-    judged_s: float = 0.0  # when the share was that
+    late_s: float = 0.0  # when an answer was late last
     outstanding: set[int] = field(default_factory=set)  # sequence numbers of late forwards
     is_quarantined: bool = False
     num_punctual: int = 0
@@ -49,8 +49,8 @@ class ShardHealth:
         """A forward's answer is late now."""
         shard = self._shards.setdefault(ep_rank, _Shard())
         shard.outstanding.add(sequence_number)
-        shard.late_share += SMOOTHING * (1.0 - shard.late_share)  # not aged: what is late each time it is asked is bad
-        shard.judged_s = self._clock()
+        shard.late_share += SMOOTHING * (1.0 - shard.late_share)
+        shard.late_s = self._clock()
         shard.num_punctual = 0
         if shard.is_quarantined:
             shard.probe_interval_s = min(2 * shard.probe_interval_s, MAX_PROBE_INTERVAL_S)
@@ -68,8 +68,7 @@ class ShardHealth:
         shard = self._shards.get(ep_rank)
         if shard is None:
             return
-        shard.late_share = (1.0 - SMOOTHING) * self._aged_share(shard)
-        shard.judged_s = self._clock()
+        shard.late_share -= SMOOTHING * shard.late_share
         if not shard.is_quarantined:
             if shard.late_share < FORGOTTEN_SHARE and not shard.outstanding:
                 del self._shards[ep_rank]
@@ -111,7 +110,8 @@ class ShardHealth:
     def delays(self, ep_size: int, seconds: float) -> npt.NDArray[np.float64] | None:
         """What a late answer costs, `seconds`, times how often each shard's are: [ep_size]; None where none is late.
 
-        The share of late ones counts half after a half-life: a shard that is not asked cannot show that it is better.
+        A share counts half after a half-life without late ones, for who is not asked cannot show that it is better.
+        Quarantine goes by the share itself, however slowly answers come.
         """
         if not self._shards:
             return None
@@ -122,5 +122,5 @@ class ShardHealth:
         return seconds * shares
 
     def _aged_share(self, shard: _Shard) -> float:
-        share: float = shard.late_share * 0.5 ** ((self._clock() - shard.judged_s) / HALF_LIFE_S)
+        share: float = shard.late_share * 0.5 ** ((self._clock() - shard.late_s) / HALF_LIFE_S)
         return share

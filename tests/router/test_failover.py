@@ -168,6 +168,7 @@ def test_another_shard_of_a_quarantined_ones_rank_starts_anew_and_the_others_sta
     times = shards.router._ledger._times._estimates.copy()
     shards.transports.append(TimedTransport(shards.clock, MultiplyingShard(), "3"))
     shards.router.update_placement(shards.router.expert_map, addresses | {slow: "3"})
+    assert shards.router.quarantined_shards() == []  # without a forward too
     combine(shards)
     assert shards.router.quarantined_shards() == []
     assert len(shards.transports[3].calls) > 0

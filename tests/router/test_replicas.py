@@ -94,7 +94,7 @@ def test_rows_that_may_go_anywhere_are_spread_evenly_and_fill_the_shortest_queue
 
 
 def test_a_queue_is_what_waits_and_what_was_sent_at_the_speed_of_the_answers():
-    shards = ShardQueues()
+    shards = ShardQueues(lambda: 1000.0)
     assert shards.expected(2).waits_s.tolist() == [0.0, 0.0]
     shards.sent(0, 10)
     shards.answered(1, 4, queue_s=0.5, compute_s=2.0)
@@ -117,6 +117,25 @@ def test_a_wait_that_no_newer_answer_speaks_of_counts_half_after_a_half_life() -
     expected = shards.expected(2)
     assert expected.waits_s.tolist() == pytest.approx([0.1, 0.0])
     assert expected.seconds_per_assignment.tolist() == [0.5, 0.5]  # speed is no matter of the moment
+
+
+@pytest.mark.parametrize("layer_s", [0.001, 0.2, 1.0, 5.0])
+def test_a_wait_that_every_answer_speaks_of_is_expected_in_full_however_long_layers_take(layer_s: float) -> None:
+    now_s = 1000.0
+    shards = ShardQueues(lambda: now_s)
+    for _ in range(20):
+        now_s += layer_s
+        shards.answered(0, 1, queue_s=0.9, compute_s=0.0)
+    assert shards.expected(1).waits_s.tolist() == pytest.approx([0.9])
+
+
+def test_an_answer_after_a_long_time_counts_for_more_than_what_was_before() -> None:
+    now_s = 1000.0
+    shards = ShardQueues(lambda: now_s)
+    shards.answered(0, 1, queue_s=0.9, compute_s=0.0)
+    now_s += 10 * HALF_LIFE_S
+    shards.answered(0, 1, queue_s=0.0, compute_s=0.0)
+    assert shards.expected(1).waits_s[0] < 0.001
 
 
 def test_a_unit_keeps_its_only_shard_though_it_is_avoided():
