@@ -10,7 +10,6 @@ import argparse
 import importlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from cluster.commands.terminal import signals_as_ctrl_c, status_of
 from tests.bench import checkpoints
 from tests.bench.row import FORMATS, Options, Row, Unmeasurable, dump
 from tests.bench.table import table_of
@@ -45,7 +45,6 @@ NOT_BUILT = {"cache": "the prefix cache is not built yet"}
 PLAIN_WIDTH = 160  # of a table that is not for a terminal
 MODELS = ("lite4", "tiny")
 MAX_MINUTES, QUICK_MINUTES = 25.0, 5.0
-INTERRUPTED = 130  # the status of what Ctrl-C has ended, as shells have it
 
 
 def parse_options(arguments: Sequence[str]) -> tuple[Options, Path | None]:
@@ -113,16 +112,16 @@ def measure(part: str, options: Options) -> Iterator[Row]:
 
 
 def main() -> int:
-    """0 when every row was measured and written, 130 after Ctrl-C."""
+    """0 when every row was measured and written, 130 after Ctrl-C, 143 after SIGTERM."""
     logging.basicConfig(level=logging.ERROR)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped
     options, out = parse_options(sys.argv[1:])
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.num_threads])  # children keep to them
     torch.set_num_threads(1)  # the client's; probes and kernels ask for their own
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
-    return run(options, out, console)
+    with signals_as_ctrl_c():
+        return run(options, out, console)
 
 
 def run(options: Options, out: Path | None, console: Console) -> int:
@@ -141,8 +140,8 @@ def run(options: Options, out: Path | None, console: Console) -> int:
                     if out:  # after each row: a killed run keeps what it has
                         unsaved = _save(rows, out)
                 progress.advance(task)
-    except KeyboardInterrupt:
-        status = INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        status = status_of(interrupt)
     if rows:
         console.print(table_of(rows))
     if unsaved:
