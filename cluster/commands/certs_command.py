@@ -17,7 +17,7 @@ from protos.bounded_file import why_unreadable
 from protos.certificates import AUTHORITY, CertificateError
 
 app = typer.Typer(no_args_is_help=True, help="Make and revoke certificates.")
-HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
+HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")  # Docker resolves names with underscores
 MAX_HOST_CHARS = 253
 DAYS = within(0.0, MAX_DAYS, "make them again before they end")
 Folder = Annotated[Path, typer.Argument(help="Folder with the authority and all that it signs.")]
@@ -28,8 +28,8 @@ def host_names(names: list[str] | None) -> list[str] | None:
     for name in names or ():
         if not (HOST_NAME.fullmatch(name) and len(name) <= MAX_HOST_CHARS) and not _is_address(name):
             fail(
-                f"--name is {name!r}, must be an address or a host's name: letters, digits and hyphens between dots, "
-                f"1 to 63 each, {MAX_HOST_CHARS} in all"
+                f"--name is {name!r}, must be an address or a host's name: letters, digits, hyphens and underscores "
+                f"between dots, 1 to 63 each, {MAX_HOST_CHARS} in all"
             )
     return names
 

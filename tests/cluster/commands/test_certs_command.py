@@ -42,11 +42,11 @@ def test_a_name_that_is_no_host_is_refused_before_anything_is_made(name: str, tm
 
 
 def test_names_of_hosts_and_addresses_are_taken(tmp_path: Path) -> None:
-    names = ["gateway", "*.mobula.example", "xn--kln-sna.example", "x" * 63, "10.0.0.1", "fd00::1"]
+    names = ["gateway", "my_gateway", "*.mobula.example", "xn--kln-sna.example", "x" * 63, "10.0.0.1", "fd00::1"]
     options = [option for name in names for option in ("--name", name)]
     result = CliRunner().invoke(app, ["certs", "make", str(tmp_path / "tls"), *options])
     assert result.exit_code == 0, result.output
-    assert set(names[:4]) < CertificateFolder(tmp_path / "tls" / "public").current().names
+    assert set(names[:5]) < CertificateFolder(tmp_path / "tls" / "public").current().names
 
 
 def test_a_folder_that_cannot_be_is_named_with_the_reason(tmp_path: Path) -> None:
