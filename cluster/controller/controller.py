@@ -333,13 +333,8 @@ class Controller:
             if process.role is role and process.is_ready and process.told != news:
                 pending.append((process, news, process.handle.call(method, *args)))
         for process, news, future in pending:
-            try:
+            with process.forgiven(method):
                 future.result(HEALTH_TIMEOUT_S)
-            except (ProcessDied, TimeoutError) as error:
-                logger.warning("%s was not told of %s: %s", process.name, method, error)
-            except Exception:  # the process's own: the others are told all the same
-                logger.exception("%s was not told of %s", process.name, method)
-            else:
                 process.told = news
 
     def _metrics_addresses(self) -> dict[str, str]:

@@ -1,12 +1,17 @@
 """What the controller knows of one process of the system, and how it calls it. Knows nothing of Ray."""
 
+import logging
 import secrets
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
 from cluster.controller.rebalance import RebalanceStatus
+
+logger = logging.getLogger(__name__)
 
 
 class RoleName(StrEnum):
@@ -146,6 +151,7 @@ class ManagedProcess:
     pending_health: Future[ProcessHealth] | None = None
     asked_at_s: float = 0.0  # for the health that is pending; a moment of the controller's clock
     told: tuple[str, object] | None = None  # its generation when it was last told something, and what
+    failures: dict[str, str] = field(default_factory=dict)  # by method: what the last call raised
     ready_at_s: float | None = None  # when it was seen so last; a moment of the controller's clock
     is_lost: bool = False  # a shard that was ready and is gone for so long that others take over its units
     is_leaving: bool = False  # a shard that gives up its units, or a worker its requests, and then ends
@@ -169,6 +175,23 @@ class ManagedProcess:
     def is_ending(self) -> bool:
         """Whether nothing new should be given to it."""
         return self.is_leaving or self.is_replaced
+
+    @contextmanager
+    def forgiven(self, method: str) -> Iterator[None]:
+        """What a call of `method` raises within is logged and goes no further: the others are looked after too.
+
+        Logged when it changes only, for what lasts comes again each round.
+        """
+        try:
+            yield
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+            if failure != self.failures.get(method):
+                is_own = not isinstance(error, (ProcessDied, TimeoutError))
+                logger.warning("%s did not answer %s: %s", self.name, method, failure, exc_info=is_own)
+            self.failures[method] = failure
+        else:
+            self.failures.pop(method, None)
 
     def leave(self) -> None:
         """It is drained from now on. It keeps that in mind too, for a controller after this one."""

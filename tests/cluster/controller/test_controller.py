@@ -172,10 +172,16 @@ def test_a_process_that_cannot_say_how_it_is_is_down_with_its_reason_and_the_oth
     assert controller.status().is_serving
 
 
-def test_a_process_that_fails_at_what_it_is_told_is_told_again_and_the_others_are_told_too() -> None:
+def test_a_process_that_fails_at_what_it_is_told_is_told_again_and_the_others_are_told_too(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     controller, fakes = system()
     fakes["worker-0"].answers["update_placement"] = ValueError("a fault of its own")
-    run(controller, 4)
+    run(controller, 6)
+    assert caplog.text.count("worker-0 did not answer") == caplog.text.count("Traceback") == 1  # the rounds are many
+    fakes["worker-0"].answers["update_placement"] = ValueError("another fault")
+    run(controller, 2)
+    assert caplog.text.count("Traceback") == 2
     assert set(fakes["gateway-0"].told("update_members")[-1][0]) == {1}
     assert not controller.status().is_serving
     del fakes["worker-0"].answers["update_placement"]
