@@ -262,7 +262,8 @@ class Controller:
         for process in self._processes:
             if process.pending_health is None:
                 process.pending_health = process.handle.call("health")
-                process.asked_at_s = self._clock()
+                if not process.cannot_say:
+                    process.asked_at_s = self._clock()
         # One that did not answer the last time is not waited for: it would keep what the others need waiting each time.
         answering = [p.pending_health for p in self._processes if p.pending_health and p.health not in SILENT]
         wait(answering, timeout=HEALTH_TIMEOUT_S)
@@ -320,8 +321,8 @@ class Controller:
             elif process.health.state is ProcessState.FAILED and self._clock() >= process.restart_at_s:
                 process.restart_at_s = self._clock() + RESTART_WAIT_S
                 process.handle.restart()
-            elif process.health is DOWN and process.pending_health and self._clock() - process.asked_at_s >= HUNG_S:
-                logger.warning("%s has not answered for %.0f s, and is started again", process.name, HUNG_S)
+            elif process.hangs and self._clock() - process.asked_at_s >= HUNG_S:
+                logger.warning("%s has not said for %.0f s how it is, and is started again", process.name, HUNG_S)
                 process.asked_at_s = self._clock()
                 process.handle.restart()
 
@@ -362,7 +363,7 @@ class Controller:
 def _shown(process: ManagedProcess) -> ProcessHealth:
     """Its health, and what it cannot know itself."""
     health = replace(process.health, is_leaving=process.is_leaving, replaced_generation=process.replaced_generation)
-    if not (process.is_ending and (process.is_ready or process.health is DOWN)):
+    if not (process.is_ending and (process.is_ready or process.health.state is ProcessState.DOWN)):
         return health
     if process.is_replaced:
         return replace(health, detail=RESTARTS)

@@ -149,7 +149,7 @@ class ManagedProcess:
     loading: Future[Any] | None = None
     restart_at_s: float = 0.0  # if it has failed; a moment of the controller's clock
     pending_health: Future[ProcessHealth] | None = None
-    asked_at_s: float = 0.0  # for the health that is pending; a moment of the controller's clock
+    asked_at_s: float = 0.0  # first for the health that it has not given yet; a moment of the controller's clock
     told: tuple[str, object] | None = None  # its generation when it was last told something, and what
     failures: dict[str, str] = field(default_factory=dict)  # by method: what the last call raised
     ready_at_s: float | None = None  # when it was seen so last; a moment of the controller's clock
@@ -175,6 +175,16 @@ class ManagedProcess:
     def is_ending(self) -> bool:
         """Whether nothing new should be given to it."""
         return self.is_leaving or self.is_replaced
+
+    @property
+    def cannot_say(self) -> bool:
+        """Whether its latest health was an error of its own."""
+        return self.health.state is ProcessState.DOWN and self.health != DOWN
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it lives and has given no health since `asked_at_s`."""
+        return self.cannot_say or (self.health == DOWN and self.pending_health is not None)
 
     @contextmanager
     def forgiven(self, method: str) -> Iterator[None]:

@@ -8,9 +8,9 @@ import pytest
 from cluster.controller import controller as controller_module
 from cluster.controller import inbox
 from cluster.controller.balance import Proposer
-from cluster.controller.process import ProcessDied, ProcessState
+from cluster.controller.process import RESTARTS, ProcessDied, ProcessState, RoleName
 from protos.errors import DeadlineExceeded
-from tests.cluster.fake_processes import FakeProcess, run, system
+from tests.cluster.fake_processes import FakeProcess, answered, run, system
 from tests.fake_experts import grouped_gate, random_placement
 
 
@@ -170,6 +170,50 @@ def test_a_process_that_cannot_say_how_it_is_is_down_with_its_reason_and_the_oth
     del fakes["worker-0"].answers["health"]
     run(controller, 4)
     assert controller.status().is_serving
+
+
+def test_a_process_that_cannot_say_how_it_is_for_long_is_replaced() -> None:
+    now_s = 0.0
+    controller, fakes = system(clock=lambda: now_s)
+    run(controller, 4)
+    faulty = fakes["worker-0"].generation
+    fakes["worker-0"].answers["health"] = PermissionError("no way in")
+    for later_s in (10.0, 70.0, 119.0):
+        now_s = later_s
+        run(controller, 2)
+        assert fakes["worker-0"].generation == faulty
+    now_s = 131.0
+    run(controller, 2)
+    again = fakes["worker-0"].generation
+    assert again != faulty
+    del fakes["worker-0"].answers["health"]
+    run(controller, 4)
+    assert fakes["worker-0"].generation == again
+    assert controller.status().is_serving
+
+
+def test_a_process_that_now_and_then_cannot_say_how_it_is_stays() -> None:
+    now_s = 0.0
+    controller, fakes = system(clock=lambda: now_s)
+    run(controller, 4)
+    generation = fakes["worker-0"].generation
+    for later_s in (100.0, 200.0, 300.0):
+        now_s = later_s
+        fakes["worker-0"].answers["health"] = PermissionError("no way in")
+        run(controller, 2)
+        del fakes["worker-0"].answers["health"]
+        run(controller, 2)
+    assert fakes["worker-0"].generation == generation
+
+
+def test_one_that_is_replaced_says_so_also_while_it_cannot_say_how_it_is() -> None:
+    controller, fakes = system()
+    run(controller, 4)
+    fakes["worker-0"].answers["stop"] = Future()  # it takes time
+    answered(controller, lambda: controller.restart(RoleName.WORKER, 0))
+    fakes["worker-0"].answers["health"] = PermissionError("no way in")
+    run(controller, 2)
+    assert dict(controller.status().processes)["worker-0"].detail == RESTARTS
 
 
 def test_a_process_that_fails_at_what_it_is_told_is_told_again_and_the_others_are_told_too(
