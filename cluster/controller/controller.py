@@ -215,6 +215,8 @@ class Controller:
         """One round."""
         self._observe()
         self._follow_newest_placement()
+        if not self._is_newest_placement_known():
+            return  # what runs goes on; told of an older one shards would load and move what is overtaken
         self._clear_nodes()
         self._load()
         self._balance.round(self._expert_map, is_serving=self._status.is_serving)
@@ -278,10 +280,15 @@ class Controller:
     def _follow_newest_placement(self) -> None:
         for worker in self._members(RoleName.WORKER):
             if worker.is_ready and worker.health.placement_version > self._expert_map.placement_version:
-                expert_map: ExpertMap = worker.handle.call("expert_map").result(HEALTH_TIMEOUT_S)
-                logger.info("%s knows placement version %d", worker.name, expert_map.placement_version)
-                self._use(expert_map)
-                self._balance.membership.are_placed_on(expert_map.ep_ranks)
+                with worker.forgiven("expert_map"):  # another one may know it too
+                    expert_map: ExpertMap = worker.handle.call("expert_map").result(HEALTH_TIMEOUT_S)
+                    logger.info("%s knows placement version %d", worker.name, expert_map.placement_version)
+                    self._use(expert_map)
+                    self._balance.membership.are_placed_on(expert_map.ep_ranks)
+
+    def _is_newest_placement_known(self) -> bool:
+        versions = [worker.health.placement_version for worker in self._members(RoleName.WORKER) if worker.is_ready]
+        return max(versions, default=0) <= self._expert_map.placement_version
 
     def _is_placement_used_alone(self) -> bool:
         """Whether every worker knows the placement and has no forward under an older one under way."""

@@ -3,8 +3,10 @@
 from concurrent.futures import Future
 from dataclasses import replace
 
+import pytest
+
 from cluster.controller.balance import Proposer
-from cluster.controller.process import RoleName
+from cluster.controller.process import ProcessDied, RoleName
 from cluster.controller.rebalance import RebalanceCause
 from tests.cluster.controller.test_membership import drained_under, evenly
 from tests.cluster.fake_processes import controller_of, run, system
@@ -38,6 +40,39 @@ def test_the_placement_that_a_worker_knows_goes_on() -> None:
     assert fakes["worker-0"].placement_version == 9
     ((told,),) = fakes["shard-0"].told("serve_only")[-1:]
     assert told.placement_version == 9
+
+
+def test_a_worker_that_cannot_say_which_placement_it_knows_keeps_no_other_from_saying_it() -> None:
+    first, fakes = system()
+    run(first, 4)
+    for name in ("worker-0", "worker-1"):
+        fakes[name].placement_version = 9
+        fakes[name].answers["expert_map"] = MOVED
+    fakes["worker-0"].answers["expert_map"] = ProcessDied("killed")
+    second = controller_of(fakes, num_shards=2)
+    run(second, 3)
+    assert second.status().placement_version == 9
+    assert second.status().is_serving
+
+
+def test_nobody_is_told_of_an_older_placement_while_no_worker_can_say_the_newest(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first, fakes = system()
+    run(first, 4)
+    fakes["worker-1"].placement_version = 9
+    fakes["worker-1"].answers["expert_map"] = ValueError("a fault of its own")
+    fakes["shard-0"].restart()
+    for fake in fakes.values():
+        fake.calls.clear()
+    second = controller_of(fakes, num_shards=2)
+    run(second, 4)
+    assert {method for fake in fakes.values() for method, _ in fake.calls} == {"health", "expert_map"}
+    assert caplog.text.count("Traceback") == 1
+    fakes["worker-1"].answers["expert_map"] = MOVED
+    run(second, 4)
+    assert [told.placement_version for (told,) in fakes["shard-0"].told("load")] == [9]
+    assert second.status().is_serving
 
 
 def test_shards_keep_what_an_added_worker_still_computes_with() -> None:
