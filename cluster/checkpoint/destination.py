@@ -5,13 +5,14 @@ Knows nothing of what is written.
 
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, flock
 from fnmatch import fnmatchcase
 from pathlib import Path
-
-import psutil
+from typing import TextIO
 
 from cluster.checkpoint.convert import FILES_BESIDE, CannotConvert
 from cluster.checkpoint.json_fields import read_json_object
@@ -34,28 +35,31 @@ def new_folder(destination: Path, *, source: Path, num_bytes: int, is_forced: bo
     _refuse_overlap(destination, source)
     _check_replaceable(destination, is_forced)
     _make_parent(destination)
-    _remove_stale(destination)
-    num_free = shutil.disk_usage(destination.parent).free
-    if num_bytes > num_free:
-        raise CannotConvert(
-            f"{destination.parent} has {num_free:,} bytes free, the checkpoint needs {num_bytes:,}; make room or name "
-            "another folder"
-        )
-    folder = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    replaced = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
-    folder.mkdir()
-    try:
-        yield folder
-        _check_replaceable(destination, is_forced)  # again: a conversion takes long, and others may have written there
-        if destination.exists():
-            destination.rename(replaced)
-        folder.rename(destination)
-    except BaseException:  # Ctrl-C too
-        if replaced.exists() and not destination.exists():
-            replaced.rename(destination)
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    with _locked(destination) as is_locked:
+        if is_locked:
+            _remove_stale(destination)
+        num_free = shutil.disk_usage(destination.parent).free
+        if num_bytes > num_free:
+            raise CannotConvert(
+                f"{destination.parent} has {num_free:,} bytes free, the checkpoint needs {num_bytes:,}; make room or "
+                "name another folder"
+            )
+        run = secrets.token_hex(4)
+        folder = destination.with_name(f".{destination.name}.partial-{run}")
+        replaced = destination.with_name(f".{destination.name}.replaced-{run}")
+        folder.mkdir()
+        try:
+            yield folder
+            _check_replaceable(destination, is_forced)  # again: a conversion takes long, and others may write there
+            if destination.exists():
+                destination.rename(replaced)
+            folder.rename(destination)
+        except BaseException:  # Ctrl-C too
+            if replaced.exists() and not destination.exists():
+                replaced.rename(destination)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _make_parent(destination: Path) -> None:
@@ -67,15 +71,42 @@ def _make_parent(destination: Path) -> None:
         raise CannotConvert(f"{destination.parent} cannot be made: {error.strerror}; name another place") from error
 
 
+@contextmanager
+def _locked(destination: Path) -> Iterator[bool]:
+    """Within, no other run writes to it; False where files cannot be locked. Raises CannotConvert while one does.
+
+    A lock: of a run in another container or on another host, which may share the volume, a pid says nothing.
+    """
+    path = destination.with_name(f".{destination.name}.lock")
+    with ExitStack() as stack:
+        is_locked = is_taken = False
+        with suppress(OSError):
+            is_locked = _lock(stack.enter_context(path.open("a")), path)
+            is_taken = not is_locked
+        if is_taken:
+            raise CannotConvert(f"another run converts to {destination}; wait for it or name another folder")
+        try:
+            yield is_locked
+        finally:
+            if is_locked:
+                path.unlink(missing_ok=True)
+
+
+def _lock(file: TextIO, path: Path) -> bool:
+    """Whether it is locked now, and still at `path`: a run that ends removes its own. Raises OSError."""
+    try:
+        flock(file, LOCK_EX | LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
 def _remove_stale(destination: Path) -> None:
-    """What a run to this destination left that was killed. Ours cannot be there yet: in a container pids come again."""
-    pattern = re.compile(rf"\.{re.escape(destination.name)}\.(partial|replaced)-(\d{{1,9}})")
+    """What runs to this destination left that were killed; no other one is under way."""
+    pattern = re.compile(rf"\.{re.escape(destination.name)}\.(partial|replaced)-[0-9a-f]+")
     for path in destination.parent.iterdir():
         found = pattern.fullmatch(path.name)
-        if found is None or (found[1] == "replaced" and not destination.exists()):  # it may be all there is
-            continue
-        pid = int(found[2])
-        if pid == os.getpid() or not psutil.pid_exists(pid):
+        if found and (found[1] == "partial" or destination.exists()):  # what was set aside may be all there is
             shutil.rmtree(path, ignore_errors=True)
 
 

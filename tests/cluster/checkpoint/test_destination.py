@@ -1,5 +1,6 @@
 """Where a conversion's result comes to lie, and what it may replace."""
 
+import errno
 import json
 import os
 from contextlib import AbstractContextManager
@@ -113,23 +114,48 @@ def test_what_others_put_there_during_the_conversion_is_not_replaced(tmp_path: P
     assert (destination / "thesis.tex").exists()
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next_to_the_same_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_run_left_is_removed_by_the_next_to_the_same_place(tmp_path: Path) -> None:
     destination = checkpoint(tmp_path / "made[1]")
-    monkeypatch.setattr(destination_module.psutil, "pid_exists", lambda pid: pid == 2)
-    for name in (".made[1].partial-2", ".made[1].partial-3", ".made[1].replaced-3", ".made1.partial-3"):
+    for name in (".made[1].partial-2", ".made[1].replaced-3", ".made1.partial-3"):
         checkpoint(tmp_path / name)
     checkpoint(tmp_path / f".made[1].partial-{os.getpid()}")  # of a container before, where it had the same pid
+    (tmp_path / ".made[1].lock").touch()
     with folder_for(destination):
         pass
-    assert sorted(os.listdir(tmp_path)) == [".made1.partial-3", ".made[1].partial-2", "made[1]"]
+    assert sorted(os.listdir(tmp_path)) == [".made1.partial-3", "made[1]"]
 
 
-def test_what_was_set_aside_stays_where_nothing_has_taken_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(destination_module.psutil, "pid_exists", lambda pid: False)
+def test_a_run_under_way_is_left_alone_by_another_one_to_the_same_place(tmp_path: Path) -> None:
+    destination = checkpoint(tmp_path / "made")
+    with folder_for(destination) as folder:
+        (folder / "config.json").write_text('{"model_type": "new"}')
+        with pytest.raises(CannotConvert, match=r"another run converts to .*made; wait for it or name"):
+            folder_for(destination).__enter__()
+        assert os.listdir(folder) == ["config.json"]
+    assert json.loads((destination / "config.json").read_text()) == {"model_type": "new"}
+    assert os.listdir(tmp_path) == ["made"]
+
+
+def test_a_lock_whose_file_its_owner_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / ".made.lock"
+    monkeypatch.setattr(destination_module, "flock", lambda file, how: lock.unlink())
+    with pytest.raises(CannotConvert, match="another run converts to"):
+        folder_for(tmp_path / "made").__enter__()
+
+
+def test_nothing_is_removed_where_no_file_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(destination_module, "flock", flock)
+    checkpoint(tmp_path / ".made.partial-3")
+    with folder_for(tmp_path / "made"):
+        pass
+    assert ".made.partial-3" in os.listdir(tmp_path)
+    assert (tmp_path / "made").is_dir()
+
+
+def test_what_was_set_aside_stays_where_nothing_has_taken_its_place(tmp_path: Path) -> None:
     checkpoint(tmp_path / ".made.replaced-3")
     with folder_for(tmp_path / "made"):
         pass
