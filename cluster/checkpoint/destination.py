@@ -24,12 +24,20 @@ REPLACEABLE = (  # names of what a checkpoint's folder holds; with anything else
 )
 
 
+class InterruptedWhenMade(KeyboardInterrupt):
+    """`interrupt` came when the new folder was in its place."""
+
+    def __init__(self, interrupt: KeyboardInterrupt) -> None:
+        super().__init__()
+        self.interrupt = interrupt
+
+
 @contextmanager
 def new_folder(destination: Path, *, source: Path, num_bytes: int, is_forced: bool) -> Iterator[Path]:
     """An empty folder beside `destination` that becomes it at the end, or vanishes if the block raises.
 
     source: the folder that is read meanwhile. num_bytes: what will be written. is_forced: replaces what is there, if it
-    is a checkpoint. Raises CannotConvert.
+    is a checkpoint. Raises CannotConvert, InterruptedWhenMade.
     """
     destination = destination.expanduser().absolute()
     _refuse_overlap(destination, source)
@@ -54,12 +62,15 @@ def new_folder(destination: Path, *, source: Path, num_bytes: int, is_forced: bo
             if destination.exists():
                 destination.rename(replaced)
             folder.rename(destination)
-        except BaseException:  # Ctrl-C too
+            shutil.rmtree(replaced, ignore_errors=True)
+        except BaseException as error:  # Ctrl-C too
             if replaced.exists() and not destination.exists():
                 replaced.rename(destination)
+            elif not folder.exists() and isinstance(error, KeyboardInterrupt):
+                shutil.rmtree(replaced, ignore_errors=True)
+                raise InterruptedWhenMade(error) from error
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _make_parent(destination: Path) -> None:

@@ -65,7 +65,7 @@ def convert(
     """Quantise the routed experts of a checkpoint, or all its linear layers; everything else stays as it is."""
     from cluster.checkpoint.checkpoint import Checkpoint
     from cluster.checkpoint.convert import ALL_LINEAR, EXPERTS, CannotConvert, plan
-    from cluster.checkpoint.destination import new_folder
+    from cluster.checkpoint.destination import InterruptedWhenMade, new_folder
     from cluster.checkpoint.json_fields import UnsupportedModel
     from cluster.checkpoint.safetensors_file import InvalidCheckpoint
 
@@ -87,6 +87,8 @@ def convert(
             conversion.write(folder, lambda num_bytes: bar.advance(task, num_bytes))
     except (CannotConvert, InvalidCheckpoint, UnsupportedModel, OSError) as error:
         fail(str(error))
+    except InterruptedWhenMade as late:
+        fail(f"interrupted; {destination} is the new checkpoint", status_of(late.interrupt))
     except KeyboardInterrupt as interrupt:
         fail(f"interrupted; {destination} is as it was", status_of(interrupt))
     console.print(f"[green]wrote[/green] {escape(str(destination))}", highlight=False)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from cluster.checkpoint import destination as destination_module
 from cluster.checkpoint.convert import CannotConvert
-from cluster.checkpoint.destination import new_folder
+from cluster.checkpoint.destination import InterruptedWhenMade, new_folder
 
 
 def folder_for(destination: Path, *, num_bytes: int = 1, is_forced: bool = True) -> AbstractContextManager[Path]:
@@ -36,6 +37,28 @@ def test_what_is_half_written_vanishes_and_what_was_there_stays(tmp_path: Path, 
         fail_half_way()
     assert os.listdir(tmp_path) == ["made"]
     assert os.listdir(destination) == ["config.json"]
+
+
+def test_ctrl_c_after_the_new_checkpoint_is_in_its_place_says_so_and_leaves_nothing_of_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination = checkpoint(tmp_path / "made")
+    interrupt, rmtree = KeyboardInterrupt(), shutil.rmtree
+
+    def interrupted(path: Path, *, ignore_errors: bool) -> None:
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        raise interrupt
+
+    def convert() -> None:
+        with folder_for(destination) as folder:
+            (folder / "config.json").write_text('{"model_type": "new"}')
+            monkeypatch.setattr(shutil, "rmtree", interrupted)
+
+    with pytest.raises(InterruptedWhenMade) as raised:
+        convert()
+    assert raised.value.interrupt is interrupt
+    assert json.loads((destination / "config.json").read_text()) == {"model_type": "new"}
+    assert os.listdir(tmp_path) == ["made"]
 
 
 def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_a_checkpoint(tmp_path: Path) -> None:

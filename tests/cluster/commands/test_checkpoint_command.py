@@ -1,6 +1,7 @@
 """`mobula checkpoint` as a user calls it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,23 @@ def test_what_ends_a_conversion_leaves_nothing_behind_and_shows_in_the_status(
     assert result.exit_code == 128 + number
     assert "interrupted" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_ends_a_conversion_when_the_checkpoint_is_made_does_not_say_that_nothing_changed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, rmtree = tmp_path / "made", shutil.rmtree
+    assert run("convert", source, made, "--experts", "int8", "--no-compare").exit_code == 0
+
+    def interrupted(path: Path, *, ignore_errors: bool) -> None:
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    result = run("convert", source, made, "--experts", "int4", "--no-compare", "--force")
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert result.output.endswith(f"error: interrupted; {made} is the new checkpoint\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
 
 
 def test_the_command_line_loads_torch_only_for_a_command_that_needs_it() -> None:
