@@ -131,18 +131,33 @@ class DispatchHandle:
     def _do_without_if_allowed(self) -> None:
         """Leaves out what is missing still, when everybody who waits would rather have it so.
 
-        An answer that is not late yet is worth waiting for.
+        An answer that is not late yet is worth waiting for, unless a layer before did without those who owe it, and
+        nothing was heard of them since: they are asked all the same, so that an answer shows that they are back.
         """
-        config, limit = self._context.config, self._limit
-        if config.missing_experts is MissingExperts.WAIT or not limit.allows_missing_experts:
+        if not self._may_do_without:
             return
-        if not self.sums.num_missing or self._context.clock() < self.started_s + config.missing_after_s:
-            return
-        if any(not (attempt.is_late or attempt.is_probe) for attempt in self._in_flight):
-            return
+        if not self._is_known_missing:
+            if self._context.clock() < self.started_s + self._context.config.missing_after_s:
+                return
+            if any(not (attempt.is_late or attempt.is_probe) for attempt in self._in_flight):
+                return
+        self._context.ledger.did_without(self._owing())
         messages = [attempt.message for attempt in (*self._in_flight, *self._failed)]
         self._context.metrics.count_missing(self.sums.do_without(messages, self._layer.hidden_states))
-        limit.on_missing_experts()
+        self._limit.on_missing_experts()
+
+    @property
+    def _may_do_without(self) -> bool:
+        is_allowed = self._context.config.missing_experts is not MissingExperts.WAIT
+        return is_allowed and self._limit.allows_missing_experts and self.sums.num_missing > 0
+
+    @property
+    def _is_known_missing(self) -> bool:
+        return self._context.ledger.are_missing(self._owing())
+
+    def _owing(self) -> list[int]:
+        """The shards that were asked for what is missing."""
+        return [attempt.ep_rank for attempt in (*self._in_flight, *self._failed) if not attempt.is_probe]
 
     def _ask_others_whether_finite(self) -> None:
         """Has replicas compute what is not finite for rows that are; a shard that they prove wrong is not trusted."""
@@ -236,6 +251,8 @@ class DispatchHandle:
 
     def _next_due_s(self) -> float:
         """Seconds until the time of something comes, or until it is time to ask whether anybody waits."""
+        if self._may_do_without and self._is_known_missing:
+            return 0.0
         times = [attempt.due_at_s for attempt in self._in_flight]
         times += [attempt.resend_at_s for attempt in self._failed]
         return min(WANTED_POLL_S, max(0.0, min(times, default=0.0) - self._context.clock()))
@@ -243,6 +260,8 @@ class DispatchHandle:
     def _finish(self, attempt: Attempt, outcome: Outcome) -> None:
         """The end of a call; raises nothing, for the engine thread may be waiting for another layer."""
         ledger = self._context.ledger
+        if isinstance(outcome, ForwardAnswer):
+            ledger.heard_of(attempt.ep_rank)
         if attempt not in self._in_flight:  # given up
             if isinstance(outcome, ForwardAnswer):
                 if attempt.is_probe and not outcome.header.HasField("error"):

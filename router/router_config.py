@@ -38,7 +38,7 @@ class RouterConfig(BaseModel, frozen=True, strict=True, extra="forbid", allow_in
 
     # Degraded mode, for steps all of whose requests have set allow_missing_experts. Their usage says so.
     missing_experts: MissingExperts = Field(default=MissingExperts.WAIT, strict=False)
-    missing_after_s: Seconds = 2.0  # that a layer waits before it does without
+    missing_after_s: Seconds = 2.0  # that a layer waits before it does without; the next ones do not wait again
 
     shared_memory_mib: Annotated[int, Field(ge=0, le=65536)] = (
         256  # with each shard of this host; used as needed; 0: none

@@ -25,6 +25,7 @@ class ShardLedger:
         self._times = ServiceTimes(config.late_after_s, config.attempt_timeout_s)
         self._metrics = metrics
         self._clock = clock
+        self._missing: set[int] = set()
 
     def keep_shards(self, ep_ranks: Container[int]) -> None:
         """Forgets the other ones, which have gone: a shard that comes instead is another one.
@@ -34,6 +35,7 @@ class ShardLedger:
         self.queues.keep_shards(ep_ranks)
         self.health.keep_shards(ep_ranks)
         self._times.keep_shards(ep_ranks)
+        self._missing = {ep_rank for ep_rank in self._missing if ep_rank in ep_ranks}
 
     def sent(self, attempt: Attempt) -> None:
         """It is on its way."""
@@ -48,6 +50,18 @@ class ShardLedger:
         if attempt.is_late:
             assert attempt.call
             self.health.ended(attempt.ep_rank, attempt.call.sequence_number)
+
+    def did_without(self, ep_ranks: Iterable[int]) -> None:
+        """A layer went on without what it had asked these for."""
+        self._missing.update(ep_ranks)
+
+    def are_missing(self, ep_ranks: Iterable[int]) -> bool:
+        """Whether a layer did without each of them, and nothing was heard of them since."""
+        return self._missing.issuperset(ep_ranks)
+
+    def heard_of(self, ep_rank: int) -> None:
+        """An answer of it came, whatever it says and whoever waits for it."""
+        self._missing.discard(ep_rank)
 
     def answered(self, attempt: Attempt, answer: ForwardAnswer) -> ShardTiming:
         """An answer came, and is waited for."""

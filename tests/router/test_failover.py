@@ -12,7 +12,7 @@ from protos.errors import (
     ShardUnavailable,
     UnitQuarantined,
 )
-from router.router_config import MissingExperts, RouterConfig
+from router.router_config import RouterConfig
 from router.shard_health import MAX_PROBE_INTERVAL_S, MIN_PROBE_INTERVAL_S, NUM_PUNCTUAL
 from router.step_limit import StepLimit
 from router.unit_trust import MIN_QUARANTINE_S
@@ -337,45 +337,3 @@ def test_a_probe_that_is_answered_after_its_layer_counts_all_the_same(shards: Ti
         combine(shards)
         combine(shards)
     assert shards.router.quarantined_shards() == []
-
-
-@pytest.mark.parametrize("policy", [MissingExperts.LEAVE_OUT, MissingExperts.RENORMALISE])
-def test_degraded_mode_leaves_out_what_nobody_has_and_says_so(policy):
-    config = CONFIG.model_copy(update={"missing_experts": policy, "missing_after_s": 1.0})
-    alone = TimedShards(GATE, placed(GATE, 2), config)
-    combine(alone)
-    alone.transports[1].seconds = None
-    told: list[None] = []
-    alone.router.limit_step(StepLimit(allows_missing_experts=True, on_missing_experts=lambda: told.append(None)))
-    sums, seconds = alone.combine(ROWS)
-    assert 1.0 <= seconds < 1.2
-    assert told == [None]
-    units = placed(GATE, 2)
-    is_there = torch.from_numpy((units.unit_to_ep_ranks[0, units.expert_to_unit[0], 0] == 0)[ROWS.topk_ids.numpy()])
-    weights = ROWS.topk_weights * is_there
-    expected = multiplied(Rows(ROWS.hidden_states, weights, ROWS.topk_ids))
-    if policy is MissingExperts.RENORMALISE:
-        expected *= (ROWS.topk_weights.sum(dim=1) / weights.sum(dim=1)).nan_to_num(posinf=1.0).unsqueeze(1)
-    torch.testing.assert_close(sums, expected)
-    assert alone.router._metrics._num_missing == int((~is_there).sum())
-
-
-@pytest.mark.parametrize(("policy", "allows"), [(MissingExperts.WAIT, True), (MissingExperts.LEAVE_OUT, False)])
-def test_experts_are_waited_for_unless_the_deployment_and_the_requests_allow_otherwise(policy, allows):
-    config = CONFIG.model_copy(update={"missing_experts": policy, "missing_after_s": 1.0})
-    alone = TimedShards(GATE, placed(GATE, 2), config)
-    alone.transports[1].seconds = 5.0
-    alone.router.limit_step(StepLimit(allows_missing_experts=allows))
-    assert combine(alone) == pytest.approx(5.0, abs=0.01)
-    assert alone.router._metrics._num_missing == 0
-
-
-def test_degraded_mode_waits_for_an_answer_that_takes_long_but_no_longer_than_usual():
-    config = CONFIG.model_copy(update={"missing_experts": MissingExperts.LEAVE_OUT, "missing_after_s": 1.0})
-    alone = TimedShards(GATE, placed(GATE, 2), config)
-    for transport in alone.transports:
-        transport.seconds = 3.0
-    alone.router.limit_step(StepLimit(allows_missing_experts=True))
-    for _ in range(5):
-        assert combine(alone) == pytest.approx(3.0, abs=0.01)
-    assert alone.router._metrics._num_missing == 0
