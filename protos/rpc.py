@@ -54,6 +54,7 @@ def front_options() -> list[tuple[str, int]]:
         ("grpc.max_connection_idle_ms", 600_000),
         ("grpc.max_connection_age_ms", 3_600_000),  # then a client connects anew: certificates are looked at again
         ("grpc.max_connection_age_grace_ms", 3_600_000),  # for calls that are under way then
+        ("grpc.keepalive_permit_without_calls", 1),  # else the next holds during calls alone, and two hours otherwise
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # more often, and the connection is closed
         ("grpc.http2.max_ping_strikes", 2),
         ("grpc.keepalive_time_ms", 60_000),  # a client that is gone without a word is noticed
