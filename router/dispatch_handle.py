@@ -153,7 +153,8 @@ class DispatchHandle:
 
     @property
     def _is_known_missing(self) -> bool:
-        return self._context.ledger.are_missing(self._owing())
+        owing = self._owing()
+        return bool(owing) and self._context.ledger.are_missing(owing)
 
     def _owing(self) -> list[int]:
         """The shards that were asked for what is missing."""
