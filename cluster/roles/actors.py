@@ -219,14 +219,10 @@ def create_controller(
     request: what later placements keep to; host: where servers listen, None for each node's own address. memory_budget:
     where all processes run on this machine.
     """
-    options = {
+    options = _options(ActorConfig(num_cpus=CONTROL_CPUS)) | {
         "name": f"{NAME_PREFIX}controller",
         "namespace": config.ray.namespace,
         "get_if_exists": True,
-        "lifetime": "detached",
-        "max_restarts": -1,
-        "num_cpus": CONTROL_CPUS,
-        "max_concurrency": ACTOR_THREADS,
         "label_selector": config.controller.labels or None,
     }
     groups = {START_GROUP: ACTOR_THREADS}
@@ -380,6 +376,7 @@ def _options(config: ActorConfig) -> dict[str, Any]:
         "max_restarts": -1,
         "max_task_retries": 0,  # the controller repeats what must be repeated
         "max_concurrency": ACTOR_THREADS,
+        "enable_task_events": False,  # Ray would keep 100,000 of them: health is asked for several times a second
     }
 
 
